@@ -1,0 +1,15 @@
+"""The mathematics: pure tensor functions, no model, no hook, no tokenizer."""
+
+from metaopt_lens.dual._linear import LinearParts as LinearParts
+from metaopt_lens.dual._linear import linear_memory as linear_memory
+from metaopt_lens.dual._linear import linear_weights as linear_weights
+from metaopt_lens.dual._linear import split_linear as split_linear
+from metaopt_lens.dual._scores import ScoreRule as ScoreRule
+from metaopt_lens.dual._scores import attention_scores as attention_scores
+from metaopt_lens.dual._scores import softmax_with_sink as softmax_with_sink
+from metaopt_lens.dual._scores import visible_sources as visible_sources
+from metaopt_lens.dual._softmax import SoftmaxParts as SoftmaxParts
+from metaopt_lens.dual._softmax import merge_softmax as merge_softmax
+from metaopt_lens.dual._softmax import split_softmax as split_softmax
+from metaopt_lens.dual._weighted import split_sources as split_sources
+from metaopt_lens.dual._weighted import weighted_values as weighted_values

@@ -1,0 +1,62 @@
+"""How an input, a label and a separator become text."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from metaopt_lens._errors import PromptError
+
+_PLACEHOLDER = re.compile(r"\{[^{}]*\}")
+
+
+@dataclass(frozen=True)
+class Template:
+    """The text around inputs and labels.
+
+    `input` is the text up to and including the colon; `label` is what is appended to it, so the space before a
+    label belongs to the label; `separator` follows each demonstration and counts to it. `instruction_separator`
+    follows the instruction, where a prompt has one (None: the same as `separator`).
+    """
+
+    input: str = "{input} :"
+    label: str = " {label}"
+    separator: str = "\n"
+    instruction_separator: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_placeholder("input", self.input)
+        _check_placeholder("label", self.label)
+        if self.input != self.input.rstrip():
+            raise PromptError(
+                f"the template's input {self.input!r} ends with white space: the space before a label belongs to "
+                f"the label, so remove it there and write label={' {label}'!r}."
+            )
+
+    def fill_input(self, text: str) -> str:
+        """The template's input part around `text`, which may itself contain braces."""
+        return self.input.replace("{input}", text)
+
+    def fill_label(self, text: str) -> str:
+        """The template's label part around `text`, with the space that belongs to the label."""
+        return self.label.replace("{label}", text)
+
+    def fill_instruction(self, text: str) -> str:
+        """An instruction and the separator that follows it."""
+        separator = self.separator if self.instruction_separator is None else self.instruction_separator
+        return text + separator
+
+
+def _check_placeholder(name: str, text: str) -> None:
+    wanted = "{" + name + "}"
+    found = _PLACEHOLDER.findall(text)
+    if found == [wanted]:
+        return
+    if wanted not in found:
+        problem = f"has no {wanted}"
+    elif found.count(wanted) > 1:
+        problem = f"has {wanted} more than once"
+    else:
+        others = ", ".join(part for part in found if part != wanted)
+        problem = f"has a placeholder that nothing fills: {others}"
+    raise PromptError(f"the template's {name} {text!r} {problem}: it needs {wanted} once and no other {{...}}.")
