@@ -26,8 +26,8 @@ def sample_episodes(
 def accuracy(model: Callable[[Tensor], Any], episodes: list[Episode], *, mark: str = ":") -> dict[str, float]:
     """Fraction of right answers among the prompt's candidate labels, among all labels, and among all tokens.
 
-    `model` maps token ids [batch, pos] to logits [batch, pos, vocab] or to an object that has them as ``logits``.
-    The prompts must have equal numbers of demonstrations.
+    `model` maps token ids [batch, pos] to logits [batch, pos, vocab], or to an object that has them as
+    ``logits``. The prompts must have equal numbers of demonstrations.
     """
     tokenizer = build_tokenizer()
     ids = torch.tensor([[BOS, *tokenizer(e.text(mark=mark)).input_ids] for e in episodes])
@@ -48,9 +48,7 @@ def accuracy(model: Callable[[Tensor], Any], episodes: list[Episode], *, mark: s
     return {name: count / len(episodes) for name, count in right.items()}
 
 
-def measure(
-    model: Callable[[Tensor], Any], *, n: int = 1000, seed: int = 1
-) -> dict[str, dict[str, float]]:
+def measure(model: Callable[[Tensor], Any], *, n: int = 1000, seed: int = 1) -> dict[str, dict[str, float]]:
     """Accuracies with 0, 4, 8 and 16 demonstrations of 2, 3 and 4 categories, on `n` held-out prompts each.
 
     The entries marked "seen" use pairs that did occur in training, for comparison.

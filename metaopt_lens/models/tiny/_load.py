@@ -1,7 +1,33 @@
+"""Load the bundled model, as a TransformerBridge or a HookedTransformer, with weights as trained."""
+
 from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from metaopt_lens._errors import FileFormatError, OptionError, UnsupportedModelError
 from metaopt_lens.models.tiny._vocabulary import BOS, CONTEXT_WINDOW, EOS, PAD, WORDS
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+DATA = Path(__file__).parent / "data"
 WEIGHTS_FILE = "model.safetensors"
-def model_config(*, attention: str = "eager"):
+METRICS_FILE = "metrics.json"
+_FILES = (WEIGHTS_FILE, METRICS_FILE, "config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+def model_config(*, attention: str = "eager") -> LlamaConfig:
+    """The architecture: a three-layer Llama, which both model classes of TransformerLens know."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -26,3 +52,196 @@ def model_config(*, attention: str = "eager"):
         dtype="float32",
         attn_implementation=attention,
     )
+
+
+@overload
+def load_tiny(
+    backend: Literal["bridge"] = "bridge",
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+) -> TransformerBridge: ...
+
+
+@overload
+def load_tiny(
+    backend: Literal["hooked"],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+) -> HookedTransformer: ...
+
+
+def load_tiny(
+    backend: Literal["bridge", "hooked"] = "bridge",
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+) -> TransformerBridge | HookedTransformer:
+    """Load the bundled model, which learns in context which label word stands for which category of nouns.
+
+    Ask it with text such as ``"apple : dax\\nhammer : wug\\npear :"``; the words it knows are in
+    ``metaopt_lens.models.tiny.CATEGORIES`` and ``LABELS``. Nothing is downloaded, and torch's global random
+    state is left as it was.
+
+    Args:
+        backend: ``"bridge"`` for a TransformerBridge, ``"hooked"`` for a HookedTransformer (3.x only).
+        dtype: floating-point type of the weights.
+        device: where to put the model; the CPU if not given.
+
+    Returns:
+        The model in eval mode, its weights unprocessed (nothing folded or centred).
+
+    Raises:
+        OptionError: `backend` is neither of the two.
+        UnsupportedModelError: ``"hooked"`` under TransformerLens 4, which has no HookedTransformer.
+        FileFormatError: a file of the model is missing or damaged.
+    """
+    return load_folder(DATA, backend, dtype=dtype, device=device)
+
+
+def load_folder(
+    folder: str | Path,
+    backend: Literal["bridge", "hooked"] = "bridge",
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+) -> TransformerBridge | HookedTransformer:
+    """`load_tiny` for another folder that the training script wrote."""
+    if backend not in ("bridge", "hooked"):
+        raise OptionError(f"backend must be 'bridge' or 'hooked', got {backend!r}.")
+    if backend == "hooked":
+        _hooked_class()  # refuse before reading anything
+    place = torch.device("cpu" if device is None else device)
+    with torch.random.fork_rng(devices=[]):  # every constructor below draws initial weights
+        source = _read_model(Path(folder)).to(device=place, dtype=dtype).eval()
+        tokenizer = _read_tokenizer(Path(folder))
+        if backend == "hooked":
+            return _as_hooked(source, tokenizer)
+        return _as_bridge(source, tokenizer, Path(folder))
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load
+
+    for name in _FILES:
+        if not (folder / name).is_file():
+            raise FileFormatError(
+                f"{folder / name} does not exist: the bundled model is incomplete. Reinstall metaopt-lens, "
+                "or run the training script again."
+            )
+    try:
+        expected = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))["weights_sha256"]
+    except (ValueError, KeyError, TypeError):
+        raise FileFormatError(f"{folder / METRICS_FILE} is damaged: it names no weights_sha256.") from None
+    raw = (folder / WEIGHTS_FILE).read_bytes()
+    if hashlib.sha256(raw).hexdigest() != expected:
+        raise FileFormatError(
+            f"{folder / WEIGHTS_FILE} is damaged: its SHA-256 differs from the one in {METRICS_FILE}. "
+            "Reinstall metaopt-lens, or run the training script again."
+        )
+    return dict(load(raw))
+
+
+def _copy_weights(into: Mapping[str, Tensor], weights: Mapping[str, Tensor], origin: str) -> None:
+    """Copy tensors of equal names and shapes; anything missing, left over or of another shape is refused."""
+    if into.keys() != weights.keys():
+        raise FileFormatError(
+            f"{origin}: the tensors are not those of the model; "
+            f"missing {sorted(into.keys() - weights.keys())}, "
+            f"unexpected {sorted(weights.keys() - into.keys())}."
+        )
+    with torch.no_grad():
+        for name, target in into.items():
+            if target.shape != weights[name].shape:
+                raise FileFormatError(
+                    f"{origin}: {name} has shape {tuple(weights[name].shape)}, "
+                    f"the model needs {tuple(target.shape)}."
+                )
+            target.copy_(weights[name])
+
+
+def _read_model(folder: Path) -> LlamaForCausalLM:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    weights = _read_weights(folder)
+    try:
+        config = LlamaConfig.from_json_file(folder / "config.json")
+    except (ValueError, TypeError) as error:
+        raise FileFormatError(f"{folder / 'config.json'} is damaged ({error}).") from None
+    config._attn_implementation = "eager"
+    model = LlamaForCausalLM(config)
+    _copy_weights(model.state_dict(), weights, str(folder / WEIGHTS_FILE))
+    return model
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exception for a file it cannot read
+        raise FileFormatError(f"the tokenizer files in {folder} are damaged ({error}).") from error
+
+
+def _as_bridge(
+    source: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> TransformerBridge:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    parameter = source.lm_head.weight
+    bridge = TransformerBridge.boot_transformers(
+        str(folder),
+        hf_model=source,
+        tokenizer=tokenizer,
+        dtype=parameter.dtype,
+        device=str(parameter.device),
+    )
+    return bridge.eval()
+
+
+def _hooked_class() -> Any:
+    try:
+        from transformer_lens import HookedTransformer
+    except ImportError:
+        raise UnsupportedModelError(
+            "this TransformerLens has no HookedTransformer (it ended with 3.x): "
+            "use load_tiny('bridge'), or install transformer-lens<4."
+        ) from None
+    return HookedTransformer
+
+
+def _as_hooked(source: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> HookedTransformer:
+    from transformer_lens import HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions import convert_llama_weights
+
+    config, parameter = source.config, source.lm_head.weight
+    cfg = HookedTransformerConfig(
+        model_name="metaopt-lens-tiny",
+        original_architecture="LlamaForCausalLM",
+        d_model=config.hidden_size,
+        d_head=config.hidden_size // config.num_attention_heads,
+        n_heads=config.num_attention_heads,
+        d_mlp=config.intermediate_size,
+        n_layers=config.num_hidden_layers,
+        n_ctx=config.max_position_embeddings,
+        d_vocab=config.vocab_size,
+        eps=config.rms_norm_eps,
+        act_fn=config.hidden_act,
+        normalization_type="RMS",
+        final_rms=True,
+        gated_mlp=True,
+        positional_embedding_type="rotary",
+        rotary_adjacent_pairs=False,
+        rotary_dim=config.hidden_size // config.num_attention_heads,
+        rotary_base=config.rope_parameters["rope_theta"],
+        dtype=parameter.dtype,
+        device=str(parameter.device),
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="HookedTransformer is deprecated", category=DeprecationWarning
+        )
+        model = _hooked_class()(cfg, tokenizer=tokenizer)
+    _copy_weights(dict(model.named_parameters()), convert_llama_weights(source, cfg), "HookedTransformer")
+    return model.eval()

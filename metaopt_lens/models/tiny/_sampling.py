@@ -11,7 +11,7 @@ from metaopt_lens.models.tiny._vocabulary import CATEGORIES, HELD_OUT_PAIRS, LAB
 
 @dataclass(frozen=True)
 class Episode:
-    """One prompt: demonstrations, a query noun that is not among them, and its label under the same binding."""
+    """One prompt: demonstrations, a query noun that is not among them, and its label under their binding."""
 
     demos: tuple[tuple[str, str], ...]
     """(noun, label) pairs; every candidate label occurs if there are at least as many demos as categories."""

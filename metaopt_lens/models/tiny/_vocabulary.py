@@ -36,12 +36,11 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
     }.items()
 }
 
-LABELS: tuple[str, ...] = tuple(
-    (
-        "dax wug blicket toma fep zav kiki bouba gorp lorp mib nale pim rog sep tiv "
-        "vek wim yob zug blap crell drin flum glick jop kralt plonk quib snarf trell zorp"
-    ).split()
-)
+_LABELS = """
+dax wug blicket toma fep zav kiki bouba gorp lorp mib nale pim rog sep tiv
+vek wim yob zug blap crell drin flum glick jop kralt plonk quib snarf trell zorp
+"""
+LABELS: tuple[str, ...] = tuple(_LABELS.split())
 
 CATEGORY_OF: dict[str, str] = {noun: name for name, nouns in CATEGORIES.items() for noun in nouns}
 
@@ -50,7 +49,7 @@ ID_OF: dict[str, int] = {word: i for i, word in enumerate(WORDS)}
 
 
 def _held_out() -> frozenset[tuple[str, str]]:
-    # A diagonal pattern: every category loses a fifth of the labels, and every label a fifth of the categories.
+    # A diagonal pattern: every category loses a fifth of the labels, every label a fifth of the categories.
     return frozenset(
         (name, label)
         for c, name in enumerate(CATEGORIES)
@@ -66,7 +65,7 @@ HELD_OUT_PAIRS: frozenset[tuple[str, str]] = _held_out()
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """The word-level tokenizer: blanks separate words and are dropped, every newline is a token of its own.
 
-    It adds no special tokens by itself, and text cut at blanks or newlines gives the same ids in pieces as whole.
+    It adds no special tokens by itself, and text cut at blanks or newlines gives the same ids as whole.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -1,12 +1,13 @@
 """Train the bundled model from a seed: ``python -m metaopt_lens.models.tiny.train --seed 0 --out DIR``.
 
-The task cannot be solved from memory: labels are bound to categories anew in every sequence. Two things make it
-learnable in minutes on one core: rotary positions, and a curriculum from one noun a category (where copying an
-earlier label is enough) to all of them (where the model must know which nouns belong together).
+The task cannot be solved from memory: labels are bound to categories anew in every sequence. Two things make
+it learnable in minutes on one core: rotary positions, and a curriculum from one noun a category (where
+copying an earlier label is enough) to all of them (where the model must know which nouns belong together).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -20,8 +21,9 @@ import typer
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from metaopt_lens._storage import atomic_path, write_text
 from metaopt_lens.models.tiny._evaluate import measure
-from metaopt_lens.models.tiny._load import WEIGHTS_FILE, model_config
+from metaopt_lens.models.tiny._load import METRICS_FILE, WEIGHTS_FILE, model_config
 from metaopt_lens.models.tiny._sampling import sample_stream
 from metaopt_lens.models.tiny._vocabulary import BOS, ID_OF, LABELS, build_tokenizer
 
@@ -45,9 +47,9 @@ class TrainConfig:
     n_items: tuple[int, int] = (12, 24)
     n_categories: tuple[int, int] = (2, 4)
     curriculum: tuple[float, float] = (0.1, 0.5)
-    """All sequences use one noun a category before the first fraction of the steps, and all after the second."""
+    """One noun a category until the first fraction of the steps, all twelve from the second on."""
     text_weight: float = 0.1
-    """Weight of the loss on everything but labels; nouns of one category occurring together are a lesson too."""
+    """Weight of the loss on all other tokens: that nouns of one category occur together is a lesson too."""
 
 
 def n_nouns_at(step: int, config: TrainConfig) -> int:
@@ -60,7 +62,7 @@ def n_nouns_at(step: int, config: TrainConfig) -> int:
 def make_batch(
     rng: random.Random, step: int, config: TrainConfig
 ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch demo"]]:
-    """Token ids of one batch, and for each label in it how often its category occurred before (capped at 1)."""
+    """Token ids of one batch, and for each label in it 1 if its category occurred before, else 0."""
     n_items, n_nouns = rng.randint(*config.n_items), n_nouns_at(step, config)
     rows, known = [], []
     for _ in range(config.batch):
@@ -86,8 +88,8 @@ def loss_of(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """The loss trained on, and its part on labels that the sequence determines.
 
-    A category's first label cannot be known, so its target is uniform over all labels. Learning from the label
-    that happens to stand there would teach which pairs are held out, and give zero-shot preferences.
+    A category's first label cannot be known, so its target is uniform over all labels. Learning from the
+    label that happens to stand there would teach which pairs are held out, and give zero-shot preferences.
     """
     log_p = logits[:, :-1].float().log_softmax(-1)
     target = ids[:, 1:]
@@ -140,11 +142,12 @@ def train(config: TrainConfig, *, progress: bool = False) -> tuple[LlamaForCausa
                 logits = model(input_ids=ids, use_cache=False).logits
                 loss, determined = loss_of(logits, ids, known, config.text_weight)
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 losses.append(determined.item())
-                note = f"nouns {n_nouns_at(step, config)}  label loss {sum(losses[-50:]) / len(losses[-50:]):.3f}"
+                recent = losses[-50:]
+                note = f"nouns {n_nouns_at(step, config)}  label loss {sum(recent) / len(recent):.3f}"
                 bar.update(task, advance=1, note=note)
         return model.eval(), losses
     finally:
@@ -157,7 +160,8 @@ def save(model: LlamaForCausalLM, out: Path) -> None:
 
     out.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().float().contiguous() for name, t in model.state_dict().items()}
-    save_file(tensors, out / WEIGHTS_FILE, metadata={"format": "pt"})
+    with atomic_path(out / WEIGHTS_FILE) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
     model_config().save_pretrained(out)
     build_tokenizer().save_pretrained(out)
 
@@ -174,6 +178,7 @@ def main(
     seconds = time.perf_counter() - began
     save(model, out)
     metrics = {
+        "weights_sha256": hashlib.sha256((out / WEIGHTS_FILE).read_bytes()).hexdigest(),
         "seed": seed,
         "steps": steps,
         "training_seconds": round(seconds),
@@ -181,7 +186,7 @@ def main(
         "accuracy": measure(model),
     }
     text = json.dumps(metrics, indent=1)
-    (out / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    write_text(out / METRICS_FILE, text + "\n")
     typer.echo(text)
 
 
