@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from metaopt_lens._errors import PromptError
@@ -37,11 +37,11 @@ class Piece:
 class ICLPrompt:
     """Demonstrations followed by a query, in the form the template gives them.
 
-    White space at both ends of inputs, labels, query, instruction and candidates is removed: the template says
-    what stands between them. White space inside them is kept.
+    White space at both ends of inputs, labels, query, instruction and candidates is removed: the template
+    says what stands between them. White space inside them is kept.
 
     Args:
-        demos: `Demo` objects or (input, label) pairs, in the order in which the model reads them; may be empty.
+        demos: `Demo` objects or (input, label) pairs, in the order the model reads them; may be empty.
         query: the input whose label the model is to predict.
         template: the text around inputs and labels.
         instruction: text that stands before the demonstrations, and before the query in the zero-shot prompt.
@@ -97,10 +97,11 @@ class ICLPrompt:
     ) -> ICLPrompt:
         r"""Read a whole prompt, such as ``"apple : dax\nhammer : wug\npear :"``.
 
-        Blocks are split at blank lines if there are any, else at line ends. The last block is the query, taken as
-        it stands (also where it ends in a label). In the others the label is what follows the last ":" or "->",
-        or the last word where there is neither. The result's `text` equals the given text but for white space at its
-        two ends and Windows line ends; a text for which that cannot be is refused with `PromptError`.
+        Blocks are split at blank lines if there are any, else at line ends. The last block is the query,
+        taken as it stands (also where it ends in a label). In the others the label is what follows the last
+        ":" or "->", or the last word where there is neither. The result's `text` equals the given text but
+        for white space at its two ends and Windows line ends; a text for which that cannot be is refused with
+        `PromptError`.
         """
         text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
         border = _BLANK_LINES if _BLANK_LINES.search(text) else _LINE_END
@@ -117,18 +118,18 @@ class ICLPrompt:
         for number, separator in enumerate(separators[1:], start=2):
             if separator != separators[0]:
                 raise PromptError(
-                    f"block {number} ({_short(blocks[number - 1])}) is followed by {separator!r} but block 1 by "
-                    f"{separators[0]!r}: put the same separator ({kind}) after every block, with the same spaces "
-                    f"around it."
+                    f"block {number} ({_short(blocks[number - 1])}) is followed by {separator!r} but block "
+                    f"1 by {separators[0]!r}: put the same separator ({kind}) after every block, with the "
+                    f"same spaces around it."
                 )
         parts = [_split_block(number, block) for number, block in enumerate(blocks[:-1], start=1)]
         prefix = parts[0][1]
         for number, (_, other, _) in enumerate(parts, start=1):
             if other != prefix:
                 raise PromptError(
-                    f"block {number} ({_short(blocks[number - 1])}) has {other!r} before its label but block 1 has "
-                    f"{prefix!r}: write the same white space before every label, or build the prompt from Demo "
-                    f"objects if the label was not meant to begin there."
+                    f"block {number} ({_short(blocks[number - 1])}) has {other!r} before its label but "
+                    f"block 1 has {prefix!r}: write the same white space before every label, or build the "
+                    f"prompt from Demo objects if the label was not meant to begin there."
                 )
         template = Template(input="{input}", label=prefix + "{label}", separator=separators[0])
         demos = [Demo(before, word) for before, _, word in parts]
@@ -155,13 +156,20 @@ class ICLPrompt:
     def zero_shot(self) -> ICLPrompt:
         """The same prompt without demonstrations.
 
-        To run a zero-shot prompt against an in-context one, use `TokenizedPrompt.zero_shot`: it keeps the ids.
+        To run a zero-shot prompt against an in-context one, use `TokenizedPrompt.zero_shot`, which keeps ids.
         """
         return self.with_demos(())
 
     def with_demos(self, demos: Sequence[Demo | tuple[str, str]]) -> ICLPrompt:
         """The same prompt with other demonstrations."""
-        return replace(self, demos=demos)
+        return ICLPrompt(
+            demos,
+            self.query,
+            self.template,
+            self.instruction,
+            label=self.label,
+            candidates=self.candidates,
+        )
 
     def without_demo(self, index: int) -> ICLPrompt:
         """The same prompt without demonstration `index` (from 0)."""
@@ -173,13 +181,26 @@ class ICLPrompt:
         return self.with_demos(self.demos[:index] + self.demos[index + 1 :])
 
 
-def _clean_demo(index: int, demo: Demo | tuple[str, str]) -> Demo:
-    if not isinstance(demo, Demo):
-        demo = Demo(*demo)
-    for name, text in (("input", demo.input), ("label", demo.label)):
+def _clean_demo(index: int, demo: object) -> Demo:
+    fields: tuple[object, ...]
+    match demo:
+        case Demo():
+            fields = (demo.input, demo.label)
+        case (_, _):
+            fields = tuple(demo)
+        case _:
+            fields = ()
+    texts = [text for text in fields if isinstance(text, str)]
+    if len(texts) != 2:
+        raise PromptError(
+            f"demonstration {index} must be a Demo or an (input, label) pair of strings, got {demo!r}."
+        )
+    for name, text in zip(("input", "label"), texts, strict=True):
         if not text.strip():
-            raise PromptError(f"the {name} of demonstration {index} is empty: give its text, or leave it out.")
-    return Demo(demo.input.strip(), demo.label.strip())
+            raise PromptError(
+                f"the {name} of demonstration {index} is empty: give its text, or leave it out."
+            )
+    return Demo(texts[0].strip(), texts[1].strip())
 
 
 def _clean_candidates(candidates: Sequence[str]) -> tuple[str, ...]:
@@ -201,9 +222,10 @@ def _split_block(number: int, block: str) -> tuple[str, str, str]:
         before, rest = mark[0], block[mark.end() :]
         word = rest.lstrip()
         if not word:
+            sign = "->" if before.endswith("->") else ":"
             raise PromptError(
-                f"block {number} ({_short(block)}) has no label after {before[-2:] if before.endswith('->') else ':'!r}"
-                f": only the last block, the query, may end there. Write the label behind it."
+                f"block {number} ({_short(block)}) has no label after its last {sign!r}: only the last "
+                f"block, the query, may end there. Write the label behind it."
             )
         return before, rest[: len(rest) - len(word)], word
     words = _LAST_WORD.fullmatch(block)

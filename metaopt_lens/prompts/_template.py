@@ -14,9 +14,9 @@ _PLACEHOLDER = re.compile(r"\{[^{}]*\}")
 class Template:
     """The text around inputs and labels.
 
-    `input` is the text up to and including the colon; `label` is what is appended to it, so the space before a
-    label belongs to the label; `separator` follows each demonstration and counts to it. `instruction_separator`
-    follows the instruction, where a prompt has one (None: the same as `separator`).
+    `input` is the text up to and including the colon; `label` is what is appended to it, so the space before
+    a label belongs to the label; `separator` follows each demonstration and counts to it.
+    `instruction_separator` follows the instruction, where a prompt has one (None: the same as `separator`).
     """
 
     input: str = "{input} :"
@@ -29,8 +29,8 @@ class Template:
         _check_placeholder("label", self.label)
         if self.input != self.input.rstrip():
             raise PromptError(
-                f"the template's input {self.input!r} ends with white space: the space before a label belongs to "
-                f"the label, so remove it there and write label={' {label}'!r}."
+                f"the template's input {self.input!r} ends with white space: the space before a label "
+                f"belongs to the label, so remove it there and write label={' {label}'!r}."
             )
 
     def fill_input(self, text: str) -> str:
@@ -59,4 +59,6 @@ def _check_placeholder(name: str, text: str) -> None:
     else:
         others = ", ".join(part for part in found if part != wanted)
         problem = f"has a placeholder that nothing fills: {others}"
-    raise PromptError(f"the template's {name} {text!r} {problem}: it needs {wanted} once and no other {{...}}.")
+    raise PromptError(
+        f"the template's {name} {text!r} {problem}: it needs {wanted} once and no other {{...}}."
+    )

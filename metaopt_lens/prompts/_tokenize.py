@@ -38,9 +38,9 @@ def tokenize_prompt(
 ) -> TokenizedPrompt:
     """Token ids of a prompt and the spans of its parts.
 
-    BOS, the instruction with its separator, every demonstration's input, label and separator, and the query are
-    tokenised one by one without special tokens, and their ids joined. A tokenizer that puts a space before every
-    text (SentencePiece's dummy prefix) does so for the first of these texts only.
+    BOS, the instruction with its separator, every demonstration's input, label and separator, and the query
+    are tokenised one by one without special tokens, and their ids joined. A tokenizer that puts a space
+    before every text (SentencePiece's dummy prefix) does so for the first of these texts only.
 
     Args:
         prompt: the prompt.
@@ -55,8 +55,8 @@ def tokenize_prompt(
         raise OptionError(f"max_tokens must be at least 1, got {max_tokens}.")
     if require_demos and not prompt.demos:
         raise PromptError(
-            "the prompt has no demonstrations but at least one is needed: without them there is no in-context "
-            "learning to decompose. Give demos=[(input, label), ...]."
+            "the prompt has no demonstrations but at least one is needed: without them there is no "
+            "in-context learning to decompose. Give demos=[(input, label), ...]."
         )
     bos_ids = encoder.bos(prepend_bos)
     pieces = prompt.pieces()
@@ -67,7 +67,9 @@ def tokenize_prompt(
     for number, piece in enumerate(pieces):
         piece_ids = encoder.encode(piece.text, first=number == 0)
         if not piece_ids and piece.kind != "separator":
-            raise PromptError(f"the tokenizer makes no token of {_describe(piece)} {piece.text!r}: change it.")
+            raise PromptError(
+                f"the tokenizer makes no token of {_describe(piece)} {piece.text!r}: change it."
+            )
         spans[piece.kind, piece.demo] = TokenSpan(len(ids), len(ids) + len(piece_ids))
         ids += piece_ids
 
@@ -96,7 +98,7 @@ def tokenize_prompt(
 def tokenize_label(
     label: str, template: Template, tokenizer: HFTokenizer | None, *, allow_unk: bool = False
 ) -> tuple[int, ...]:
-    """Token ids of a label where it follows a query: what the model has to predict, leading space included."""
+    """Token ids of a label where it follows a query: what the model has to predict, with its space."""
     encoder = _PieceEncoder(tokenizer, allow_unk=allow_unk)
     label = label.strip()
     if not label:
@@ -145,8 +147,8 @@ class _PieceEncoder:
         word = str(self._tokenizer.convert_ids_to_tokens([self._bos])[0])
         if text.startswith(word):
             raise PromptError(
-                f"the prompt's text begins with the BOS token {word!r}: remove it from the text, and say with "
-                f"prepend_bos whether the ids begin with it."
+                f"the prompt's text begins with the BOS token {word!r}: remove it from the text, and say "
+                f"with prepend_bos whether the ids begin with it."
             )
 
     def whole(self, text: str) -> list[int]:
@@ -159,8 +161,8 @@ class _PieceEncoder:
         if not self._allow_unk and self._unk is not None and self._unk in ids:
             unknown = next((word for word in text.split() if self._unk in self.whole(word)), text.strip())
             raise PromptError(
-                f"the tokenizer does not know {unknown!r} (it becomes the unknown token {self.readable(self._unk)!r}): "
-                f"use another word, or pass allow_unk=True."
+                f"the tokenizer does not know {unknown!r} (it becomes the unknown token "
+                f"{self.readable(self._unk)!r}): use another word, or pass allow_unk=True."
             )
         return ids
 
@@ -190,8 +192,9 @@ class _PieceEncoder:
             if ids is not None and probe is not None and not self._starts_with_space(probe):
                 return ids
         raise PromptError(
-            f"the tokenizer puts a space before every text, and no way was found to tokenise {text!r} without that "
-            f"space: use a tokenizer without dummy prefix (add_prefix_space=False, where it has that option)."
+            f"the tokenizer puts a space before every text, and no way was found to tokenise {text!r} "
+            f"without that space: use a tokenizer without dummy prefix (add_prefix_space=False, where it "
+            "has that option)."
         )
 
     def _cut(self, sentinel: str, text: str) -> list[int] | None:
@@ -219,11 +222,11 @@ def _too_long(
     if not demos or n_tokens - (demos[-1].stop - demos[0].start) > max_tokens:
         rest = n_tokens - (demos[-1].stop - demos[0].start if demos else 0)
         return ContextWindowError(
-            f"{message}: even without demonstrations (0 would fit) it has {rest}. Shorten the query or instruction, "
-            f"or use a model with a longer context window."
+            f"{message}: even without demonstrations (0 would fit) it has {rest}. Shorten the query or "
+            f"instruction, or use a model with a longer context window."
         )
     fit = sum(demo.stop + len(query) <= max_tokens for demo in demos)
     return ContextWindowError(
-        f"{message}: the first {fit} of its {len(demos)} demonstrations would fit. Give fewer or shorter ones, "
-        f"or use a model with a longer context window."
+        f"{message}: the first {fit} of its {len(demos)} demonstrations would fit. Give fewer or shorter "
+        f"ones, or use a model with a longer context window."
     )

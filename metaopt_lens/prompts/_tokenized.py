@@ -12,11 +12,11 @@ from metaopt_lens._types import TokenSpan
 class TokenizedPrompt:
     """Token ids and the partition of their positions into S, D and Q (docs/theory.md, section 1).
 
-    `demos` are the demonstrations, each with the separator that follows it; `demo_inputs` and `labels` lie inside
-    them. A label's span includes the space that precedes it and excludes the separator. `tokens` are for reading:
-    a token that is no whole character is given in the tokenizer's own spelling. `matches_whole_string` says
-    whether tokenising the whole text at once gives the same ids; `zero_shot_matches_whole_string` says it for the
-    prompt that `zero_shot` returns.
+    `demos` are the demonstrations, each with the separator that follows it; `demo_inputs` and `labels` lie
+    inside them. A label's span includes the space that precedes it and excludes the separator. `tokens` are
+    for reading: a token that is no whole character is given in the tokenizer's own spelling.
+    `matches_whole_string` says whether tokenising the whole text at once gives the same ids;
+    `zero_shot_matches_whole_string` says it for the prompt that `zero_shot` returns.
     """
 
     ids: tuple[int, ...]
@@ -32,15 +32,17 @@ class TokenizedPrompt:
 
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.ids):
-            raise SpanError(f"each id needs one token string, got {len(self.ids)} ids, {len(self.tokens)} tokens.")
+            raise SpanError(
+                f"each id needs one token string, got {len(self.ids)} ids, {len(self.tokens)} tokens."
+            )
         position = 0
         for span in (self.bos, self.instruction, *self.demos, self.query):
             if span is None:
                 continue
             if span.start != position:
                 raise SpanError(
-                    f"BOS, instruction, demonstrations and query must follow each other without gap or overlap: "
-                    f"expected a span that starts at {position}, got {span}."
+                    f"BOS, instruction, demonstrations and query must follow each other without gap or "
+                    f"overlap: expected a span that starts at {position}, got {span}."
                 )
             position = span.stop
         if position != len(self.ids):
