@@ -1,0 +1,48 @@
+"""Is in-context learning a hidden gradient descent? Split every attention head and see.
+
+Names are loaded when first used, so that ``import metaopt_lens`` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from metaopt_lens._errors import MetaoptLensError as MetaoptLensError
+    from metaopt_lens._types import HeadRef as HeadRef
+    from metaopt_lens.decomposition import Decomposition as Decomposition
+    from metaopt_lens.decomposition import DecompositionSet as DecompositionSet
+    from metaopt_lens.decomposition import decompose as decompose
+    from metaopt_lens.models import wrap as wrap
+    from metaopt_lens.models.tiny import load_tiny as load_tiny
+    from metaopt_lens.prompts import Demo as Demo
+    from metaopt_lens.prompts import ICLPrompt as ICLPrompt
+    from metaopt_lens.prompts import Template as Template
+    from metaopt_lens.prompts import load_prompts as load_prompts
+
+_HOME = {
+    "Decomposition": "decomposition",
+    "DecompositionSet": "decomposition",
+    "Demo": "prompts",
+    "HeadRef": "_types",
+    "ICLPrompt": "prompts",
+    "MetaoptLensError": "_errors",
+    "Template": "prompts",
+    "decompose": "decomposition",
+    "load_prompts": "prompts",
+    "load_tiny": "models.tiny",
+    "wrap": "models",
+}
+
+__all__ = [*sorted(_HOME)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'metaopt_lens' has no attribute {name!r}")
+    value = getattr(import_module(f"metaopt_lens.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

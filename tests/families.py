@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -9,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCAB = 96
@@ -119,7 +122,7 @@ def make_hf(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, *
 
 
 @cache
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> Any:
     """A word-level tokenizer over ``w3`` ... ``w95`` (plus ':' and newline), ids equal to the numbers."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
@@ -132,9 +135,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
             pre_tokenizers.Split(Regex(r"[ \t]+"), "removed"),
         ]
     )
-    return PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", padding_side="right"
     )
+    # TransformerLens loads it again by its name, so the folder lives as long as the process.
+    folder = tempfile.mkdtemp(prefix="metaopt-lens-tokenizer-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    fast.save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def make_bridge(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
@@ -144,19 +152,15 @@ def make_bridge(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float3
 
 def bridge_of(hf_model: Any) -> Any:
     """A TransformerBridge over this transformers model, built without any hub."""
-    import tempfile
-
     from transformer_lens.model_bridge import TransformerBridge
-    from transformers import AutoTokenizer
 
     hf_model.config.architectures = [type(hf_model).__name__]
     with tempfile.TemporaryDirectory() as folder:
         hf_model.config.save_pretrained(folder)
-        tokenizer().save_pretrained(folder)
         bridge = TransformerBridge.boot_transformers(
             folder,
             hf_model=hf_model,
-            tokenizer=AutoTokenizer.from_pretrained(folder),
+            tokenizer=tokenizer(),
             dtype=hf_model.dtype,
             device="cpu",
         )
@@ -210,7 +214,6 @@ HOOKED: dict[str, dict[str, Any]] = {
         "use_qk_norm": True,
         "n_key_value_heads": 1,
     },
-    "shortformer": {"normalization_type": "LN", "positional_embedding_type": "shortformer"},
 }
 
 

@@ -1,0 +1,9 @@
+"""The only code that knows which TransformerLens class it holds."""
+
+from metaopt_lens.models._abstract import AttentionCall as AttentionCall
+from metaopt_lens.models._abstract import AttentionModel as AttentionModel
+from metaopt_lens.models._abstract import ModelInfo as ModelInfo
+from metaopt_lens.models._abstract import Prefix as Prefix
+from metaopt_lens.models._hooks import Hook as Hook
+from metaopt_lens.models._wrap import ProcessedWeightsWarning as ProcessedWeightsWarning
+from metaopt_lens.models._wrap import wrap as wrap

@@ -1,0 +1,238 @@
+"""decompose(): run a model on a prompt and split every head's output (docs/theory.md, section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from metaopt_lens._errors import OptionError, PromptError, SpanError
+from metaopt_lens._storage import provenance
+from metaopt_lens._types import TokenSpan
+from metaopt_lens.decomposition._result import Decomposition, DecompositionSet
+from metaopt_lens.dual import softmax_with_sink, weighted_values
+from metaopt_lens.extraction import QueryCapture, capture_queries, run_shared_prefix
+from metaopt_lens.models import AttentionCall, AttentionModel, Prefix, wrap
+from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_prompt
+
+Position = int | Literal["last", "all"]
+Effects = Literal["both", "plain", "none"]
+PromptLike = str | ICLPrompt
+
+
+@overload
+def decompose(
+    model: Any,
+    prompt: PromptLike,
+    *,
+    position: Position = "last",
+    zero_shot_runs: Effects = "both",
+    prepend_bos: bool | None = None,
+    grad: bool = False,
+    batch_size: int = 8,
+) -> Decomposition: ...
+
+
+@overload
+def decompose(
+    model: Any,
+    prompt: Sequence[PromptLike],
+    *,
+    position: Position = "last",
+    zero_shot_runs: Effects = "both",
+    prepend_bos: bool | None = None,
+    grad: bool = False,
+    batch_size: int = 8,
+) -> DecompositionSet: ...
+
+
+def decompose(
+    model: Any,
+    prompt: PromptLike | Sequence[PromptLike],
+    *,
+    position: Position = "last",
+    zero_shot_runs: Effects = "both",
+    prepend_bos: bool | None = None,
+    grad: bool = False,
+    batch_size: int = 8,
+) -> Decomposition | DecompositionSet:
+    """Split every attention head's output into its zero-shot part and its in-context meta-gradient part.
+
+    The demonstrations are run once and shared by all queries behind them. Exact softmax form, relaxed linear form
+    (arXiv:2212.10559, eq. 7-10) and the effects against real zero-shot runs: see docs/theory.md, section 2.
+
+    Args:
+        model: `HookedTransformer`, `TransformerBridge` or a wrapped model. It is not modified.
+        prompt: an `ICLPrompt`, or text read by `ICLPrompt.from_string`; a list of them gives a `DecompositionSet`.
+            Prompts with the same demonstrations share their pass.
+        position: which token of the query to read: ``"last"`` (the one that predicts the label), ``"all"``, or an
+            index into the whole prompt (negative counts from its end).
+        zero_shot_runs: ``"both"`` also runs the prompt without demonstrations, plainly and position-matched;
+            ``"plain"`` only plainly (then indirect and position effect are one number); ``"none"`` neither.
+        prepend_bos: put BOS first; by default if the tokenizer has one.
+        grad: keep the graph, so that gradients flow from every part to the model's weights.
+        batch_size: queries run together.
+
+    Returns:
+        A `Decomposition`, or a `DecompositionSet` in the order of the prompts.
+
+    Raises:
+        PromptError: no demonstrations, an empty piece, no tokenizer, a word the tokenizer does not know.
+        ContextWindowError: the prompt is longer than the context window.
+        SpanError: `position` is not in the query.
+        UnsupportedModelError: the architecture cannot be split.
+        NonFiniteError: NaN or infinity in the activations; names the first layer.
+    """
+    if zero_shot_runs not in {"both", "plain", "none"}:
+        raise OptionError(f"zero_shot_runs must be 'both', 'plain' or 'none', got {zero_shot_runs!r}.")
+    if batch_size < 1:
+        raise OptionError(f"batch_size must be at least 1, got {batch_size}.")
+    wrapped = wrap(model)
+    single = isinstance(prompt, str | ICLPrompt)
+    prompts = [prompt] if isinstance(prompt, str | ICLPrompt) else list(prompt)
+    if not prompts:
+        raise PromptError("no prompts: give at least one.")
+    parsed = [ICLPrompt.from_string(p) if isinstance(p, str) else p for p in prompts]
+    tokenized = [
+        tokenize_prompt(
+            p, wrapped.tokenizer, prepend_bos=prepend_bos, max_tokens=wrapped.info.n_ctx, require_demos=True
+        )
+        for p in parsed
+    ]
+    _check_vocabulary(wrapped, tokenized)
+    rows = [_destinations(t, position) for t in tokenized]
+    results: list[Decomposition | None] = [None] * len(prompts)
+    for group in _groups(tokenized):
+        shared = run_shared_prefix(wrapped, tokenized[group[0]].ids[: tokenized[group[0]].query.start], grad=grad)
+        assert shared is not None  # require_demos
+        for start in range(0, len(group), batch_size):
+            batch = group[start : start + batch_size]
+            for index, result in zip(
+                batch,
+                _decompose_batch(
+                    wrapped,
+                    [parsed[i] for i in batch],
+                    [tokenized[i] for i in batch],
+                    [rows[i] for i in batch],
+                    shared,
+                    zero_shot_runs=zero_shot_runs,
+                    keep_position_axis=position == "all",
+                    grad=grad,
+                ),
+                strict=True,
+            ):
+                results[index] = result
+    finished = tuple(result for result in results if result is not None)
+    return finished[0] if single else DecompositionSet(finished)
+
+
+def _decompose_batch(
+    model: AttentionModel,
+    prompts: list[ICLPrompt],
+    tokenized: list[TokenizedPrompt],
+    destinations: list[tuple[int, ...]],
+    shared: Prefix,
+    *,
+    zero_shot_runs: Effects,
+    keep_position_axis: bool,
+    grad: bool,
+) -> list[Decomposition]:
+    demos = tokenized[0].demonstrations
+    queries = [t.ids[t.query.start :] for t in tokenized]
+    rows = [[p - t.query.start for p in d] for t, d in zip(tokenized, destinations, strict=True)]
+    n = len(queries)
+    matched: list[QueryCapture | None] = [None] * n
+    plain: list[QueryCapture | None] = [None] * n
+    if zero_shot_runs == "both":
+        # The position-matched run is the in-context run with D knocked out at every position of Q in every layer
+        # (docs/theory.md, section 5); it rides in the same batch, so weights are read once.
+
+        def knock_out(call: AttentionCall) -> Tensor:
+            return torch.cat([call.z[:n], without_demos(call, slice(n, None), demos)])
+
+        both = capture_queries(model, shared, [*queries, *queries], [*rows, *rows], edit=knock_out, grad=grad)
+        in_context, matched = both[:n], list(both[n:])
+    else:
+        in_context = capture_queries(model, shared, queries, rows, grad=grad)
+    if zero_shot_runs != "none":
+        before = shared.truncate(demos.start)
+        plain = list(capture_queries(model, before, queries, rows, grad=grad))
+    info = provenance() | {"zero_shot_runs": zero_shot_runs}
+    prefix_k, prefix_v = torch.stack(shared.k), torch.stack(shared.v)
+    window = torch.tensor([model.score_rule(layer).window or model.info.n_ctx for layer in range(model.info.n_layers)])
+    return [
+        Decomposition(
+            model=model.info,
+            prompt=prompts[i],
+            tokenized=tokenized[i],
+            positions=destinations[i],
+            keep_position_axis=keep_position_axis,
+            q=in_context[i].q,
+            pattern=in_context[i].pattern,
+            sink=in_context[i].sink,
+            z=in_context[i].z,
+            prefix_k=prefix_k,
+            prefix_v=prefix_v,
+            query_k=in_context[i].k,
+            query_v=in_context[i].v,
+            window=window,
+            z_zero_shot=_z(plain[i]),
+            z_position_matched=_z(matched[i]),
+            provenance=info,
+            source=model,
+        )
+        for i in range(n)
+    ]
+
+
+def _z(capture: QueryCapture | None) -> Tensor | None:
+    return None if capture is None else capture.z
+
+
+def without_demos(call: AttentionCall, batch: slice, demos: TokenSpan) -> Float[Tensor, "rows dst head d_head"]:
+    """z with the demonstrations masked out, q, k and v unchanged, for some rows of the batch.
+
+    Taken from the scores rather than from the pattern: half-precision patterns flush small probabilities to 0.
+    """
+    scores = call.scores()[batch]
+    inside = torch.zeros(scores.shape[-1], dtype=torch.bool, device=scores.device)
+    inside[demos.slice] = True
+    weights, _ = softmax_with_sink(scores.masked_fill(inside, -torch.inf), call.rule.sinks)
+    return weighted_values(weights, call.v[batch]).to(call.z.dtype)
+
+
+def _groups(tokenized: list[TokenizedPrompt]) -> list[list[int]]:
+    """Indices of prompts with the same tokens up to the query, in order of first appearance."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for index, prompt in enumerate(tokenized):
+        key = (prompt.ids[: prompt.query.start], prompt.demonstrations)
+        groups.setdefault(key, []).append(index)
+    return list(groups.values())
+
+
+def _destinations(prompt: TokenizedPrompt, position: Position) -> tuple[int, ...]:
+    if position == "last":
+        return (prompt.n_tokens - 1,)
+    if position == "all":
+        return tuple(range(prompt.query.start, prompt.query.stop))
+    if not isinstance(position, int):
+        raise OptionError(f"position must be 'last', 'all' or a token index, got {position!r}.")
+    index = position + prompt.n_tokens if position < 0 else position
+    if index not in prompt.query:
+        raise SpanError(
+            f"position {position} is not in the query, which holds positions {prompt.query.start} to "
+            f"{prompt.query.stop - 1} of this prompt."
+        )
+    return (index,)
+
+
+def _check_vocabulary(model: AttentionModel, tokenized: list[TokenizedPrompt]) -> None:
+    highest = max(max(t.ids) for t in tokenized)
+    if highest >= model.info.d_vocab:
+        raise PromptError(
+            f"the tokenizer gave token id {highest}, but {model.info.name} knows only {model.info.d_vocab} tokens: "
+            "it is not this model's tokenizer."
+        )

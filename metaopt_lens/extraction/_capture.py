@@ -1,0 +1,133 @@
+"""Capture q, pattern and z at the positions asked for, and the queries' own keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from metaopt_lens._errors import NonFiniteError
+from metaopt_lens.dual import softmax_with_sink
+from metaopt_lens.models import AttentionCall, AttentionModel, Hook, Prefix
+
+
+@dataclass(frozen=True)
+class QueryCapture:
+    """What one query's pass left behind, at the destinations asked for.
+
+    Sources are the shared prefix followed by the query's own tokens.
+
+    Attributes:
+        q: query vectors as the scores see them; z: head outputs before W_O (after any edit).
+        pattern: attention probabilities; sink: probability of the attention sink (0 without sinks).
+        k, v: keys (as the scores see them) and values of the query's own tokens.
+    """
+
+    q: Float[Tensor, "dst layer head d_head"]
+    pattern: Float[Tensor, "dst layer head src"]
+    sink: Float[Tensor, "dst layer head"]
+    z: Float[Tensor, "dst layer head d_head"]
+    k: Float[Tensor, "layer pos kv_head d_head"]
+    v: Float[Tensor, "layer pos kv_head d_head"]
+
+
+def run_shared_prefix(model: AttentionModel, ids: Sequence[int], *, grad: bool = False) -> Prefix | None:
+    """Run tokens that many prompts begin with, once; None if there are none.
+
+    Raises:
+        NonFiniteError: keys or values are NaN or infinite; names the first such layer.
+    """
+    if not ids:
+        return None
+    prefix = model.run_prefix(torch.tensor(ids), grad=grad)
+    for layer, (k, v) in enumerate(zip(prefix.k, prefix.v, strict=True)):
+        _require_finite(model, layer, keys=k, values=v)
+    return prefix
+
+
+def capture_queries(
+    model: AttentionModel,
+    prefix: Prefix | None,
+    queries: Sequence[Sequence[int]],
+    destinations: Sequence[Sequence[int]],
+    *,
+    edit: Callable[[AttentionCall], Tensor | None] | None = None,
+    grad: bool = False,
+) -> list[QueryCapture]:
+    """Run queries together behind a shared prefix, ending after the last layer's attention.
+
+    Args:
+        queries: token ids of each query; shorter ones are padded on the right, where nothing sees it.
+        destinations: for each query, the positions in it to keep (counted from its first token).
+        edit: called with every layer's `AttentionCall` before W_O; what it returns replaces z.
+        grad: keep the graph.
+
+    Raises:
+        NonFiniteError: activations at the destinations are NaN or infinite; names the first such layer.
+    """
+    width = max(len(query) for query in queries)
+    tokens = torch.zeros(len(queries), width, dtype=torch.long)
+    for row, query in enumerate(queries):
+        tokens[row, : len(query)] = torch.tensor(query)
+    offset = 0 if prefix is None else prefix.n_tokens
+    layers: list[list[tuple[Tensor, ...]]] = []  # [layer][query] -> q, pattern, sink, z, k, v
+
+    def keep(call: AttentionCall) -> Tensor | None:
+        edited = edit(call) if edit is not None else None
+        z = call.z if edited is None else edited
+        sink = None
+        if call.rule.sinks is not None:
+            sink = softmax_with_sink(call.scores(), call.rule.sinks)[1]
+        rows = []
+        for row, query in enumerate(queries):
+            at = torch.as_tensor(destinations[row], device=z.device)
+            n_src = offset + len(query)
+            pattern = call.pattern[row][:, at, :n_src].transpose(0, 1)
+            own = slice(offset, n_src)
+            # Copies, so that nothing keeps the whole batch's tensors alive.
+            rows.append(
+                (
+                    call.q[row, at],
+                    pattern.clone() if sink is None or grad else pattern.contiguous(),
+                    torch.zeros_like(pattern[..., 0]) if sink is None else sink[row][:, at].T,
+                    z[row, at],
+                    call.k[row, own].clone(),
+                    call.v[row, own].clone(),
+                )
+            )
+        layers.append(rows)
+        return edited
+
+    hooks: list[Hook] = []
+    for layer in range(model.info.n_layers):
+        hooks += model.attention_hooks(layer, keep, prefix=prefix)
+    model.run(tokens, hooks=hooks, prefix=prefix, stop_after_attention=True, grad=grad)
+    captures = []
+    for row in range(len(queries)):
+        q, pattern, sink, z, k, v = zip(*(rows[row] for rows in layers), strict=True)
+        for layer in range(model.info.n_layers):
+            _require_finite(model, layer, queries=q[layer], keys=k[layer], values=v[layer], outputs=z[layer])
+        captures.append(
+            QueryCapture(
+                q=_stack(q, 1), pattern=_stack(pattern, 1), sink=_stack(sink, 1), z=_stack(z, 1),
+                k=_stack(k, 0), v=_stack(v, 0),
+            )
+        )
+    return captures
+
+
+def _stack(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """Stack layers on the first one's device (layers may live on several)."""
+    return torch.stack([t.to(tensors[0].device) for t in tensors], dim=dim)
+
+
+def _require_finite(model: AttentionModel, layer: int, **tensors: Tensor) -> None:
+    for what, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise NonFiniteError(
+                f"{model.info.name}: the {what} of layer {layer} hold NaN or infinity on this prompt "
+                f"(dtype {model.info.dtype}). In half precision, load the model in float32 or bfloat16."
+            )

@@ -1,0 +1,250 @@
+"""`TransformerBridge` of TransformerLens 3.x and 4.x."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from metaopt_lens._errors import UnsupportedModelError
+from metaopt_lens.dual import ScoreRule
+from metaopt_lens.models._abstract import AttentionModel, ModelInfo, Prefix, dtype_name
+from metaopt_lens.models._hooks import Hook, StopForward, check_hook_names
+from metaopt_lens.models._processing import processing_of
+
+if TYPE_CHECKING:
+    from transformer_lens.hook_points import HookPoint
+    from transformers import PreTrainedTokenizerBase
+
+# Rotary types whose angles depend on how long the sequence is: nothing cached stays valid.
+_LENGTH_DEPENDENT_ROTARY = {"dynamic", "longrope"}
+
+
+class BridgeModel(AttentionModel):
+    """A wrapped `TransformerBridge`."""
+
+    def __init__(self, host: Any) -> None:
+        self.host = host
+        self._hook_points: Mapping[str, HookPoint] = dict(host.hook_dict)
+        cfg = host.cfg
+        name = str(cfg.model_name)
+        _refuse_unsupported(host, self._hook_points, name)
+        self.info = ModelInfo(
+            name=name,
+            host="TransformerBridge",
+            architecture=str(cfg.architecture),
+            n_layers=cfg.n_layers,
+            n_heads=cfg.n_heads,
+            n_kv_heads=cfg.n_key_value_heads or cfg.n_heads,
+            d_model=cfg.d_model,
+            d_head=cfg.d_head,
+            d_vocab=cfg.d_vocab,
+            n_ctx=cfg.n_ctx,
+            dtype=dtype_name(next(host.original_model.parameters()).dtype),
+            positions=_positions(cfg),
+            processing=processing_of(
+                folded_norms=bool(host.compatibility_mode and host._weights_processed),
+                value_biases=[block.attn.b_V for block in host.blocks],
+                output_biases=[block.attn.b_O for block in host.blocks],
+            ),
+        )
+        self._windows = _windows(host.original_model.config, self.info.n_layers)
+        self._pattern_before_z = not all(_is_native_attention(block.attn) for block in host.blocks)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        return self.host.tokenizer  # type: ignore[no-any-return, union-attr]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.host.original_model.parameters()).device  # type: ignore[union-attr, no-any-return, operator]
+
+    @property
+    def hook_points(self) -> Mapping[str, HookPoint]:
+        return self._hook_points
+
+    @property
+    def pattern_before_z(self) -> bool:
+        return self._pattern_before_z
+
+    def _attn(self, layer: int) -> Any:
+        return self.host.blocks[layer].attn  # type: ignore[index, union-attr]
+
+    def score_rule(self, layer: int) -> ScoreRule:
+        module = self._attn(layer).original_component
+        architecture = self.info.architecture
+        slopes = None
+        if architecture == "BloomForCausalLM":
+            scale = float(module.inv_norm_factor)
+            slopes = _bloom_slopes(self.info.n_heads, self.device)
+        elif architecture == "GPTJForCausalLM":
+            scale = 1.0 / float(module.scale_attn)
+        else:
+            scale = float(getattr(module, "scaling", self.info.d_head**-0.5))
+        softcap = getattr(module, "attn_logit_softcapping", None)
+        return ScoreRule(
+            scale=scale,
+            softcap=None if softcap is None else float(softcap),
+            window=self._windows[layer],
+            alibi_slopes=slopes,
+            sinks=getattr(module, "sinks", None),
+        )
+
+    def w_o(self, layer: int) -> Tensor:
+        return self._attn(layer).W_O  # type: ignore[no-any-return]
+
+    def b_o(self, layer: int) -> Tensor | None:
+        return self._attn(layer).b_O  # type: ignore[no-any-return]
+
+    def hook_name(self, kind: str, layer: int) -> str:
+        suffix = "o.hook_out" if kind == "attn_out" else f"hook_{kind}"
+        return f"blocks.{layer}.attn.{suffix}"
+
+    def attention_input_hook(self, layer: int, use: Callable[[Tensor], None]) -> Hook:
+        return f"blocks.{layer}.attn.hook_in", use
+
+    def query_key_hooks(
+        self, layer: int, use_q: Callable[[Tensor], None], use_k: Callable[[Tensor], None], *, offset: int
+    ) -> list[Hook]:
+        from transformer_lens.model_bridge.generalized_components.joint_qkv_position_embeddings_attention import (
+            JointQKVPositionEmbeddingsAttentionBridge,
+        )
+
+        at = f"blocks.{layer}.attn"
+        if self.info.positions != "rotary":
+            return [(f"{at}.hook_q", use_q), (f"{at}.hook_k", use_k)]
+        attn = self._attn(layer)
+        if isinstance(attn, JointQKVPositionEmbeddingsAttentionBridge):
+            return _neox_hooks(attn, at, use_q, use_k)
+        if self.info.architecture == "GPTJForCausalLM":
+            return _gptj_hooks(attn.original_component, at, use_q, use_k, offset)
+        return [(f"{at}.hook_rot_q", use_q), (f"{at}.hook_rot_k", use_k)]
+
+    def _cache(self, batch: int, prefix: Prefix | None) -> Any:
+        from transformers import DynamicCache
+
+        cache = DynamicCache()  # without a config: with one, sliding layers drop keys
+        if prefix is not None:
+            for layer, (k, v) in enumerate(zip(prefix.k, prefix.v, strict=True)):
+                expanded = (t.transpose(0, 1).expand(batch, -1, -1, -1) for t in (k, v))
+                cache.update(*expanded, layer)
+        return cache
+
+    def _forward(self, tokens: Tensor, prefix: Prefix | None) -> Tensor:
+        if prefix is None:
+            return self.host(tokens)  # type: ignore[no-any-return]
+        cache = self._cache(tokens.shape[0], prefix)
+        return self.host(tokens, past_key_values=cache, use_cache=True)  # type: ignore[no-any-return]
+
+    def _forward_prefix(self, tokens: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+        try:
+            self.host(tokens)
+        except StopForward:
+            pass
+        return tuple  # the host's cache holds keys as the scores see them: nothing else to keep
+
+
+def _positions(cfg: Any) -> str:
+    kind = str(cfg.positional_embedding_type)
+    return {"standard": "learned"}.get(kind, kind)
+
+
+def _is_native_attention(attn: Any) -> bool:
+    """Whether transformers' own attention runs inside: its pattern then shows up only after z."""
+    from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+
+    return type(attn) is AttentionBridge
+
+
+def _windows(config: Any, n_layers: int) -> list[int | None]:
+    from transformers import DynamicCache
+
+    layers = DynamicCache(config=config).layers
+    windows = [getattr(layer, "sliding_window", None) for layer in layers]
+    return windows or [None] * n_layers
+
+
+def _bloom_slopes(n_heads: int, device: torch.device) -> Tensor:
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+    mask = torch.ones(1, 2, device=device)
+    return build_alibi_tensor(mask, n_heads, torch.float32)[:, 0, 1]  # type: ignore[no-any-return]
+
+
+def _neox_hooks(attn: Any, at: str, use_q: Callable[[Tensor], None], use_k: Callable[[Tensor], None]) -> list[Hook]:
+    """No rotated hook exists here, so the bridge's own rotation is applied again to what its hooks show."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(key: str) -> Callable[[Tensor], None]:
+        def store(tensor: Tensor) -> None:
+            seen[key] = tensor
+
+        return store
+
+    def at_sin(sin: Tensor) -> None:  # fires after q, k and cos
+        q, k = (seen.pop(name).transpose(1, 2) for name in ("q", "k"))
+        q, k = attn._apply_rotary_pos_emb(q, k, seen.pop("cos"), sin)
+        use_q(q.transpose(1, 2))
+        use_k(k.transpose(1, 2))
+
+    return [
+        (f"{at}.hook_q", keep("q")),
+        (f"{at}.hook_k", keep("k")),
+        (f"{at}.hook_cos", keep("cos")),
+        (f"{at}.hook_sin", at_sin),
+    ]
+
+
+def _gptj_hooks(
+    module: Any, at: str, use_q: Callable[[Tensor], None], use_k: Callable[[Tensor], None], offset: int
+) -> list[Hook]:
+    """GPT-J rotates inside transformers' own attention; its own function and table are applied again."""
+    from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb
+
+    def rotated(use: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+        def rotate(tensor: Tensor) -> None:
+            table = module.embed_positions[offset : offset + tensor.shape[1]].to(tensor.device)
+            sin, cos = (part[None] for part in table.split(table.shape[-1] // 2, dim=-1))
+            dim = module.rotary_dim
+            turned = apply_rotary_pos_emb(tensor[..., :dim], sin, cos)
+            use(torch.cat([turned, tensor[..., dim:]], dim=-1).to(tensor.dtype))
+
+        return rotate
+
+    return [(f"{at}.hook_q", rotated(use_q)), (f"{at}.hook_k", rotated(use_k))]
+
+
+def _refuse_unsupported(host: Any, hook_points: Mapping[str, HookPoint], name: str) -> None:
+    from transformer_lens.model_bridge.generalized_components.mla_attention import MLAAttentionBridge
+
+    cfg = host.cfg
+    owner = f"{name} ({cfg.architecture})"
+    config = host.original_model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{owner} is an encoder-decoder; only decoder-only models are supported.")
+    if "blocks" not in host._modules:
+        raise UnsupportedModelError(f"{owner} has no decoder blocks: encoder and other models are not supported.")
+    for layer, block in enumerate(host.blocks):
+        if "attn" not in block._modules:
+            raise UnsupportedModelError(
+                f"{owner}: layer {layer} has no attention (state-space and hybrid models are not supported)."
+            )
+        if isinstance(block.attn, MLAAttentionBridge):
+            raise UnsupportedModelError(
+                f"{owner} uses multi-head latent attention (MLA), which has no per-head key and value projection."
+            )
+        if not block.attn.is_causal:
+            raise UnsupportedModelError(f"{owner}: layer {layer} attends in both directions (an encoder).")
+    rotary = getattr(config, "rope_parameters", None) or {}
+    kinds = {str(part.get("rope_type")) for part in (rotary, *rotary.values()) if isinstance(part, dict)}
+    if kinds & _LENGTH_DEPENDENT_ROTARY:
+        raise UnsupportedModelError(
+            f"{owner} has a rotary embedding that depends on the sequence length ({', '.join(sorted(kinds))})."
+        )
+    for flag in ("use_attn_in", "use_split_qkv_input"):
+        if getattr(cfg, flag, False):
+            raise UnsupportedModelError(f"{owner}: switch {flag} off with set_{flag}(False) first.")
+    names = [f"blocks.{layer}.attn.hook_{k}" for layer in range(cfg.n_layers) for k in ("in", "q", "k", "v", "z")]
+    check_hook_names(hook_points, names, owner=owner)

@@ -1,0 +1,176 @@
+"""`HookedTransformer` of TransformerLens 3.x."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from metaopt_lens._errors import UnsupportedModelError
+from metaopt_lens.dual import ScoreRule
+from metaopt_lens.models._abstract import AttentionModel, ModelInfo, Prefix, dtype_name
+from metaopt_lens.models._hooks import Hook, StopForward
+from metaopt_lens.models._processing import processing_of
+
+if TYPE_CHECKING:
+    from transformer_lens.hook_points import HookPoint
+    from transformers import PreTrainedTokenizerBase
+
+_POSITIONS = {"standard": "learned", "rotary": "rotary", "alibi": "alibi", "none": "none"}
+_NORMALISATIONS = {"LN", "LNPre", "RMS", "RMSPre", None}
+_POST_NORM = {"Olmo2ForCausalLM", "Olmo3ForCausalLM"}
+
+
+class HookedModel(AttentionModel):
+    """A wrapped `HookedTransformer`."""
+
+    def __init__(self, host: Any) -> None:
+        cfg = host.cfg
+        _refuse_unsupported(cfg)
+        self.host = host
+        blocks = list(host.blocks)
+        self.info = ModelInfo(
+            name=str(cfg.model_name),
+            host="HookedTransformer",
+            architecture=str(cfg.original_architecture or "HookedTransformer"),
+            n_layers=cfg.n_layers,
+            n_heads=cfg.n_heads,
+            n_kv_heads=cfg.n_key_value_heads or cfg.n_heads,
+            d_model=cfg.d_model,
+            d_head=cfg.d_head,
+            d_vocab=cfg.d_vocab,
+            n_ctx=cfg.n_ctx,
+            dtype=dtype_name(blocks[0].attn.W_Q.dtype),
+            positions=_POSITIONS[cfg.positional_embedding_type],
+            processing=processing_of(
+                folded_norms=cfg.normalization_type in {"LNPre", "RMSPre"},
+                value_biases=[block.attn.b_V for block in blocks],
+                output_biases=[block.attn.b_O for block in blocks],
+            ),
+        )
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        return self.host.tokenizer  # type: ignore[no-any-return]
+
+    @property
+    def device(self) -> torch.device:
+        return self.host.W_E.device  # type: ignore[no-any-return]
+
+    @property
+    def hook_points(self) -> Mapping[str, HookPoint]:
+        return self.host.hook_dict  # type: ignore[no-any-return]
+
+    @property
+    def pattern_before_z(self) -> bool:
+        return True
+
+    def _attn(self, layer: int) -> Any:
+        return self.host.blocks[layer].attn
+
+    def score_rule(self, layer: int) -> ScoreRule:
+        cfg, attn = self.host.cfg, self._attn(layer)
+        slopes = None
+        if self.info.positions == "alibi":
+            slopes = attn.create_alibi_multipliers(cfg.n_heads, self.device).flatten()
+        return ScoreRule(
+            scale=1.0 / float(attn.attn_scale),
+            softcap=float(cfg.attn_scores_soft_cap) if cfg.attn_scores_soft_cap > 0 else None,
+            window=int(cfg.window_size) if attn.attn_type == "local" else None,
+            alibi_slopes=slopes,
+            sinks=attn.sinks if cfg.use_attention_sinks else None,
+        )
+
+    def w_o(self, layer: int) -> Tensor:
+        return self._attn(layer).W_O  # type: ignore[no-any-return]
+
+    def b_o(self, layer: int) -> Tensor | None:
+        return self._attn(layer).b_O  # type: ignore[no-any-return]
+
+    def hook_name(self, kind: str, layer: int) -> str:
+        if kind == "attn_out":
+            if self.host.cfg.use_normalization_before_and_after or self.info.architecture in _POST_NORM:
+                raise UnsupportedModelError(
+                    f"{self.info.name} normalises the attention output before the hook that shows it."
+                )
+            return f"blocks.{layer}.hook_attn_out"
+        return f"blocks.{layer}.attn.hook_{kind}"
+
+    def attention_input_hook(self, layer: int, use: Callable[[Tensor], None]) -> Hook:
+        # ln1 runs once each for q, k and v, so its hook fires three times with the same value.
+        ln1 = self.host.blocks[layer].ln1
+        kind = self.host.cfg.normalization_type
+        if kind is None or self.info.architecture in _POST_NORM:
+            return f"blocks.{layer}.hook_resid_pre", use
+
+        def scaled(normalized: Tensor) -> None:
+            x = normalized
+            if kind in {"LN", "RMS"}:
+                x = x * ln1.w
+            if kind == "LN":
+                x = x + ln1.b
+            use(x)
+
+        return f"blocks.{layer}.ln1.hook_normalized", scaled
+
+    def query_key_hooks(
+        self, layer: int, use_q: Callable[[Tensor], None], use_k: Callable[[Tensor], None], *, offset: int
+    ) -> list[Hook]:
+        def new_keys(k: Tensor) -> None:
+            use_k(k[:, offset:])  # under a cache hook_rot_k shows the cached keys too
+
+        at = f"blocks.{layer}.attn"
+        if self.info.positions == "rotary":
+            return [(f"{at}.hook_rot_q", use_q), (f"{at}.hook_rot_k", new_keys)]
+        return [(f"{at}.hook_q", use_q), (f"{at}.hook_k", use_k)]
+
+    def _run_host(self, tokens: Tensor, cache: Any) -> Tensor:
+        if self.info.positions == "alibi":
+            for block in self.host.blocks:
+                block.attn.alibi = None  # one cached from a longer run would shift all scores
+        mask = torch.ones_like(tokens)  # without it the host guesses padding from the tokens
+        return self.host(tokens, past_kv_cache=cache, attention_mask=mask)  # type: ignore[no-any-return]
+
+    def _cache(self, batch: int, prefix: Prefix | None) -> Any:
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+        cache = TransformerLensKeyValueCache.init_cache(self.host.cfg, self.device, batch)
+        if prefix is not None:
+            for entry, k, v in zip(cache.entries, prefix.host_k, prefix.v, strict=True):
+                entry.past_keys = k.expand(batch, -1, -1, -1)
+                entry.past_values = v.expand(batch, -1, -1, -1)
+            ones = torch.ones(batch, prefix.n_tokens, dtype=torch.int, device=self.device)
+            cache.previous_attention_mask = ones
+            cache.freeze()
+        return cache
+
+    def _forward(self, tokens: Tensor, prefix: Prefix | None) -> Tensor:
+        cache = None if prefix is None else self._cache(tokens.shape[0], prefix)
+        return self._run_host(tokens, cache)
+
+    def _forward_prefix(self, tokens: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+        cache = self._cache(1, None)
+        try:
+            self._run_host(tokens, cache)
+        except StopForward:
+            pass
+        return lambda: tuple(entry.past_keys[0] for entry in cache.entries)
+
+
+def _refuse_unsupported(cfg: Any) -> None:
+    reasons = {
+        f"positional embedding {cfg.positional_embedding_type!r}": cfg.positional_embedding_type not in _POSITIONS,
+        f"normalisation {cfg.normalization_type!r}": cfg.normalization_type not in _NORMALISATIONS,
+        "bidirectional attention": cfg.attention_dir != "causal",
+        "log-n scaled queries": cfg.use_logn_attn,
+        "length-dependent rotary embedding (dynamic NTK)": cfg.use_dynamic_ntk_rope,
+        "use_attn_in (switch it off with set_use_attn_in(False))": cfg.use_attn_in,
+        "use_split_qkv_input (switch it off with set_use_split_qkv_input(False))": cfg.use_split_qkv_input,
+        "ungroup_grouped_query_attention (switch it off)": cfg.ungroup_grouped_query_attention,
+        "4-bit weights": cfg.load_in_4bit,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise UnsupportedModelError(f"HookedTransformer {cfg.model_name} is not supported: {reason}.")
