@@ -1,0 +1,34 @@
+"""Similarity, recall, rank statistics, nulls and confidence intervals: pure functions of tensors."""
+
+from metaopt_lens.analysis._bootstrap import Interval as Interval
+from metaopt_lens.analysis._bootstrap import hierarchical_bootstrap as hierarchical_bootstrap
+from metaopt_lens.analysis._matrices import Factors as Factors
+from metaopt_lens.analysis._matrices import PrincipalAngles as PrincipalAngles
+from metaopt_lens.analysis._matrices import effective_rank as effective_rank
+from metaopt_lens.analysis._matrices import frobenius_cosine as frobenius_cosine
+from metaopt_lens.analysis._matrices import principal_angles as principal_angles
+from metaopt_lens.analysis._matrices import random_factors as random_factors
+from metaopt_lens.analysis._matrices import random_subspace_angles as random_subspace_angles
+from metaopt_lens.analysis._matrices import singular_values as singular_values
+from metaopt_lens.analysis._multiple import adjust_p_values as adjust_p_values
+from metaopt_lens.analysis._nulls import NullDraws as NullDraws
+from metaopt_lens.analysis._nulls import derangement as derangement
+from metaopt_lens.analysis._nulls import random_like as random_like
+from metaopt_lens.analysis._nulls import random_null as random_null
+from metaopt_lens.analysis._nulls import shuffled_null as shuffled_null
+from metaopt_lens.analysis._rank import kendall_tau as kendall_tau
+from metaopt_lens.analysis._recall import Rec2FTP as Rec2FTP
+from metaopt_lens.analysis._recall import TopKRecall as TopKRecall
+from metaopt_lens.analysis._recall import rec2ftp as rec2ftp
+from metaopt_lens.analysis._recall import topk_recall as topk_recall
+from metaopt_lens.analysis._similarity import SimAM as SimAM
+from metaopt_lens.analysis._similarity import SimAOU as SimAOU
+from metaopt_lens.analysis._similarity import cosine as cosine
+from metaopt_lens.analysis._similarity import sim_am as sim_am
+from metaopt_lens.analysis._similarity import sim_aou as sim_aou
+from metaopt_lens.analysis._similarity import sim_aou_null as sim_aou_null
+from metaopt_lens.analysis._statistic import QueryStatistic as QueryStatistic
+from metaopt_lens.analysis._training_attention import TrainingAttention as TrainingAttention
+from metaopt_lens.analysis._training_attention import context_columns as context_columns
+from metaopt_lens.analysis._training_attention import finetuning_scores as finetuning_scores
+from metaopt_lens.analysis._training_attention import training_attention as training_attention

@@ -1,0 +1,178 @@
+"""Comparison of low-rank matrices held as two factors, without ever forming them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from metaopt_lens._errors import OptionError, UndefinedMetricError
+from metaopt_lens.analysis._checks import Seed, as_generator, check_finite, check_positive
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Matrices ``left @ right`` (a TransformerLens ``FactoredMatrix`` gives ``Factors(m.A, m.B)``).
+
+    The axis between the factors need not be the rank: it may be longer than the matrix is wide.
+    """
+
+    left: Float[Tensor, "*item d_model src"]
+    right: Float[Tensor, "*item src d_head"]
+
+    def __post_init__(self) -> None:
+        if self.left.shape[-1] != self.right.shape[-2] or self.left.shape[:-2] != self.right.shape[:-2]:
+            raise OptionError(
+                "factors must multiply, with equal leading axes, got "
+                f"{tuple(self.left.shape)} and {tuple(self.right.shape)}."
+            )
+        check_finite(left=self.left, right=self.right)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the product."""
+        return self.left.shape[-2], self.right.shape[-1]
+
+
+@dataclass(frozen=True)
+class PrincipalAngles:
+    """Angles in radians, ascending, between the leading singular subspaces of two matrices.
+
+    Attributes:
+        left: between the column spaces (outputs).
+        right: between the row spaces (inputs).
+        d_left, d_right: the dimensions of the surrounding spaces.
+    """
+
+    left: Float[Tensor, "*item rank"]
+    right: Float[Tensor, "*item rank"]
+    d_left: int
+    d_right: int
+
+    @property
+    def overlap(self) -> Float[Tensor, "*item 2"]:
+        """Mean squared cosine of the left and of the right angles: 1 for equal subspaces."""
+        return torch.stack([self.left.cos().square().mean(-1), self.right.cos().square().mean(-1)], -1)
+
+    @property
+    def chance(self) -> tuple[float, float]:
+        """Expected overlap of random subspaces: their dimension over that of the space."""
+        k = self.left.shape[-1]
+        return k / self.d_left, k / self.d_right
+
+
+def frobenius_cosine(first: Factors, second: Factors) -> Float[Tensor, ...]:
+    """Cosine of two matrices in the Frobenius inner product, in float64; NaN where a matrix is zero."""
+    _check_comparable(first, second)
+    # reducing each matrix to its singular values first would be exact for a norm, but costs far more
+    norms = (_inner(first, first).clamp_min(0) * _inner(second, second).clamp_min(0)).sqrt()
+    return _inner(first, second) / norms
+
+
+def singular_values(matrix: Factors) -> Float[Tensor, "*item rank"]:
+    """Singular values, descending, in float64; as many as the factors allow to be non-zero."""
+    return _svd(matrix)[1]
+
+
+def principal_angles(first: Factors, second: Factors, *, k: int) -> PrincipalAngles:
+    """Principal angles between the spaces of the k leading singular vectors of two matrices.
+
+    `UndefinedMetricError` if a matrix has rank below k: its k-th singular direction is arbitrary.
+    """
+    _check_comparable(first, second)
+    check_positive(k=k)
+    bases = []
+    for name, matrix in (("first", first), ("second", second)):
+        left, values, right = _svd(matrix)
+        rank = int((values > _threshold(matrix, values)).sum(-1).min()) if values.numel() else 0
+        if k > rank:
+            raise UndefinedMetricError(
+                f"{k} leading singular directions are asked for, but the {name} matrix has rank {rank}: "
+                f"choose k <= {rank}."
+            )
+        bases.append((left[..., :k], right[..., :k]))
+    (left_a, right_a), (left_b, right_b) = bases
+    return PrincipalAngles(
+        left=_angles(left_a, left_b),
+        right=_angles(right_a, right_b),
+        d_left=first.shape[0],
+        d_right=first.shape[1],
+    )
+
+
+def effective_rank(matrix: Factors) -> Float[Tensor, ...]:
+    """Exponential of the entropy of the singular values divided by their sum (Roy & Vetterli 2007).
+
+    Between 1 and the rank; NaN where the matrix is zero.
+    """
+    values = singular_values(matrix)
+    share = values / values.sum(-1, keepdim=True)
+    rank: Tensor = torch.special.entr(share).sum(-1).exp()
+    return rank
+
+
+def random_factors(like: Factors, *, seed: Seed) -> Factors:
+    """Gaussian factors of the same sizes, scaled so that each product keeps the given Frobenius norm."""
+    generator = as_generator(seed)
+    left, right = (
+        torch.randn(factor.shape, generator=generator, dtype=torch.float64).to(factor.device)
+        for factor in (like.left, like.right)
+    )
+    draw = Factors(left, right)
+    scale = (_inner(like, like).clamp_min(0) / _inner(draw, draw)).sqrt()
+    return Factors(left * scale[..., None, None], right)
+
+
+def random_subspace_angles(d: int, k: int, *, n_draws: int, seed: Seed) -> Float[Tensor, "item rank"]:
+    """Principal angles between pairs of independent, uniformly drawn k-dimensional subspaces of R^d."""
+    check_positive(d=d, k=k, n_draws=n_draws)
+    if k > d:
+        raise OptionError(f"a subspace of {d} dimensions has at most {d}, got k={k}: choose k <= {d}.")
+    generator = as_generator(seed)
+    # only the relative position matters, so one of the two may be the first k axes
+    draws = torch.randn(n_draws, d, k, generator=generator, dtype=torch.float64)
+    fixed = torch.eye(d, k, dtype=torch.float64).expand(n_draws, d, k)
+    return _angles(fixed, torch.linalg.qr(draws).Q)
+
+
+def _check_comparable(first: Factors, second: Factors) -> None:
+    if first.shape != second.shape or first.left.shape[:-2] != second.left.shape[:-2]:
+        raise OptionError(
+            f"matrices of one shape are needed, got {tuple(first.left.shape[:-2])} of {first.shape} "
+            f"and {tuple(second.left.shape[:-2])} of {second.shape}: compare the same heads."
+        )
+
+
+def _inner(a: Factors, b: Factors) -> Tensor:
+    """Frobenius inner product: trace of (A_l A_r)ᵀ B_l B_r = sum of (A_lᵀ B_l) * (A_r B_rᵀ)."""
+    left = a.left.double().mT @ b.left.double()
+    right = a.right.double() @ b.right.double().mT
+    return (left * right).sum((-2, -1))
+
+
+def _svd(matrix: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """Left singular vectors, singular values, right singular vectors, through two QR factorisations."""
+    q_left, r_left = torch.linalg.qr(matrix.left.double())
+    q_right, r_right = torch.linalg.qr(matrix.right.double().mT)
+    u, values, v = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
+    return q_left @ u, values, q_right @ v.mT
+
+
+def _threshold(matrix: Factors, values: Tensor) -> Tensor:
+    # the usual rank tolerance, with the factors' own size: cancellation between them is rounding as well
+    scale = matrix.left.double().norm(dim=(-2, -1)) * matrix.right.double().norm(dim=(-2, -1))
+    eps = torch.finfo(matrix.left.dtype).eps
+    return (torch.maximum(values[..., 0], scale / math.sqrt(values.shape[-1])) * eps * max(matrix.shape))[
+        ..., None
+    ]
+
+
+def _angles(a: Tensor, b: Tensor) -> Tensor:
+    """Principal angles between orthonormal bases, accurate for small angles too (Björck & Golub 1973)."""
+    product = a.mT @ b
+    cosines = torch.linalg.svdvals(product).clamp(max=1)
+    sines = torch.linalg.svdvals(b - a @ product).clamp(max=1).flip(-1)
+    return torch.where(cosines**2 < 0.5, cosines.acos(), sines.asin())

@@ -1,0 +1,123 @@
+"""Null distributions of a similarity: against random vectors, and against another query's update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from metaopt_lens._errors import OptionError
+from metaopt_lens.analysis._checks import Seed, as_generator, check_finite, check_positive, check_same_shape
+from metaopt_lens.analysis._similarity import cosine
+
+Similarity = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class NullDraws:
+    """A similarity recomputed many times where it can only be chance.
+
+    Attributes:
+        values: one number per draw (first axis) and query, and per layer (head); NaN where undefined.
+        kind: ``random`` (zero-mean Gaussian vectors), ``random uniform [0, 1)`` (the published
+            baseline) or ``shuffled``.
+    """
+
+    values: Float[Tensor, "item query ..."]
+    kind: Literal["random", "random uniform [0, 1)", "shuffled"]
+
+    def means(self) -> Float[Tensor, "item ..."]:
+        """Mean over the queries, one per draw."""
+        return self.values.nanmean(1)
+
+    def mean(self) -> Float[Tensor, ...]:
+        """Mean over draws and queries."""
+        return self.values.flatten(0, 1).nanmean(0)
+
+    def p_value(self, observed: Float[Tensor, ...]) -> Float[Tensor, ...]:
+        """One-sided p of an observed mean over the queries: (1 + draws at least as large) / (1 + draws)."""
+        means = self.means()
+        if observed.shape != means.shape[1:]:
+            raise OptionError(
+                f"observed must have the shape of one draw's mean, {tuple(means.shape[1:])}, "
+                f"got {tuple(observed.shape)}: average over the queries first."
+            )
+        return (1 + (means >= observed).sum(0)).double() / (1 + len(means))
+
+
+def random_like(
+    vectors: Float[Tensor, "*item d_model"], *, seed: Seed, reference: bool = False
+) -> Float[Tensor, "*item d_model"]:
+    """Random vectors in place of the given ones, in float64.
+
+    By default zero-mean, isotropic, and each of the norm of the vector it replaces; with ``reference=True``
+    uniform on [0, 1) in every coordinate, as the published baseline: all-positive, so any two of them have
+    cosine near 3/4.
+    """
+    generator = as_generator(seed)
+    if reference:
+        return torch.rand(vectors.shape, generator=generator, dtype=torch.float64).to(vectors.device)
+    draw = torch.randn(vectors.shape, generator=generator, dtype=torch.float64).to(vectors.device)
+    matched: Tensor = draw * (vectors.double().norm(dim=-1, keepdim=True) / draw.norm(dim=-1, keepdim=True))
+    return matched
+
+
+def random_null(
+    first: Float[Tensor, "query *item d_model"],
+    second: Float[Tensor, "query *item d_model"],
+    *,
+    n_draws: int,
+    seed: Seed,
+    reference: bool = False,
+    similarity: Similarity | None = None,
+) -> NullDraws:
+    """Similarity of `first` with random vectors in place of `second` (see `random_like` for `reference`).
+
+    `similarity` maps two such tensors to one number per query and layer; the cosine if not given.
+    """
+    check_same_shape(first=first, second=second)
+    check_finite(first=first, second=second)
+    check_positive(n_draws=n_draws)
+    generator = as_generator(seed)
+    similar = similarity or partial(cosine, reference=reference)
+    draws = [similar(first, random_like(second, seed=generator, reference=reference)) for _ in range(n_draws)]
+    return NullDraws(torch.stack(draws), "random uniform [0, 1)" if reference else "random")
+
+
+def shuffled_null(
+    first: Float[Tensor, "query *item d_model"],
+    second: Float[Tensor, "query *item d_model"],
+    *,
+    n_draws: int,
+    seed: Seed,
+    similarity: Similarity | None = None,
+) -> NullDraws:
+    """Similarity of each query's `first` with another query's `second`.
+
+    What remains is what all queries share; only the excess over it says anything about a query. Every draw is
+    a derangement: no query meets itself.
+    """
+    check_same_shape(first=first, second=second)
+    check_finite(first=first, second=second)
+    check_positive(n_draws=n_draws)
+    generator = as_generator(seed)
+    similar = similarity or cosine
+    draws = [similar(first, second[derangement(len(first), seed=generator)]) for _ in range(n_draws)]
+    return NullDraws(torch.stack(draws), "shuffled")
+
+
+def derangement(n: int, *, seed: Seed) -> Int[Tensor, " query"]:
+    """A permutation of n things, drawn uniformly from those that leave nothing in its place."""
+    if n < 2:
+        raise OptionError(f"a shuffle that moves every query needs at least 2 queries, got {n}: add queries.")
+    generator = as_generator(seed)
+    here = torch.arange(n)
+    while True:  # each attempt succeeds with probability about 1/e
+        order = torch.randperm(n, generator=generator)
+        if not bool((order == here).any()):
+            return order

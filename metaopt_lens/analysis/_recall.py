@@ -1,0 +1,149 @@
+"""Recall of finetuning by in-context learning: of predictions (Rec2FTP) and of the top-k attended tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from metaopt_lens._errors import OptionError, UndefinedMetricError
+from metaopt_lens.analysis._checks import check_finite, check_positive, check_same_shape
+from metaopt_lens.analysis._statistic import QueryStatistic
+
+
+@dataclass(frozen=True)
+class Rec2FTP:
+    """Of the queries that finetuning corrects, the share (in percent) that in-context learning corrects too.
+
+    Attributes:
+        both: queries wrong zero-shot and right both finetuned and in context.
+        ft: queries wrong zero-shot and right finetuned (the denominator).
+        icl: queries wrong zero-shot and right in context.
+        zs_wrong: queries wrong zero-shot.
+        n_queries: all queries.
+    """
+
+    both: int
+    ft: int
+    icl: int
+    zs_wrong: int
+    n_queries: int
+
+    @property
+    def value(self) -> float | None:
+        """The percentage, or None if finetuning corrected nothing."""
+        return self.both / self.ft * 100 if self.ft else None
+
+    @property
+    def base_rate(self) -> float | None:
+        """100 P(ICL right | zero-shot wrong): what Rec2FTP is if finetuning tells nothing about ICL."""
+        return self.icl / self.zs_wrong * 100 if self.zs_wrong else None
+
+    @property
+    def undefined(self) -> str | None:
+        """Why there is no value; None if there is one."""
+        if self.ft:
+            return None
+        return f"finetuning corrected none of the {self.zs_wrong} queries that were wrong zero-shot"
+
+    def require(self) -> float:
+        """The percentage, or `UndefinedMetricError`."""
+        if self.value is None:
+            raise UndefinedMetricError(
+                f"Rec2FTP is undefined: {self.undefined} ({self.n_queries} queries in all). "
+                "Use more queries, or a finetuning that changes predictions."
+            )
+        return self.value
+
+
+def rec2ftp(
+    zs_correct: Bool[Tensor, " query"],
+    icl_correct: Bool[Tensor, " query"],
+    ft_correct: Bool[Tensor, " query"],
+    *,
+    reference: bool = False,
+) -> Rec2FTP:
+    """Rec2FTP, with the base rate without which it cannot be read.
+
+    The published code divides by zero and stops where finetuning corrected nothing, and gives no base rate.
+    By default the result then has ``value`` None and says why in ``undefined``; ``reference=True`` stops too,
+    with `UndefinedMetricError`.
+    """
+    check_same_shape(zs_correct=zs_correct, icl_correct=icl_correct, ft_correct=ft_correct)
+    wrong = ~zs_correct
+    result = Rec2FTP(
+        both=int((wrong & ft_correct & icl_correct).sum()),
+        ft=int((wrong & ft_correct).sum()),
+        icl=int((wrong & icl_correct).sum()),
+        zs_wrong=int(wrong.sum()),
+        n_queries=len(zs_correct),
+    )
+    if reference:
+        result.require()
+    return result
+
+
+@dataclass(frozen=True)
+class TopKRecall:
+    """Overlap of the k largest entries of two vectors, as a fraction of k.
+
+    Attributes:
+        per_query: one number per query (and layer).
+        k: how many entries count as top.
+        n: how many there are to choose from.
+        reference: whether the published code's choices were used.
+    """
+
+    per_query: QueryStatistic
+    k: int
+    n: int
+    reference: bool
+
+    @property
+    def chance(self) -> float:
+        """Expected recall of a random choice of k entries: k / n."""
+        return self.k / self.n
+
+
+def topk_recall(
+    first: Float[Tensor, "query *item src"],
+    second: Float[Tensor, "query *item src"],
+    *,
+    k: int,
+    reference: bool = False,
+) -> TopKRecall:
+    """Recall of the top k of `second` by the top k of `first`, at token or at example level.
+
+    Default and reference differ only where ties lie across the k-th place: the published code keeps whatever
+    numpy's unstable argsort puts first (``reference=True``), the default is the expected recall when ties are
+    broken at random in each vector. The published random baseline draws indices with replacement;
+    ``chance`` is its expectation.
+    """
+    check_same_shape(first=first, second=second)
+    check_finite(first=first, second=second)
+    check_positive(k=k)
+    n = first.shape[-1]
+    if k > n:
+        raise OptionError(
+            f"top-{k} recall needs at least {k} entries, but there are only {n}: "
+            f"choose k <= {n}, or use more demonstrations."
+        )
+    member = _published_membership if reference else _membership
+    values = (member(first, k) * member(second, k)).sum(-1) / k
+    return TopKRecall(QueryStatistic(values, "never"), k=k, n=n, reference=reference)
+
+
+def _membership(x: Tensor, k: int) -> Tensor:
+    """Probability of each entry to be among the top k when ties are broken at random."""
+    threshold = x.topk(k, dim=-1).values[..., -1:]
+    above, level = x > threshold, x == threshold
+    share = (k - above.sum(-1, keepdim=True)).double() / level.sum(-1, keepdim=True)
+    return above.double() + level * share
+
+
+def _published_membership(x: Tensor, k: int) -> Tensor:
+    top = np.argsort(-x.detach().cpu().double().numpy(), axis=-1)[..., :k]
+    return torch.zeros(x.shape, dtype=torch.float64).scatter_(-1, torch.from_numpy(top), 1.0)
