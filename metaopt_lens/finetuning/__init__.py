@@ -1,0 +1,10 @@
+"""Explicit finetuning on a frozen base: updates dW_K, dW_V, ... as values made of hooks (docs/theory.md, section 3)."""
+
+from metaopt_lens.finetuning._examples import TrainingExample as TrainingExample
+from metaopt_lens.finetuning._examples import training_examples as training_examples
+from metaopt_lens.finetuning._finetune import finetune as finetune
+from metaopt_lens.finetuning._learning_rate import LearningRateChoice as LearningRateChoice
+from metaopt_lens.finetuning._learning_rate import choose_learning_rate as choose_learning_rate
+from metaopt_lens.finetuning._settings import FinetuneSettings as FinetuneSettings
+from metaopt_lens.finetuning._update import StepFactors as StepFactors
+from metaopt_lens.finetuning._update import WeightUpdate as WeightUpdate

@@ -2,6 +2,7 @@
 
 from metaopt_lens.models._abstract import AttentionCall as AttentionCall
 from metaopt_lens.models._abstract import AttentionModel as AttentionModel
+from metaopt_lens.models._abstract import Intervention as Intervention
 from metaopt_lens.models._abstract import ModelInfo as ModelInfo
 from metaopt_lens.models._abstract import Prefix as Prefix
 from metaopt_lens.models._hooks import Hook as Hook

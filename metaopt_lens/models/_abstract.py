@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -125,6 +125,14 @@ class Prefix:
         )
 
 
+class Intervention(Protocol):
+    """A change to a model that is nothing but hooks: a weight update, a meta-gradient, a knock-out, momentum."""
+
+    def hooks(self, model: AttentionModel) -> list[Hook]:
+        """The hooks that make the change; raises if it was made for another model."""
+        ...
+
+
 AttentionCallback = Callable[[AttentionCall], Tensor | None]
 
 
@@ -168,6 +176,18 @@ class AttentionModel(ABC):
     def hook_name(self, kind: str, layer: int) -> str:
         """Name of the hook point of `kind`: `"q"`, `"k"`, `"v"` (before rotary and QK-norm), `"z"`, `"pattern"`,
         `"attn_out"` (attention output after W_O, before any norm)."""
+
+    @abstractmethod
+    def has_bias(self, projection: str, layer: int) -> bool:
+        """Whether projection `"q"`, `"k"`, `"v"` or `"o"` of a layer has a bias."""
+
+    @abstractmethod
+    def residual_hook(self, end: str, layer: int) -> str:
+        """Name of the hook point on the residual stream before (`"pre"`) or after (`"post"`) a block."""
+
+    @abstractmethod
+    def early_exit(self, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
+        """Final norm, unembedding and soft-cap applied to any residual stream; after the last block, the logits."""
 
     @abstractmethod
     def attention_input_hook(self, layer: int, use: Callable[[Tensor], None]) -> Hook:

@@ -98,6 +98,18 @@ class BridgeModel(AttentionModel):
     def b_o(self, layer: int) -> Tensor | None:
         return self._attn(layer).b_O  # type: ignore[no-any-return]
 
+    def has_bias(self, projection: str, layer: int) -> bool:
+        return getattr(self._attn(layer), f"b_{projection.upper()}") is not None
+
+    def residual_hook(self, end: str, layer: int) -> str:
+        return f"blocks.{layer}.hook_resid_{end}"
+
+    def early_exit(self, residual: Tensor) -> Tensor:
+        normed = self.host.ln_final(residual) if "ln_final" in self.host._modules else residual
+        logits: Tensor = self.host.unembed(normed)
+        cap = getattr(self.host.original_model.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
     def hook_name(self, kind: str, layer: int) -> str:
         suffix = "o.hook_out" if kind == "attn_out" else f"hook_{kind}"
         return f"blocks.{layer}.attn.{suffix}"

@@ -89,6 +89,17 @@ class HookedModel(AttentionModel):
     def b_o(self, layer: int) -> Tensor | None:
         return self._attn(layer).b_O  # type: ignore[no-any-return]
 
+    def has_bias(self, projection: str, layer: int) -> bool:  # noqa: ARG002 - a HookedTransformer has them all
+        return True
+
+    def residual_hook(self, end: str, layer: int) -> str:
+        return f"blocks.{layer}.hook_resid_{end}"
+
+    def early_exit(self, residual: Tensor) -> Tensor:
+        logits: Tensor = self.host.unembed(self.host.ln_final(residual))
+        cap = self.host.cfg.output_logits_soft_cap
+        return cap * torch.tanh(logits / cap) if cap > 0 else logits
+
     def hook_name(self, kind: str, layer: int) -> str:
         if kind == "attn_out":
             if self.host.cfg.use_normalization_before_and_after or self.info.architecture in _POST_NORM:

@@ -1,0 +1,232 @@
+"""finetune(): gradient descent on a frozen base (docs/theory.md, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from metaopt_lens._errors import ModelMismatchError, NonFiniteError, OptionError, PromptError
+from metaopt_lens.finetuning._examples import TrainingExample, text_examples, training_examples
+from metaopt_lens.finetuning._losses import layer_causal_losses, ordinary_loss
+from metaopt_lens.finetuning._settings import FinetuneSettings, Loss, Order, Projection, Readout
+from metaopt_lens.finetuning._update import StepFactors, WeightUpdate
+from metaopt_lens.models import AttentionModel, Hook, wrap
+from metaopt_lens.prompts import Demo, ICLPrompt, Template
+
+
+def finetune(
+    model: Any,
+    demos: ICLPrompt | Sequence[Demo | tuple[str, str]] | Sequence[str],
+    *,
+    lr: float,
+    epochs: int = 1,
+    projections: Sequence[Projection] = ("k", "v"),
+    bias: bool = True,
+    optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
+    optimizer_options: dict[str, Any] | None = None,
+    loss: Loss = "all",
+    order: Order = "given",
+    batch_size: int | None = 1,
+    layer_causal: bool = False,
+    readout: Readout = "block",
+    seed: int = 0,
+    template: Template | None = None,
+    prepend_bos: bool | None = None,
+    keep_factors: bool = False,
+    allow_processed: bool = False,
+    progress: bool = True,
+) -> WeightUpdate:
+    """Learn the demonstrations by gradient descent, next to the model rather than in it.
+
+    A hook adds ``x_i dW_K + db_K`` to every key before rotary and QK-norm (values likewise), and dW starts at 0; SGD
+    on dW is SGD on the projection itself. Defaults are the setting of arXiv:2212.10559: see `FinetuneSettings`.
+
+    Args:
+        model: `HookedTransformer`, `TransformerBridge` or a wrapped model; never modified.
+        demos: demonstrations, an `ICLPrompt` (its demonstrations and template are taken), or plain texts.
+        template: the text around input and label; the prompt's own for an `ICLPrompt`.
+        keep_factors: also keep every step's inputs, error signals and queries (memory: steps x layers x tokens).
+        allow_processed: accept a model with folded norms or biases, whose update is another one.
+        progress: show a progress bar (on a terminal).
+
+    Other arguments: see `FinetuneSettings`.
+
+    Returns:
+        A `WeightUpdate`.
+
+    Raises:
+        OptionError: a setting that makes no sense (lr not finite or not positive, unknown projection, ...).
+        PromptError: no demonstrations, or one that cannot be tokenised.
+        ModelMismatchError: the model's weights are processed and `allow_processed` is not set.
+        NonFiniteError: a loss became NaN or infinite; nothing is half-applied.
+    """
+    settings = FinetuneSettings(
+        lr=float(lr),
+        epochs=epochs,
+        projections=tuple(projections),
+        bias=bias,
+        optimizer=optimizer.__name__,
+        optimizer_options=dict(optimizer_options or {}),
+        loss=loss,
+        order=order if isinstance(order, str) else tuple(order),
+        batch_size=batch_size,
+        layer_causal=layer_causal,
+        readout=readout,
+        seed=seed,
+    )
+    wrapped = wrap(model)
+    require_raw_weights(wrapped, allow_processed=allow_processed)
+    examples = _examples(wrapped, demos, template=template, loss=loss, prepend_bos=prepend_bos)
+    schedule = list(_schedule(len(examples), settings))
+    parameters = _parameters(wrapped, settings)
+    update = WeightUpdate(wrapped.info, **parameters)
+    stepper = optimizer(list(parameters.values()), lr=settings.lr, **settings.optimizer_options)
+    losses: list[float] = []
+    factors: list[StepFactors] = []
+    for step, indices in enumerate(tqdm(schedule, desc="finetuning", unit="step", disable=None if progress else True)):
+        batch = [examples[i] for i in indices]
+        recorder = _Recorder(wrapped, settings.projections) if keep_factors else None
+        value = _loss(wrapped, batch, update, settings, recorder)
+        losses.append(float(value))
+        if not torch.isfinite(value):
+            raise NonFiniteError(
+                f"the loss became {losses[-1]} at step {step} of {len(schedule)} (lr {settings.lr:g}): try a smaller "
+                "learning rate. The model is unchanged."
+            )
+        signals = [] if recorder is None else recorder.changed()
+        gradients = torch.autograd.grad(value, [*parameters.values(), *signals])
+        if recorder is not None:
+            factors.append(recorder.factors(gradients[len(parameters) :], batch))
+        for parameter, gradient in zip(parameters.values(), gradients, strict=False):
+            parameter.grad = gradient
+        stepper.step()
+        stepper.zero_grad()
+    final = {name: parameter.detach() for name, parameter in parameters.items()}
+    return WeightUpdate(
+        wrapped.info,
+        **final,
+        losses=tuple(losses),
+        settings=settings,
+        factors=tuple(factors) if keep_factors else None,
+    )
+
+
+def require_raw_weights(model: AttentionModel, *, allow_processed: bool) -> None:
+    """Raise `ModelMismatchError` for folded weights: finetuning and dW depend on the parametrisation."""
+    if model.info.is_processed and not allow_processed:
+        raise ModelMismatchError(
+            f"{model.info.name} has {' and '.join(model.info.processing)}, which changes what finetuning does. Load it "
+            "with from_pretrained_no_processing (or without enable_compatibility_mode), or pass allow_processed=True."
+        )
+
+
+def _examples(
+    model: AttentionModel, demos: Any, *, template: Template | None, loss: Loss, prepend_bos: bool | None
+) -> list[TrainingExample]:
+    if isinstance(demos, str):
+        raise PromptError("finetune needs demonstrations, an ICLPrompt or a list of texts, got one string.")
+    if not isinstance(demos, ICLPrompt) and demos and all(isinstance(d, str) for d in demos):
+        return text_examples(model, demos, prepend_bos=prepend_bos)
+    return training_examples(model, demos, template=template, loss=loss, prepend_bos=prepend_bos)
+
+
+def _schedule(n_examples: int, settings: FinetuneSettings) -> Iterator[list[int]]:
+    """Indices of the examples of every step."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    size = settings.batch_size or n_examples
+    for _ in range(settings.epochs):
+        if settings.order == "shuffled":
+            order = torch.randperm(n_examples, generator=generator).tolist()
+        elif settings.order == "reversed":
+            order = list(reversed(range(n_examples)))
+        elif settings.order == "given":
+            order = list(range(n_examples))
+        else:
+            order = list(settings.order)
+            if sorted(order) != list(range(n_examples)):
+                raise OptionError(f"order must be a permutation of 0 to {n_examples - 1}, got {order}.")
+        for start in range(0, n_examples, size):
+            yield order[start : start + size]
+
+
+def _parameters(model: AttentionModel, settings: FinetuneSettings) -> dict[str, Tensor]:
+    """Zero updates of the projections' shapes, as leaves that ask for gradients."""
+    info = model.info
+    dtype = getattr(torch, info.dtype)
+    dtype = torch.float32 if dtype in {torch.float16, torch.bfloat16} else dtype
+    layers = range(info.n_layers)
+    parameters: dict[str, Tensor] = {}
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.zeros(info.n_layers, *shape, dtype=dtype, device=model.device, requires_grad=True)
+
+    for projection in settings.projections:
+        heads = info.n_kv_heads if projection in "kv" else info.n_heads
+        is_out = projection == "o"
+        parameters[f"w_{projection}"] = leaf(heads, info.d_head, info.d_model) if is_out else leaf(heads, info.d_model, info.d_head)
+        with_bias = {model.has_bias(projection, layer) for layer in layers}
+        if settings.bias and with_bias == {True}:
+            parameters[f"b_{projection}"] = leaf(info.d_model) if is_out else leaf(heads, info.d_head)
+    return parameters
+
+
+def _loss(
+    model: AttentionModel,
+    batch: list[TrainingExample],
+    update: WeightUpdate,
+    settings: FinetuneSettings,
+    recorder: _Recorder | None,
+) -> Tensor:
+    hooks: list[Hook] = []
+    for layer in range(model.info.n_layers):
+        hooks += update.layer_hooks(model, layer, None if recorder is None else recorder.layer(layer))
+        if recorder is not None:
+            hooks += recorder.query_hooks(layer)
+    if settings.layer_causal:
+        return layer_causal_losses(model, batch, hooks, settings.readout).sum()
+    return ordinary_loss(model, batch, hooks)
+
+
+class _Recorder:
+    """Collects inputs and changed projections of one step, in layer order."""
+
+    def __init__(self, model: AttentionModel, projections: Sequence[str]) -> None:
+        self._model = model
+        self._names = [p for p in ("q", "k", "v") if p in projections]
+        self._x: dict[int, Tensor] = {}
+        self._queries: dict[int, Tensor] = {}
+        self._changed: dict[tuple[str, int], Tensor] = {}
+
+    def layer(self, layer: int) -> Any:
+        def seen(name: str, tensor: Tensor) -> None:
+            if name == "x":
+                self._x[layer] = tensor.detach()
+            elif name != "o":
+                self._changed[name, layer] = tensor
+
+        return seen
+
+    def query_hooks(self, layer: int) -> list[Hook]:
+        def keep(tensor: Tensor) -> None:
+            self._queries[layer] = tensor.detach()
+
+        return [(self._model.hook_name("q", layer), keep)]
+
+    def changed(self) -> list[Tensor]:
+        return [self._changed[name, layer] for name in self._names for layer in range(self._model.info.n_layers)]
+
+    def factors(self, gradients: Sequence[Tensor], batch: list[TrainingExample]) -> StepFactors:
+        n = self._model.info.n_layers
+        errors = {name: torch.stack(list(gradients[i * n : (i + 1) * n])) for i, name in enumerate(self._names)}
+        return StepFactors(
+            x=torch.stack([self._x[layer] for layer in range(n)]),
+            e_q=errors.get("q"),
+            e_k=errors.get("k"),
+            e_v=errors.get("v"),
+            q=torch.stack([self._queries[layer] for layer in range(n)]),
+            n_tokens=tuple(len(example.ids) for example in batch),
+        )

@@ -1,0 +1,283 @@
+"""A weight update that lives beside the model: dW and db per layer and head, applied by hooks."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from metaopt_lens._errors import FileFormatError, HeadError, ModelMismatchError, OptionError
+from metaopt_lens._storage import load_result, save_result
+from metaopt_lens._types import HeadRef
+from metaopt_lens.finetuning._settings import PROJECTIONS, FinetuneSettings
+from metaopt_lens.models import AttentionModel, Hook, ModelInfo, wrap
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+KIND = "weight update"
+
+
+@dataclass(frozen=True)
+class StepFactors:
+    """What one step's gradient is made of: ``grad dW_K = sum_i x_i (x) e_i`` with ``e_i = dL/dk_i`` (before rotary
+    and QK-norm), the explicit counterpart of keys and values in dW_ICL.
+
+    Padded positions of a batch have e = 0.
+
+    Attributes:
+        x: attention inputs of every layer.
+        e_q, e_k, e_v: error signals of the updated projections (None for the others).
+        q: query vectors before rotary, under the weights of this step.
+        n_tokens: length of each sequence in the batch.
+    """
+
+    x: Float[Tensor, "layer batch pos d_model"]
+    e_q: Float[Tensor, "layer batch pos head d_head"] | None
+    e_k: Float[Tensor, "layer batch pos kv_head d_head"] | None
+    e_v: Float[Tensor, "layer batch pos kv_head d_head"] | None
+    q: Float[Tensor, "layer batch pos head d_head"]
+    n_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, repr=False)
+class WeightUpdate:
+    """The result of explicit finetuning: what was added to the projections of every layer.
+
+    ``k_i <- k_i + x_i w_k + b_k`` before rotary and QK-norm, v and q likewise; ``attn_out <- attn_out + z w_o + b_o``.
+    Updates are values: ``0.5 * update``, ``a + b``, ``update.select(heads)``. They never touch the model: use
+    ``with update.applied(model):``.
+
+    Attributes:
+        model: sizes and parametrisation of the model it belongs to.
+        w_k, w_v, w_q, w_o: changes of the weights; None for projections that were not updated.
+        b_k, b_v, b_q, b_o: changes of the biases; None where not updated (or the base has none).
+        losses: loss of every step, before the step.
+        settings: how it was made; None for sums.
+        factors: per-step factors, where asked for.
+    """
+
+    model: ModelInfo
+    w_k: Float[Tensor, "layer kv_head d_model d_head"] | None = None
+    w_v: Float[Tensor, "layer kv_head d_model d_head"] | None = None
+    w_q: Float[Tensor, "layer head d_model d_head"] | None = None
+    w_o: Float[Tensor, "layer head d_head d_model"] | None = None
+    b_k: Float[Tensor, "layer kv_head d_head"] | None = None
+    b_v: Float[Tensor, "layer kv_head d_head"] | None = None
+    b_q: Float[Tensor, "layer head d_head"] | None = None
+    b_o: Float[Tensor, "layer d_model"] | None = None
+    losses: tuple[float, ...] = ()
+    settings: FinetuneSettings | None = None
+    factors: tuple[StepFactors, ...] | None = None
+
+    # ---- algebra ------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All changes there are, by field name."""
+        names = [f"{kind}_{p}" for kind in ("w", "b") for p in PROJECTIONS]
+        return {name: t for name in names if (t := getattr(self, name)) is not None}
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> WeightUpdate:
+        changed = {name: function(tensor) for name, tensor in self.tensors().items()}
+        return dataclasses.replace(self, factors=None, **changed)  # type: ignore[arg-type]
+
+    def __mul__(self, factor: float) -> WeightUpdate:
+        return self._map(lambda tensor: tensor * factor)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> WeightUpdate:
+        return -1.0 * self
+
+    def __add__(self, other: WeightUpdate) -> WeightUpdate:
+        if self.model != other.model:
+            raise ModelMismatchError(f"cannot add updates of {self.model.name} and {other.model.name}.")
+        mine, theirs = self.tensors(), other.tensors()
+        summed = {
+            name: mine[name] + theirs[name] if name in mine and name in theirs else mine.get(name, theirs.get(name))
+            for name in {**mine, **theirs}
+        }
+        return WeightUpdate(self.model, **summed)  # type: ignore[arg-type]
+
+    def __sub__(self, other: WeightUpdate) -> WeightUpdate:
+        return self + -other
+
+    def norm(self) -> float:
+        """Frobenius norm over all layers and projections."""
+        return float(sum(float(t.double().square().sum()) for t in self.tensors().values()) ** 0.5)
+
+    def layer_norms(self) -> Float[Tensor, " layer"]:
+        """Frobenius norm of each layer's update."""
+        squares = [t.double().square().flatten(1).sum(1) for t in self.tensors().values()]
+        return torch.stack(squares).sum(0).sqrt()
+
+    def select(self, heads: Sequence[str | HeadRef]) -> WeightUpdate:
+        """The update of some heads only; 0 for the others.
+
+        Raises:
+            HeadError: no heads, an unknown head, or only some of the heads that share a key-value head.
+        """
+        refs = [h if isinstance(h, HeadRef) else HeadRef.parse(h) for h in heads]
+        if not refs:
+            raise HeadError("select needs at least one head.")
+        info = self.model
+        mask = torch.zeros(info.n_layers, info.n_heads, dtype=torch.bool)
+        for ref in refs:
+            ref.check(info.n_layers, info.n_heads)
+            mask[ref.layer, ref.head] = True
+        grouped = mask.view(info.n_layers, info.n_kv_heads, -1)
+        if (self.w_k is not None or self.w_v is not None) and not bool((grouped.all(-1) == grouped.any(-1)).all()):
+            raise HeadError(
+                f"{info.name} shares each key-value head among {grouped.shape[-1]} heads: select all heads of a group "
+                "or none."
+            )
+        kv_mask = grouped.any(-1)
+
+        def keep(name: str, tensor: Tensor) -> Tensor:
+            if name == "b_o":
+                return torch.zeros_like(tensor)  # belongs to no head
+            chosen = (kv_mask if name[-1] in "kv" else mask).to(tensor.device)
+            return tensor * chosen.view(*chosen.shape, *[1] * (tensor.ndim - 2))
+
+        changed = {name: keep(name, tensor) for name, tensor in self.tensors().items()}
+        return dataclasses.replace(self, factors=None, **changed)  # type: ignore[arg-type]
+
+    # ---- application --------------------------------------------------------------------------------------------
+
+    def hooks(self, model: AttentionModel) -> list[Hook]:
+        """The hooks that make `model` the finetuned model.
+
+        Raises:
+            ModelMismatchError: the update belongs to a model of another shape or parametrisation.
+        """
+        model.check_same(self.model, "this weight update")
+        return [hook for layer in range(model.info.n_layers) for hook in self.layer_hooks(model, layer)]
+
+    def layer_hooks(
+        self, model: AttentionModel, layer: int, seen: Callable[[str, Tensor], None] | None = None
+    ) -> list[Hook]:
+        """Hooks of one layer; `seen` is handed ``"x"`` and every changed ``"q"``, ``"k"``, ``"v"``."""
+        state: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[[Tensor], None]:
+            def store(tensor: Tensor) -> None:
+                state[name] = tensor
+                if seen is not None and name == "x":
+                    seen("x", tensor)
+
+            return store
+
+        def add(projection: str) -> Callable[[Tensor], Tensor]:
+            weight, bias = getattr(self, f"w_{projection}"), getattr(self, f"b_{projection}")
+
+            def change(tensor: Tensor) -> Tensor:
+                source = state["z" if projection == "o" else "x"]
+                axes = "bphd,hdm->bpm" if projection == "o" else "bpm,hmd->bphd"
+                delta = torch.einsum(axes, source.to(weight.dtype), weight[layer].to(source.device))
+                if bias is not None:
+                    delta = delta + bias[layer].to(delta)
+                changed = tensor + delta.to(tensor.dtype)
+                if seen is not None:
+                    seen(projection, changed)
+                return changed
+
+            return change
+
+        hooks: list[Hook] = []
+        inner = [p for p in ("q", "k", "v") if getattr(self, f"w_{p}") is not None]
+        if inner or seen is not None:
+            hooks.append(model.attention_input_hook(layer, keep("x")))
+        hooks += [(model.hook_name(p, layer), add(p)) for p in inner]
+        if self.w_o is not None:
+            hooks += [(model.hook_name("z", layer), keep("z")), (model.hook_name("attn_out", layer), add("o"))]
+        return hooks
+
+    @contextmanager
+    def applied(self, model: Any) -> Iterator[Any]:
+        """Within the block, `model` is the finetuned model; afterwards it is exactly what it was.
+
+        Raises:
+            ModelMismatchError: the update belongs to a model of another shape or parametrisation.
+        """
+        wrapped = wrap(model)
+        with wrapped.hooked(self.hooks(wrapped)):
+            yield model
+
+    # ---- reading and storing ------------------------------------------------------------------------------------
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per layer, projection and (key-value) head: Frobenius norms of dW and db."""
+        import pandas as pd
+
+        rows = []
+        for projection in PROJECTIONS:
+            weight, bias = getattr(self, f"w_{projection}"), getattr(self, f"b_{projection}")
+            if weight is None:
+                continue
+            for layer in range(weight.shape[0]):
+                for head in range(weight.shape[1]):
+                    per_head_bias = bias is not None and projection != "o"
+                    rows.append(
+                        {
+                            "layer": layer,
+                            "projection": projection,
+                            "head": head,
+                            "weight_norm": float(weight[layer, head].norm()),
+                            "bias_norm": float(bias[layer, head].norm()) if per_head_bias else 0.0,
+                        }
+                    )
+        return pd.DataFrame(rows)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write ``path.safetensors`` and ``path.json`` (without per-step factors); returns the latter."""
+        meta = {
+            "model": dataclasses.asdict(self.model),
+            "losses": list(self.losses),
+            "settings": None if self.settings is None else dataclasses.asdict(self.settings),
+        }
+        return save_result(path, kind=KIND, tensors=self.tensors(), meta=meta)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> WeightUpdate:
+        """Read what `save` wrote.
+
+        Raises:
+            FileFormatError: a file is missing, damaged, or holds something else.
+        """
+        tensors, meta = load_result(path, kind=KIND)
+        try:
+            info = ModelInfo(**(meta["model"] | {"processing": tuple(meta["model"]["processing"])}))
+            settings = meta["settings"]
+            if settings is not None:
+                order = settings["order"]
+                settings |= {
+                    "projections": tuple(settings["projections"]),
+                    "order": order if isinstance(order, str) else tuple(order),
+                }
+            return cls(
+                info,
+                **tensors,  # type: ignore[arg-type]
+                losses=tuple(meta["losses"]),
+                settings=None if settings is None else FinetuneSettings(**settings),
+            )
+        except (KeyError, TypeError, OptionError) as error:
+            raise FileFormatError(f"{path} is not a complete {KIND}: {error!r}.") from None
+
+    def __repr__(self) -> str:
+        projections = ", ".join(p for p in PROJECTIONS if getattr(self, f"w_{p}") is not None)
+        made = ""
+        if self.settings is not None:
+            s = self.settings
+            rule = "layer-causal " if s.layer_causal else ""
+            made = f", {rule}{s.optimizer} lr {s.lr:g}, {len(self.losses)} steps"
+            if self.losses:
+                made += f", loss {self.losses[0]:.4g} -> {self.losses[-1]:.4g}"
+        return f"WeightUpdate of {self.model.name} ({projections}; norm {self.norm():.4g}{made})"
