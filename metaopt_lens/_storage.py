@@ -82,7 +82,7 @@ def save_result(
 
 
 def load_result(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_result` wrote; raises `FileFormatError` naming the file that is missing, damaged or of another kind."""
+    """Read what `save_result` wrote; `FileFormatError` names a file that is missing, damaged or of another kind."""
     from safetensors.torch import load
 
     tensor_file, json_file = _pair(path)

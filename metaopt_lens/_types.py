@@ -47,8 +47,7 @@ class HeadRef:
         """Return self, or raise `HeadError` naming the valid ranges."""
         if not (0 <= self.layer < n_layers and 0 <= self.head < n_heads):
             raise HeadError(
-                f"there is no head {self}: the model has layers 0 to {n_layers - 1} "
-                f"with heads 0 to {n_heads - 1}."
+                f"there is no head {self}: the model has layers 0 to {n_layers - 1} with heads 0 to {n_heads - 1}."
             )
         return self
 

@@ -6,20 +6,17 @@ from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from metaopt_lens._errors import OptionError, PromptError, SpanError
 from metaopt_lens._storage import provenance
-from metaopt_lens._types import TokenSpan
 from metaopt_lens.decomposition._result import Decomposition, DecompositionSet
-from metaopt_lens.dual import softmax_with_sink, weighted_values
-from metaopt_lens.extraction import QueryCapture, capture_queries, run_shared_prefix
-from metaopt_lens.models import AttentionCall, AttentionModel, Prefix, wrap
+from metaopt_lens.decomposition._runs import ZeroShotRuns, run_settings
+from metaopt_lens.extraction import QueryCapture, run_shared_prefix
+from metaopt_lens.models import AttentionModel, Prefix, wrap
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_prompt
 
 Position = int | Literal["last", "all"]
-Effects = Literal["both", "plain", "none"]
 PromptLike = str | ICLPrompt
 
 
@@ -29,7 +26,7 @@ def decompose(
     prompt: PromptLike,
     *,
     position: Position = "last",
-    zero_shot_runs: Effects = "both",
+    zero_shot_runs: ZeroShotRuns = "both",
     prepend_bos: bool | None = None,
     grad: bool = False,
     batch_size: int = 8,
@@ -42,7 +39,7 @@ def decompose(
     prompt: Sequence[PromptLike],
     *,
     position: Position = "last",
-    zero_shot_runs: Effects = "both",
+    zero_shot_runs: ZeroShotRuns = "both",
     prepend_bos: bool | None = None,
     grad: bool = False,
     batch_size: int = 8,
@@ -54,7 +51,7 @@ def decompose(
     prompt: PromptLike | Sequence[PromptLike],
     *,
     position: Position = "last",
-    zero_shot_runs: Effects = "both",
+    zero_shot_runs: ZeroShotRuns = "both",
     prepend_bos: bool | None = None,
     grad: bool = False,
     batch_size: int = 8,
@@ -105,7 +102,7 @@ def decompose(
     _check_vocabulary(wrapped, tokenized)
     rows = [_destinations(t, position) for t in tokenized]
     results: list[Decomposition | None] = [None] * len(prompts)
-    for group in _groups(tokenized):
+    for group in prompt_groups(tokenized):
         shared = run_shared_prefix(wrapped, tokenized[group[0]].ids[: tokenized[group[0]].query.start], grad=grad)
         assert shared is not None  # require_demos
         for start in range(0, len(group), batch_size):
@@ -136,30 +133,11 @@ def _decompose_batch(
     destinations: list[tuple[int, ...]],
     shared: Prefix,
     *,
-    zero_shot_runs: Effects,
+    zero_shot_runs: ZeroShotRuns,
     keep_position_axis: bool,
     grad: bool,
 ) -> list[Decomposition]:
-    demos = tokenized[0].demonstrations
-    queries = [t.ids[t.query.start :] for t in tokenized]
-    rows = [[p - t.query.start for p in d] for t, d in zip(tokenized, destinations, strict=True)]
-    n = len(queries)
-    matched: list[QueryCapture | None] = [None] * n
-    plain: list[QueryCapture | None] = [None] * n
-    if zero_shot_runs == "both":
-        # The position-matched run is the in-context run with D knocked out at every position of Q in every layer
-        # (docs/theory.md, section 5); it rides in the same batch, so weights are read once.
-
-        def knock_out(call: AttentionCall) -> Tensor:
-            return torch.cat([call.z[:n], without_demos(call, slice(n, None), demos)])
-
-        both = capture_queries(model, shared, [*queries, *queries], [*rows, *rows], edit=knock_out, grad=grad)
-        in_context, matched = both[:n], list(both[n:])
-    else:
-        in_context = capture_queries(model, shared, queries, rows, grad=grad)
-    if zero_shot_runs != "none":
-        before = shared.truncate(demos.start)
-        plain = list(capture_queries(model, before, queries, rows, grad=grad))
+    runs = run_settings(model, shared, tokenized, destinations, zero_shot_runs=zero_shot_runs, grad=grad)
     info = provenance() | {"zero_shot_runs": zero_shot_runs}
     prefix_k, prefix_v = torch.stack(shared.k), torch.stack(shared.v)
     window = torch.tensor([model.score_rule(layer).window or model.info.n_ctx for layer in range(model.info.n_layers)])
@@ -170,41 +148,29 @@ def _decompose_batch(
             tokenized=tokenized[i],
             positions=destinations[i],
             keep_position_axis=keep_position_axis,
-            q=in_context[i].q,
-            pattern=in_context[i].pattern,
-            sink=in_context[i].sink,
-            z=in_context[i].z,
+            q=runs.in_context[i].q,
+            pattern=runs.in_context[i].pattern,
+            sink=runs.in_context[i].sink,
+            z=runs.in_context[i].z,
             prefix_k=prefix_k,
             prefix_v=prefix_v,
-            query_k=in_context[i].k,
-            query_v=in_context[i].v,
+            query_k=runs.in_context[i].k,
+            query_v=runs.in_context[i].v,
             window=window,
-            z_zero_shot=_z(plain[i]),
-            z_position_matched=_z(matched[i]),
+            z_zero_shot=_z(runs.zero_shot, i),
+            z_position_matched=_z(runs.position_matched, i),
             provenance=info,
             source=model,
         )
-        for i in range(n)
+        for i in range(len(tokenized))
     ]
 
 
-def _z(capture: QueryCapture | None) -> Tensor | None:
-    return None if capture is None else capture.z
+def _z(captures: tuple[QueryCapture, ...] | None, index: int) -> Tensor | None:
+    return None if captures is None else captures[index].z
 
 
-def without_demos(call: AttentionCall, batch: slice, demos: TokenSpan) -> Float[Tensor, "rows dst head d_head"]:
-    """z with the demonstrations masked out, q, k and v unchanged, for some rows of the batch.
-
-    Taken from the scores rather than from the pattern: half-precision patterns flush small probabilities to 0.
-    """
-    scores = call.scores()[batch]
-    inside = torch.zeros(scores.shape[-1], dtype=torch.bool, device=scores.device)
-    inside[demos.slice] = True
-    weights, _ = softmax_with_sink(scores.masked_fill(inside, -torch.inf), call.rule.sinks)
-    return weighted_values(weights, call.v[batch]).to(call.z.dtype)
-
-
-def _groups(tokenized: list[TokenizedPrompt]) -> list[list[int]]:
+def prompt_groups(tokenized: list[TokenizedPrompt]) -> list[list[int]]:
     """Indices of prompts with the same tokens up to the query, in order of first appearance."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for index, prompt in enumerate(tokenized):

@@ -20,9 +20,7 @@ def decomposition_frame(result: Decomposition) -> pd.DataFrame:
     n_layers, n_heads = result.model.n_layers, result.model.n_heads
     columns = {name: t.detach().float().cpu().reshape(-1, n_layers, n_heads) for name, t in _values(result).items()}
     n_dst = len(result.positions)
-    dst, layer, head = torch.meshgrid(
-        torch.arange(n_dst), torch.arange(n_layers), torch.arange(n_heads), indexing="ij"
-    )
+    dst, layer, head = torch.meshgrid(torch.arange(n_dst), torch.arange(n_layers), torch.arange(n_heads), indexing="ij")
     frame = pd.DataFrame(
         {
             "position": torch.tensor(result.positions)[dst.flatten()].numpy(),

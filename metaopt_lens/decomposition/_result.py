@@ -135,9 +135,7 @@ class Decomposition:
         """The relaxed form: ``W_ZSL q`` and ``dW_ICL q`` (arXiv:2212.10559, eq. 7-10)."""
         zero_shot, meta_gradient = [], []
         for layer, visible in enumerate(self.visible):
-            parts = split_linear(
-                self.q[:, layer], self.k_of(layer), self.v_of(layer), visible, self.demonstrations
-            )
+            parts = split_linear(self.q[:, layer], self.k_of(layer), self.v_of(layer), visible, self.demonstrations)
             zero_shot.append(parts.zero_shot)
             meta_gradient.append(parts.meta_gradient)
         return LinearParts(
@@ -168,16 +166,14 @@ class Decomposition:
         if self.z_position_matched is not None:
             matched = self._squeeze(self.z_position_matched).to(without)
             indirect, position = z - direct - matched, matched - plain
-        return Effects(
-            total=z - plain, direct=direct, indirect_and_position=rest, indirect=indirect, position=position
-        )
+        return Effects(total=z - plain, direct=direct, indirect_and_position=rest, indirect=indirect, position=position)
 
     def per_demo(self, form: Form = "softmax") -> Float[Tensor, "*dst layer head demo d_head"]:
         """The meta-gradient split over the demonstrations (each with its separator); sums to `meta_gradient`."""
         return torch.stack([self._part(form, span) for span in self.tokenized.demos], dim=-2)
 
     def per_token(self, layer: int, head: int, form: Form = "softmax") -> Float[Tensor, "*dst src d_head"]:
-        """One head's output split over all source tokens; its sum over D is `meta_gradient`, over the rest `zero_shot`."""
+        """One head's output split over all source tokens; sums to `meta_gradient` over D, to `zero_shot` elsewhere."""
         self._check_head(layer, head)
         weights = self._weights(form, layer)[head]
         group = self.model.n_heads // self.model.n_kv_heads
@@ -207,9 +203,7 @@ class Decomposition:
         zero_shot = torch.stack([self._through_w_o(self.softmax.zero_shot, i) for i in range(model.info.n_layers)], -3)
         meta = torch.stack([self._through_w_o(self.softmax.meta_gradient, i) for i in range(model.info.n_layers)], -3)
         biases = [model.b_o(layer) for layer in range(model.info.n_layers)]
-        bias = torch.stack(
-            [zero_shot.new_zeros(zero_shot.shape[-1]) if b is None else b.to(zero_shot) for b in biases]
-        )
+        bias = torch.stack([zero_shot.new_zeros(zero_shot.shape[-1]) if b is None else b.to(zero_shot) for b in biases])
         return ResidualParts(zero_shot=zero_shot, meta_gradient=meta, bias=bias)
 
     def residual_per_token(self, layer: int, head: int, form: Form = "softmax") -> Float[Tensor, "*dst src d_model"]:
@@ -221,11 +215,11 @@ class Decomposition:
     # ---- the matrices -------------------------------------------------------------------------------------------
 
     def w_zsl(self, layer: int, head: int, *, position: int | None = None) -> FactoredMatrix:
-        """``W_ZSL = sum_{i in Z} v_i (x) k_i`` over the visible tokens of Z, factored; for column vectors: ``.AB @ q``."""
+        """``W_ZSL = sum_{i in Z} v_i (x) k_i`` over the visible tokens of Z, factored; ``.AB @ q``."""
         return self._memory(layer, head, position, demos=False)
 
     def delta_w_icl(self, layer: int, head: int, *, position: int | None = None) -> FactoredMatrix:
-        """``dW_ICL = sum_{i in D} v_i (x) k_i`` over the visible tokens of D, factored; for column vectors: ``.AB @ q``.
+        """``dW_ICL = sum_{i in D} v_i (x) k_i`` over the visible tokens of D, factored; ``.AB @ q``.
 
         Rank at most ``min(d_head, demonstration tokens)``. In a layer whose sliding window hides part of D
         (`demos_fully_visible`) it depends on the position.
@@ -323,6 +317,8 @@ class Decomposition:
         try:
             info = meta["model"] | {"processing": tuple(meta["model"]["processing"])}
             prompt, tokenized = prompt_from_meta(meta["prompt"])
+            stored: dict[str, Any] = {name: tensors[name] for name in _TENSORS}
+            stored |= {name: tensors.get(name) for name in _OPTIONAL_TENSORS}
             loaded = cls(
                 model=ModelInfo(**info),
                 prompt=prompt,
@@ -330,8 +326,7 @@ class Decomposition:
                 positions=tuple(meta["positions"]),
                 keep_position_axis=meta["keep_position_axis"],
                 provenance=meta["provenance"],
-                **{name: tensors[name] for name in _TENSORS},
-                **{name: tensors.get(name) for name in _OPTIONAL_TENSORS},
+                **stored,
             )
         except (KeyError, TypeError) as error:
             raise FileFormatError(f"{path} is not a complete {KIND}: {error!r}.") from None

@@ -73,7 +73,7 @@ def capture_queries(
     for row, query in enumerate(queries):
         tokens[row, : len(query)] = torch.tensor(query)
     offset = 0 if prefix is None else prefix.n_tokens
-    layers: list[list[tuple[Tensor, ...]]] = []  # [layer][query] -> q, pattern, sink, z, k, v
+    layers: list[Sequence[tuple[Tensor, ...]]] = []  # [layer][query] -> q, pattern, sink, z, k, v
 
     def keep(call: AttentionCall) -> Tensor | None:
         edited = edit(call) if edit is not None else None
@@ -112,8 +112,12 @@ def capture_queries(
             _require_finite(model, layer, queries=q[layer], keys=k[layer], values=v[layer], outputs=z[layer])
         captures.append(
             QueryCapture(
-                q=_stack(q, 1), pattern=_stack(pattern, 1), sink=_stack(sink, 1), z=_stack(z, 1),
-                k=_stack(k, 0), v=_stack(v, 0),
+                q=_stack(q, 1),
+                pattern=_stack(pattern, 1),
+                sink=_stack(sink, 1),
+                z=_stack(z, 1),
+                k=_stack(k, 0),
+                v=_stack(v, 0),
             )
         )
     return captures

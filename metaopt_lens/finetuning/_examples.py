@@ -72,7 +72,9 @@ def text_examples(
         raise PromptError("finetuning needs at least one text.")
     examples = []
     for index, text in enumerate(texts):
-        tokenized = tokenize_prompt(ICLPrompt((), text, Template(input="{input}")), model.tokenizer, prepend_bos=prepend_bos)
+        tokenized = tokenize_prompt(
+            ICLPrompt((), text, Template(input="{input}")), model.tokenizer, prepend_bos=prepend_bos
+        )
         if tokenized.n_tokens < 2:
             raise PromptError(f"text {index} has a single token: there is nothing to predict.")
         model.check_window(tokenized.n_tokens, f"text {index}")

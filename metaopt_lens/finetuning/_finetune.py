@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ def finetune(
     epochs: int = 1,
     projections: Sequence[Projection] = ("k", "v"),
     bias: bool = True,
-    optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
     optimizer_options: dict[str, Any] | None = None,
     loss: Loss = "all",
     order: Order = "given",
@@ -69,7 +69,7 @@ def finetune(
         epochs=epochs,
         projections=tuple(projections),
         bias=bias,
-        optimizer=optimizer.__name__,
+        optimizer=getattr(optimizer, "__name__", repr(optimizer)),
         optimizer_options=dict(optimizer_options or {}),
         loss=loss,
         order=order if isinstance(order, str) else tuple(order),
@@ -153,13 +153,13 @@ def _schedule(n_examples: int, settings: FinetuneSettings) -> Iterator[list[int]
             yield order[start : start + size]
 
 
-def _parameters(model: AttentionModel, settings: FinetuneSettings) -> dict[str, Tensor]:
+def _parameters(model: AttentionModel, settings: FinetuneSettings) -> dict[str, Any]:
     """Zero updates of the projections' shapes, as leaves that ask for gradients."""
     info = model.info
     dtype = getattr(torch, info.dtype)
     dtype = torch.float32 if dtype in {torch.float16, torch.bfloat16} else dtype
     layers = range(info.n_layers)
-    parameters: dict[str, Tensor] = {}
+    parameters: dict[str, Any] = {}
 
     def leaf(*shape: int) -> Tensor:
         return torch.zeros(info.n_layers, *shape, dtype=dtype, device=model.device, requires_grad=True)
@@ -167,7 +167,9 @@ def _parameters(model: AttentionModel, settings: FinetuneSettings) -> dict[str, 
     for projection in settings.projections:
         heads = info.n_kv_heads if projection in "kv" else info.n_heads
         is_out = projection == "o"
-        parameters[f"w_{projection}"] = leaf(heads, info.d_head, info.d_model) if is_out else leaf(heads, info.d_model, info.d_head)
+        parameters[f"w_{projection}"] = (
+            leaf(heads, info.d_head, info.d_model) if is_out else leaf(heads, info.d_model, info.d_head)
+        )
         with_bias = {model.has_bias(projection, layer) for layer in layers}
         if settings.bias and with_bias == {True}:
             parameters[f"b_{projection}"] = leaf(info.d_model) if is_out else leaf(heads, info.d_head)

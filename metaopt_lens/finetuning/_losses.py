@@ -22,9 +22,7 @@ def batch_tokens(examples: Sequence[TrainingExample]) -> Tensor:
     return tokens
 
 
-def cross_entropy(
-    logits: Float[Tensor, "batch pos d_vocab"], examples: Sequence[TrainingExample]
-) -> Float[Tensor, ""]:
+def cross_entropy(logits: Float[Tensor, "batch pos d_vocab"], examples: Sequence[TrainingExample]) -> Float[Tensor, ""]:
     """Mean over examples of the mean next-token cross-entropy over each example's targets."""
     losses = []
     for row, example in enumerate(examples):

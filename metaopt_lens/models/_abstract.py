@@ -228,8 +228,7 @@ class AttentionModel(ABC):
             mine, theirs = getattr(self.info, field), getattr(other, field)
             if mine != theirs:
                 raise ModelMismatchError(
-                    f"{what} was made with {other.name} ({field} = {theirs}); "
-                    f"{self.info.name} has {field} = {mine}."
+                    f"{what} was made with {other.name} ({field} = {theirs}); {self.info.name} has {field} = {mine}."
                 )
 
     def attention_hooks(self, layer: int, use: AttentionCallback, *, prefix: Prefix | None = None) -> list[Hook]:
@@ -304,9 +303,7 @@ class AttentionModel(ABC):
             except StopForward:
                 return None
 
-    def run_prefix(
-        self, tokens: Int[Tensor, " pos"], *, hooks: Sequence[Hook] = (), grad: bool = False
-    ) -> Prefix:
+    def run_prefix(self, tokens: Int[Tensor, " pos"], *, hooks: Sequence[Hook] = (), grad: bool = False) -> Prefix:
         """Run tokens once and keep every layer's keys and values (docs/theory.md, section 5)."""
         keys: dict[int, Tensor] = {}
         values: dict[int, Tensor] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -151,10 +152,8 @@ class BridgeModel(AttentionModel):
         return self.host(tokens, past_key_values=cache, use_cache=True)  # type: ignore[no-any-return]
 
     def _forward_prefix(self, tokens: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-        try:
+        with suppress(StopForward):
             self.host(tokens)
-        except StopForward:
-            pass
         return tuple  # the host's cache holds keys as the scores see them: nothing else to keep
 
 

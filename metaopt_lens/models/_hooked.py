@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -163,10 +164,8 @@ class HookedModel(AttentionModel):
 
     def _forward_prefix(self, tokens: Tensor) -> Callable[[], tuple[Tensor, ...]]:
         cache = self._cache(1, None)
-        try:
+        with suppress(StopForward):
             self._run_host(tokens, cache)
-        except StopForward:
-            pass
         return lambda: tuple(entry.past_keys[0] for entry in cache.entries)
 
 

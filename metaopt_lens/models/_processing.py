@@ -16,7 +16,7 @@ def processing_of(
     value_biases: Sequence[Tensor | None],
     output_biases: Sequence[Tensor | None],
 ) -> tuple[str, ...]:
-    """Name what was folded. Value biases that are all exactly 0 beside output biases that are not were folded into them."""
+    """Name what was folded: value biases that are all exactly 0 beside output biases that are not, were."""
     found = []
     if folded_norms:
         found.append(FOLDED_NORMS)

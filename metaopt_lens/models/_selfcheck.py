@@ -33,7 +33,9 @@ def self_check(model: AttentionModel) -> None:
                 raise NonFiniteError(f"{model.info.name}: {what} of layer {call.layer} hold NaN or infinity.")
         pattern, _ = softmax_with_sink(call.scores(), call.rule.sinks)
         _require(call.pattern, pattern, tolerance, model, call.layer, "attention pattern from q and k")
-        _require(call.z, weighted_values(pattern, call.v), tolerance, model, call.layer, "head outputs from pattern and v")
+        _require(
+            call.z, weighted_values(pattern, call.v), tolerance, model, call.layer, "head outputs from pattern and v"
+        )
 
     hooks: list[Hook] = []
     for layer in range(model.info.n_layers):
@@ -44,9 +46,7 @@ def self_check(model: AttentionModel) -> None:
         raise UnsupportedModelError(f"{model.info.name}: the hooks of layer {min(missing)} did not fire.")
 
 
-def _require(
-    actual: Tensor, rebuilt: Tensor, tolerance: float, model: AttentionModel, layer: int, what: str
-) -> None:
+def _require(actual: Tensor, rebuilt: Tensor, tolerance: float, model: AttentionModel, layer: int, what: str) -> None:
     error = (actual.to(rebuilt) - rebuilt).abs().max() / actual.abs().max().clamp_min(1e-30)
     if error > tolerance:
         raise UnsupportedModelError(
