@@ -39,9 +39,7 @@ def _has_hooked_transformer() -> bool:
     return True
 
 
-needs_hooked = pytest.mark.skipif(
-    not _has_hooked_transformer(), reason="TransformerLens 4.x has no HookedTransformer"
-)
+needs_hooked = pytest.mark.skipif(not _has_hooked_transformer(), reason="TransformerLens 4.x has no HookedTransformer")
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +92,23 @@ def test_answer_follows_the_binding_not_the_words(bridge):
             )
         )
     assert accuracy(bridge, swapped)["candidates"] >= 0.90
+
+
+def test_shuffled_labels_leave_chance(bridge):
+    # A control of the measure itself: without the binding there is nothing to learn.
+    rng, shuffled = random.Random(0), []
+    for episode in sample_episodes(n=400, n_demos=16, n_categories=4, seed=80):
+        labels = [label for _, label in episode.demos]
+        rng.shuffle(labels)
+        nouns = [noun for noun, _ in episode.demos]
+        shuffled.append(dataclasses.replace(episode, demos=tuple(zip(nouns, labels, strict=True))))
+    assert accuracy(bridge, shuffled)["candidates"] < 0.25 + 0.10
+
+
+def test_zero_shot_labels_are_almost_equally_likely(bridge):
+    with torch.inference_mode():
+        p = bridge(bridge.to_tokens("pear :"))[0, -1].softmax(-1)[[ID_OF[label] for label in LABELS]]
+    torch.testing.assert_close(p, torch.full_like(p, 1 / 32), atol=0.005, rtol=0)
 
 
 def test_shipped_figures_are_those_of_the_shipped_weights():

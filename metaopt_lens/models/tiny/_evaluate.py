@@ -13,14 +13,10 @@ from metaopt_lens.models.tiny._sampling import Episode, sample_episode
 from metaopt_lens.models.tiny._vocabulary import BOS, ID_OF, LABELS, build_tokenizer
 
 
-def sample_episodes(
-    *, n: int, n_demos: int, n_categories: int, held_out: bool = True, seed: int = 0
-) -> list[Episode]:
+def sample_episodes(*, n: int, n_demos: int, n_categories: int, held_out: bool = True, seed: int = 0) -> list[Episode]:
     """`n` episodes from one seed; see `sample_episode`."""
     rng = random.Random(seed)
-    return [
-        sample_episode(rng, n_demos=n_demos, n_categories=n_categories, held_out=held_out) for _ in range(n)
-    ]
+    return [sample_episode(rng, n_demos=n_demos, n_categories=n_categories, held_out=held_out) for _ in range(n)]
 
 
 def accuracy(model: Callable[[Tensor], Any], episodes: list[Episode], *, mark: str = ":") -> dict[str, float]:

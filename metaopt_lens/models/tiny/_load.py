@@ -73,7 +73,7 @@ def load_tiny(
 
 
 def load_tiny(
-    backend: Literal["bridge", "hooked"] = "bridge",
+    backend: str = "bridge",
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
@@ -83,6 +83,10 @@ def load_tiny(
     Ask it with text such as ``"apple : dax\\nhammer : wug\\npear :"``; the words it knows are in
     ``metaopt_lens.models.tiny.CATEGORIES`` and ``LABELS``. Nothing is downloaded, and torch's global random
     state is left as it was.
+
+    It was trained on 12 to 24 items of four tokens (at most 97 tokens) with 2 to 4 categories. The context
+    window is longer, but beyond that length accuracy falls: on four categories 0.9 with 32 demonstrations,
+    chance with 60.
 
     Args:
         backend: ``"bridge"`` for a TransformerBridge, ``"hooked"`` for a HookedTransformer (3.x only).
@@ -102,7 +106,7 @@ def load_tiny(
 
 def load_folder(
     folder: str | Path,
-    backend: Literal["bridge", "hooked"] = "bridge",
+    backend: str = "bridge",
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
@@ -155,8 +159,7 @@ def _copy_weights(into: Mapping[str, Tensor], weights: Mapping[str, Tensor], ori
         for name, target in into.items():
             if target.shape != weights[name].shape:
                 raise FileFormatError(
-                    f"{origin}: {name} has shape {tuple(weights[name].shape)}, "
-                    f"the model needs {tuple(target.shape)}."
+                    f"{origin}: {name} has shape {tuple(weights[name].shape)}, the model needs {tuple(target.shape)}."
                 )
             target.copy_(weights[name])
 
@@ -184,9 +187,7 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise FileFormatError(f"the tokenizer files in {folder} are damaged ({error}).") from error
 
 
-def _as_bridge(
-    source: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> TransformerBridge:
+def _as_bridge(source: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> TransformerBridge:
     from transformer_lens.model_bridge import TransformerBridge
 
     parameter = source.lm_head.weight
@@ -239,9 +240,7 @@ def _as_hooked(source: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> 
         device=str(parameter.device),
     )
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="HookedTransformer is deprecated", category=DeprecationWarning
-        )
+        warnings.filterwarnings("ignore", message="HookedTransformer is deprecated", category=DeprecationWarning)
         model = _hooked_class()(cfg, tokenizer=tokenizer)
     _copy_weights(dict(model.named_parameters()), convert_llama_weights(source, cfg), "HookedTransformer")
     return model.eval()

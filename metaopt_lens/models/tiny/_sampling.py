@@ -36,8 +36,7 @@ def sample_binding(rng: random.Random, n_categories: int, *, held_out: bool) -> 
     names = rng.sample(list(CATEGORIES), n_categories)
     while True:  # independent draws, all redone on a clash: the joint distribution stays uniform
         labels = [
-            rng.choice([label for label in LABELS if ((name, label) in HELD_OUT_PAIRS) == held_out])
-            for name in names
+            rng.choice([label for label in LABELS if ((name, label) in HELD_OUT_PAIRS) == held_out]) for name in names
         ]
         if len(set(labels)) == n_categories:
             return dict(zip(names, labels, strict=True))
@@ -58,9 +57,7 @@ class _Decks:
         return self._decks[category].pop()
 
 
-def sample_stream(
-    rng: random.Random, *, n_items: int, n_categories: int, n_nouns: int = 12
-) -> list[tuple[str, str]]:
+def sample_stream(rng: random.Random, *, n_items: int, n_categories: int, n_nouns: int = 12) -> list[tuple[str, str]]:
     """A training sequence of (noun, label) pairs under one binding without held-out pairs.
 
     Only the first `n_nouns` nouns of each category occur: the training curriculum starts with one.
@@ -74,9 +71,7 @@ def sample_stream(
     return stream
 
 
-def sample_episode(
-    rng: random.Random, *, n_demos: int = 16, n_categories: int = 2, held_out: bool = True
-) -> Episode:
+def sample_episode(rng: random.Random, *, n_demos: int = 16, n_categories: int = 2, held_out: bool = True) -> Episode:
     """Draw a prompt with `n_demos` demonstrations of `n_categories` categories.
 
     With `held_out` (the default) the binding has only pairs that never occurred in training, otherwise only

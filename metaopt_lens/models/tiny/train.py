@@ -66,9 +66,7 @@ def make_batch(
     n_items, n_nouns = rng.randint(*config.n_items), n_nouns_at(step, config)
     rows, known = [], []
     for _ in range(config.batch):
-        stream = sample_stream(
-            rng, n_items=n_items, n_categories=rng.randint(*config.n_categories), n_nouns=n_nouns
-        )
+        stream = sample_stream(rng, n_items=n_items, n_categories=rng.randint(*config.n_categories), n_nouns=n_nouns)
         mark, row, seen = ID_OF[rng.choice(_MARKS)], [BOS], set[str]()
         flags = []
         for noun, label in stream:
