@@ -6,5 +6,6 @@ from metaopt_lens.models._abstract import Intervention as Intervention
 from metaopt_lens.models._abstract import ModelInfo as ModelInfo
 from metaopt_lens.models._abstract import Prefix as Prefix
 from metaopt_lens.models._hooks import Hook as Hook
+from metaopt_lens.models._load import load_model as load_model
 from metaopt_lens.models._wrap import ProcessedWeightsWarning as ProcessedWeightsWarning
 from metaopt_lens.models._wrap import wrap as wrap

@@ -1,0 +1,10 @@
+"""Pictures: plotly maps, circuitsvis token views, one self-contained page. The only place that imports those two."""
+
+from metaopt_lens.viz._heads import choose_heads as choose_heads
+from metaopt_lens.viz._maps import head_map as head_map
+from metaopt_lens.viz._page import write_page as write_page
+from metaopt_lens.viz._table import head_means as head_means
+from metaopt_lens.viz._table import head_table as head_table
+from metaopt_lens.viz._views import View as View
+from metaopt_lens.viz._views import attention_view as attention_view
+from metaopt_lens.viz._views import token_view as token_view
