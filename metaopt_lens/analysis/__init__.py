@@ -2,6 +2,12 @@
 
 from metaopt_lens.analysis._bootstrap import Interval as Interval
 from metaopt_lens.analysis._bootstrap import hierarchical_bootstrap as hierarchical_bootstrap
+from metaopt_lens.analysis._compare import compare as compare
+from metaopt_lens.analysis._comparison import Comparison as Comparison
+from metaopt_lens.analysis._comparison import Statistic as Statistic
+from metaopt_lens.analysis._controls import randomized_copy as randomized_copy
+from metaopt_lens.analysis._controls import shuffle_labels as shuffle_labels
+from metaopt_lens.analysis._controls import unrelated_update as unrelated_update
 from metaopt_lens.analysis._matrices import Factors as Factors
 from metaopt_lens.analysis._matrices import PrincipalAngles as PrincipalAngles
 from metaopt_lens.analysis._matrices import effective_rank as effective_rank
@@ -27,6 +33,7 @@ from metaopt_lens.analysis._similarity import cosine as cosine
 from metaopt_lens.analysis._similarity import sim_am as sim_am
 from metaopt_lens.analysis._similarity import sim_aou as sim_aou
 from metaopt_lens.analysis._similarity import sim_aou_null as sim_aou_null
+from metaopt_lens.analysis._similarity import unit as unit
 from metaopt_lens.analysis._statistic import QueryStatistic as QueryStatistic
 from metaopt_lens.analysis._training_attention import TrainingAttention as TrainingAttention
 from metaopt_lens.analysis._training_attention import context_columns as context_columns

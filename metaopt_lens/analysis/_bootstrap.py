@@ -87,9 +87,7 @@ def hierarchical_bootstrap(
         total.index_add_(0, resample, _resampled_means(group, len(resample), generator))
     means = total / len(groups)
     tail = (1 - level) / 2
-    low, high = torch.from_numpy(
-        np.quantile(means.numpy(), [tail, 1 - tail], axis=0)
-    )  # torch's has a size limit
+    low, high = torch.from_numpy(np.quantile(means.numpy(), [tail, 1 - tail], axis=0))  # torch's has a size limit
     shape = numbers.shape[1:]
     return Interval(
         estimate=torch.stack([group.nanmean(0) for group in groups]).mean(0).reshape(shape),

@@ -165,9 +165,7 @@ def _threshold(matrix: Factors, values: Tensor) -> Tensor:
     # the usual rank tolerance, with the factors' own size: cancellation between them is rounding as well
     scale = matrix.left.double().norm(dim=(-2, -1)) * matrix.right.double().norm(dim=(-2, -1))
     eps = torch.finfo(matrix.left.dtype).eps
-    return (torch.maximum(values[..., 0], scale / math.sqrt(values.shape[-1])) * eps * max(matrix.shape))[
-        ..., None
-    ]
+    return (torch.maximum(values[..., 0], scale / math.sqrt(values.shape[-1])) * eps * max(matrix.shape))[..., None]
 
 
 def _angles(a: Tensor, b: Tensor) -> Tensor:

@@ -21,9 +21,7 @@ def adjust_p_values(
     """
     flat = p.detach().cpu().double().flatten()
     if not bool(((flat >= 0) & (flat <= 1)).all()):
-        raise OptionError(
-            "p values must lie between 0 and 1, but some are outside or NaN: leave undefined tests out."
-        )
+        raise OptionError("p values must lie between 0 and 1, but some are outside or NaN: leave undefined tests out.")
     if method == "benjamini-hochberg":
         from scipy.stats import false_discovery_control
 

@@ -72,6 +72,14 @@ def cosine(
     return similarity
 
 
+def unit(hidden: Float[Tensor, "*item d_model"], *, reference: bool = False) -> Float[Tensor, "*item d_model"]:
+    """Vectors scaled to unit length, in float64: NaN for a zero vector, or 0 with ``reference=True``."""
+    hidden = hidden.double()
+    norm = hidden.norm(dim=-1, keepdim=True)
+    scaled: Tensor = hidden / (norm + _TINY if reference else norm)
+    return scaled
+
+
 def sim_aou(
     icl: Float[Tensor, "query *item d_model"],
     zs: Float[Tensor, "query *item d_model"],
@@ -90,8 +98,8 @@ def sim_aou(
     check_same_shape(icl=icl, zs=zs, ft=ft)
     check_finite(icl=icl, zs=zs, ft=ft)
     icl, zs, ft = icl.double(), zs.double(), ft.double()
-    unit_icl, unit_zs, unit_ft = (_unit(h, reference) for h in (icl, zs, ft))
-    normalised = cosine(unit_icl - unit_zs, unit_ft - unit_zs, reference=reference)
+    units = [unit(h, reference=reference) for h in (icl, zs, ft)]
+    normalised = cosine(units[0] - units[1], units[2] - units[1], reference=reference)
     plain = cosine(icl - zs, ft - zs, reference=reference)
     return SimAOU(
         normalised=QueryStatistic(normalised, _ZERO_UPDATE),
@@ -153,12 +161,6 @@ def sim_am(
     because = "an attention map is " + ("constant" if centre else "zero") + " over the query's tokens"
     values = QueryStatistic(cosine(a, b, reference=reference), because)
     return SimAM(per_head=values, difference=baseline is not None, centred=centre, reference=reference)
-
-
-def _unit(hidden: Tensor, reference: bool) -> Tensor:
-    norm = hidden.norm(dim=-1, keepdim=True)
-    unit: Tensor = hidden / (norm + _TINY if reference else norm)
-    return unit
 
 
 def _is_rounding(centred: Tensor, raw: Tensor) -> Tensor:

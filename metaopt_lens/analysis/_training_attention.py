@@ -44,9 +44,14 @@ def finetuning_scores(
             f"query vectors of one model are needed, got layers and width {tuple(ft_attn_q.shape[1:])} "
             f"from finetuning and {tuple(attn_q.shape[1:])} from the queries."
         )
-    # layer by layer, so that only one layer of the large array is ever held in float64
-    layers = range(attn_q.shape[1])
-    return torch.stack([attn_q[:, i].double() @ ft_attn_q[:, i].double().mT for i in layers], dim=1)
+    queries = attn_q.double()
+    scores = queries.new_empty(len(queries), queries.shape[1], len(ft_attn_q))
+    # one layer at a time is held in float64, always in the same place: fresh copies fragment the heap
+    tokens = queries.new_empty(len(ft_attn_q), queries.shape[2])
+    for layer in range(queries.shape[1]):
+        tokens.copy_(ft_attn_q[:, layer])
+        scores[:, layer] = queries[:, layer] @ tokens.mT
+    return scores
 
 
 def context_columns(demo_lengths: Int[Tensor, " demo"]) -> Int[Tensor, " src"]:

@@ -185,7 +185,7 @@ def _loss(
 ) -> Tensor:
     hooks: list[Hook] = []
     for layer in range(model.info.n_layers):
-        hooks += update.layer_hooks(model, layer, None if recorder is None else recorder.layer(layer))
+        hooks += update.layer_hooks(model, layer, seen=None if recorder is None else recorder.layer(layer))
         if recorder is not None:
             hooks += recorder.query_hooks(layer)
     if settings.layer_causal:

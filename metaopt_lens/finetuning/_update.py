@@ -162,9 +162,21 @@ class WeightUpdate:
         return [hook for layer in range(model.info.n_layers) for hook in self.layer_hooks(model, layer)]
 
     def layer_hooks(
-        self, model: AttentionModel, layer: int, seen: Callable[[str, Tensor], None] | None = None
+        self,
+        model: AttentionModel,
+        layer: int,
+        *,
+        seen: Callable[[str, Tensor], None] | None = None,
+        rows: slice = slice(None),
+        projections: Sequence[str] = PROJECTIONS,
     ) -> list[Hook]:
-        """Hooks of one layer; `seen` is handed ``"x"`` and every changed ``"q"``, ``"k"``, ``"v"``."""
+        """Hooks of one layer.
+
+        Args:
+            seen: is handed ``"x"`` and every changed ``"q"``, ``"k"``, ``"v"``.
+            rows: change these sequences of the batch only.
+            projections: change these projections only.
+        """
         state: dict[str, Tensor] = {}
 
         def keep(name: str) -> Callable[[Tensor], None]:
@@ -179,12 +191,15 @@ class WeightUpdate:
             weight, bias = getattr(self, f"w_{projection}"), getattr(self, f"b_{projection}")
 
             def change(tensor: Tensor) -> Tensor:
-                source = state["z" if projection == "o" else "x"]
+                source = state["z" if projection == "o" else "x"][rows]
                 axes = "bphd,hdm->bpm" if projection == "o" else "bpm,hmd->bphd"
                 delta = torch.einsum(axes, source.to(weight.dtype), weight[layer].to(source.device))
                 if bias is not None:
                     delta = delta + bias[layer].to(delta)
-                changed = tensor + delta.to(tensor.dtype)
+                start, stop, _ = rows.indices(len(tensor))
+                changed = tensor[start:stop] + delta.to(tensor.dtype)
+                if len(changed) < len(tensor):
+                    changed = torch.cat([tensor[:start], changed, tensor[stop:]])
                 if seen is not None:
                     seen(projection, changed)
                 return changed
@@ -192,11 +207,12 @@ class WeightUpdate:
             return change
 
         hooks: list[Hook] = []
-        inner = [p for p in ("q", "k", "v") if getattr(self, f"w_{p}") is not None]
+        chosen = [p for p in projections if getattr(self, f"w_{p}") is not None]
+        inner = [p for p in chosen if p != "o"]
         if inner or seen is not None:
             hooks.append(model.attention_input_hook(layer, keep("x")))
         hooks += [(model.hook_name(p, layer), add(p)) for p in inner]
-        if self.w_o is not None:
+        if "o" in chosen:
             hooks += [(model.hook_name("z", layer), keep("z")), (model.hook_name("attn_out", layer), add("o"))]
         return hooks
 

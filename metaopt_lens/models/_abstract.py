@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from metaopt_lens._errors import ContextWindowError, ModelMismatchError
 from metaopt_lens.dual import ScoreRule, attention_scores, softmax_with_sink, visible_sources
@@ -143,7 +143,7 @@ class AttentionModel(ABC):
     """
 
     info: ModelInfo
-    host: nn.Module
+    host: Any  # TransformerLens's own class; only the two adapters look inside
 
     @property
     @abstractmethod

@@ -56,11 +56,11 @@ class BridgeModel(AttentionModel):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        return self.host.tokenizer  # type: ignore[no-any-return, union-attr]
+        return self.host.tokenizer
 
     @property
     def device(self) -> torch.device:
-        return next(self.host.original_model.parameters()).device  # type: ignore[union-attr, no-any-return, operator]
+        return next(self.host.original_model.parameters()).device  # type: ignore[no-any-return]
 
     @property
     def hook_points(self) -> Mapping[str, HookPoint]:
@@ -71,7 +71,7 @@ class BridgeModel(AttentionModel):
         return self._pattern_before_z
 
     def _attn(self, layer: int) -> Any:
-        return self.host.blocks[layer].attn  # type: ignore[index, union-attr]
+        return self.host.blocks[layer].attn
 
     def score_rule(self, layer: int) -> ScoreRule:
         module = self._attn(layer).original_component

@@ -54,7 +54,7 @@ class HookedModel(AttentionModel):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        return self.host.tokenizer  # type: ignore[no-any-return]
+        return self.host.tokenizer
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,83 @@
+"""Controls a comparison is held against: shuffled labels, unrelated finetuning, random weights."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from metaopt_lens._errors import OptionError, PromptError
+from metaopt_lens.finetuning import WeightUpdate, finetune
+from metaopt_lens.prompts import Demo, ICLPrompt
+
+_EMBEDDING_WORDS = ("embed", "wte", "wpe", "w_e", "w_pos", "w_u", "b_u", "lm_head")
+
+
+def shuffle_labels(prompt: ICLPrompt, *, seed: int) -> ICLPrompt:
+    """The same demonstrations with their labels permuted so that as few as possible keep their own (null d).
+
+    Raises:
+        PromptError: all demonstrations have one label, so no shuffle changes anything.
+    """
+    labels = [demo.label for demo in prompt.demos]
+    if len(set(labels)) < 2:
+        raise PromptError("labels cannot be shuffled: all demonstrations have the same one.")
+    rng = random.Random(seed)
+    tries = [rng.sample(labels, len(labels)) for _ in range(64)]
+    best = min(tries, key=lambda new: sum(a == b for a, b in zip(new, labels, strict=True)))
+    return prompt.with_demos([Demo(d.input, label) for d, label in zip(prompt.demos, best, strict=True)])
+
+
+def unrelated_update(model: Any, texts: Sequence[str], *, like: WeightUpdate, progress: bool = False) -> WeightUpdate:
+    """Finetune on texts that have nothing to do with the task and scale to the norm of `like` (null e).
+
+    The same settings as `like` are used, and texts are repeated or cut to its number of steps.
+
+    Raises:
+        OptionError: `like` does not say how it was made, or the update on `texts` is zero.
+    """
+    settings = like.settings
+    if settings is None:
+        raise OptionError("this update does not say how it was made (it is a sum): make the control by finetune.")
+    per_step = settings.batch_size or len(texts)
+    wanted = max(1, len(like.losses) // settings.epochs) * per_step
+    repeated = [texts[i % len(texts)] for i in range(wanted)]
+    update = finetune(
+        model,
+        repeated,
+        lr=settings.lr,
+        epochs=settings.epochs,
+        projections=settings.projections,
+        bias=settings.bias,
+        optimizer=getattr(torch.optim, settings.optimizer),
+        optimizer_options=settings.optimizer_options,
+        batch_size=settings.batch_size,
+        layer_causal=settings.layer_causal,
+        readout=settings.readout,
+        allow_processed=True,
+        progress=progress,
+    )
+    size = update.norm()
+    if size == 0:
+        raise OptionError("finetuning on the unrelated texts changed nothing, so it cannot be scaled.")
+    return like.norm() / size * update
+
+
+def randomized_copy(model: Any, *, seed: int, keep_embeddings: bool = False) -> Any:
+    """A copy of the model whose weight matrices have their entries permuted: same scale, nothing learned (null c).
+
+    Norms and biases (one-dimensional parameters) are permuted too; with `keep_embeddings`, token and position
+    embeddings and the unembedding stay as they are. Costs the model's memory once more.
+    """
+    twin = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if keep_embeddings and any(word in name.lower() for word in _EMBEDDING_WORDS):
+                continue
+            order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+            parameter.copy_(parameter.flatten()[order].view_as(parameter))
+    return twin
