@@ -1,0 +1,11 @@
+"""Runs and their stored results, and the published implementation's record files."""
+
+from metaopt_lens.experiments._analysis_result import LayerMetric as LayerMetric
+from metaopt_lens.experiments._analysis_result import RecordAnalysis as RecordAnalysis
+from metaopt_lens.experiments._analysis_result import RecordShapes as RecordShapes
+from metaopt_lens.experiments._analyze import analyze_records as analyze_records
+from metaopt_lens.experiments._records import DemoRecord as DemoRecord
+from metaopt_lens.experiments._records import QueryRecord as QueryRecord
+from metaopt_lens.experiments._records import read_demos as read_demos
+from metaopt_lens.experiments._records import read_queries as read_queries
+from metaopt_lens.experiments._records import write_records as write_records
