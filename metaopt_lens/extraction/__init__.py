@@ -6,6 +6,7 @@ from metaopt_lens.extraction._capture import QueryCapture as QueryCapture
 from metaopt_lens.extraction._capture import capture_queries as capture_queries
 from metaopt_lens.extraction._capture import run_shared_prefix as run_shared_prefix
 from metaopt_lens.extraction._predict import LabelPrediction as LabelPrediction
+from metaopt_lens.extraction._predict import candidate_labels as candidate_labels
 from metaopt_lens.extraction._predict import label_log_probs as label_log_probs
 from metaopt_lens.extraction._predict import predict_labels as predict_labels
 from metaopt_lens.extraction._scoring import Scoring as Scoring

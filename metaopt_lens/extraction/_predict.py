@@ -51,6 +51,11 @@ class LabelPrediction:
         return self.zero_shot.softmax(-1)
 
 
+def candidate_labels(prompt: ICLPrompt) -> tuple[str, ...]:
+    """The labels to choose from: the prompt's candidates, or else its demonstrations' labels, without repeats."""
+    return tuple(dict.fromkeys(prompt.candidates or [demo.label for demo in prompt.demos]))
+
+
 def label_log_probs(
     model: AttentionModel, tokenized: TokenizedPrompt, candidates: Sequence[Sequence[int]]
 ) -> Float[Tensor, " candidate"]:
@@ -82,8 +87,7 @@ def predict_labels(
     Raises:
         PromptError: fewer than two candidates, or two with the same tokens.
     """
-    chosen = labels if labels is not None else prompt.candidates or [demo.label for demo in prompt.demos]
-    names = tuple(dict.fromkeys(chosen))
+    names = candidate_labels(prompt) if labels is None else tuple(dict.fromkeys(labels))
     if len(names) < 2:
         raise PromptError(
             f"a prediction needs at least two candidate labels, got {list(names)}: give the prompt candidates."

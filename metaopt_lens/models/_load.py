@@ -17,9 +17,7 @@ _WEIGHTS = ("*.safetensors", "*.bin")
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken")
 
 
-def load_model(
-    name_or_dir: str, *, dtype: torch.dtype = torch.float32, device: str | None = None
-) -> TransformerBridge:
+def load_model(name_or_dir: str, *, dtype: torch.dtype = torch.float32, device: str | None = None) -> TransformerBridge:
     """A TransformerBridge with unprocessed weights.
 
     Args:

@@ -2,9 +2,16 @@
 
 from metaopt_lens.viz._heads import choose_heads as choose_heads
 from metaopt_lens.viz._maps import head_map as head_map
+from metaopt_lens.viz._output import write_outputs as write_outputs
 from metaopt_lens.viz._page import write_page as write_page
+from metaopt_lens.viz._table import decompositions as decompositions
 from metaopt_lens.viz._table import head_means as head_means
 from metaopt_lens.viz._table import head_table as head_table
+from metaopt_lens.viz._terminal import answers_text as answers_text
+from metaopt_lens.viz._terminal import as_data as as_data
+from metaopt_lens.viz._terminal import heads_text as heads_text
+from metaopt_lens.viz._terminal import labels_text as labels_text
+from metaopt_lens.viz._terminal import prompt_text as prompt_text
 from metaopt_lens.viz._views import View as View
 from metaopt_lens.viz._views import attention_view as attention_view
 from metaopt_lens.viz._views import token_view as token_view

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pandas as pd
 import plotly.graph_objects as go
 
 from metaopt_lens.decomposition import Decomposition, DecompositionSet
@@ -34,7 +35,7 @@ def head_map(result: Decomposition | DecompositionSet, value: str = "mass") -> g
         "xgap": 1,
         "ygap": 1,
         "colorbar": {"thickness": 10, "outlinewidth": 0, "tickfont": {"size": 10}},
-        **_colours(value),
+        **_colours(value, grid),
     }
     figure = go.Figure(go.Heatmap(**heatmap))
     figure.update_layout(
@@ -45,19 +46,25 @@ def head_map(result: Decomposition | DecompositionSet, value: str = "mass") -> g
         paper_bgcolor="white",
         plot_bgcolor="#eef1f4",
     )
-    figure.update_xaxes(title={"text": "head", "standoff": 4}, showgrid=False, zeroline=False, **_ticks(len(grid.columns)))
+    figure.update_xaxes(
+        title={"text": "head", "standoff": 4}, showgrid=False, zeroline=False, **_ticks(len(grid.columns))
+    )
     figure.update_yaxes(
-        title={"text": "layer", "standoff": 4}, showgrid=False, zeroline=False, autorange="reversed", **_ticks(len(grid))
+        title={"text": "layer", "standoff": 4},
+        showgrid=False,
+        zeroline=False,
+        autorange="reversed",
+        **_ticks(len(grid)),
     )
     return figure
 
 
-def _colours(value: str) -> dict[str, Any]:
+def _colours(value: str, grid: pd.DataFrame) -> dict[str, Any]:
     if value == "fidelity":
         return {"colorscale": "RdBu", "zmin": -1, "zmax": 1}
     if value == "mass":
         return {"colorscale": "Blues", "zmin": 0, "zmax": 1}
-    return {"colorscale": "Blues", "zmin": 0}
+    return {"colorscale": "Blues", "zmin": 0, "zmax": max(float(grid.to_numpy().max()), 1e-9)}
 
 
 def _ticks(n: int) -> dict[str, Any]:

@@ -20,17 +20,20 @@ from metaopt_lens.viz._assets import page
 from metaopt_lens.viz._heads import choose_heads
 from metaopt_lens.viz._maps import head_map
 from metaopt_lens.viz._segments import demo_colour
-from metaopt_lens.viz._table import decompositions, head_means, measure, measures, n_averaged
+from metaopt_lens.viz._table import decompositions, head_means, measure, measures, n_averaged, number
 from metaopt_lens.viz._views import attention_view, token_view
 
 _MAPS = (
     "mass",
     "meta_gradient_share",
     "fidelity",
+    "zero_shot_norm",
+    "meta_gradient_norm",
     "total_effect_norm",
     "direct_effect_norm",
     "indirect_effect_norm",
     "position_effect_norm",
+    "indirect_and_position_norm",
 )
 _MANY_DEMOS = 6
 _PLOT_OPTIONS = {"displaylogo": False, "displayModeBar": False, "responsive": True}
@@ -73,16 +76,18 @@ def write_page(
     refs = choose_heads(result, heads)
     heading = title or f"Attention heads of {model_name(items[0].model)}: zero-shot and meta-gradient"
     shown = items[:max_prompts]
-    body = [_lead(heading), _model(items[0])]
+    body = [_lead(heading)]
+    if len(items) == 1:
+        body += [_prompt(items[0], answers[0], "Prompt"), _model(items[0]), _maps(result), _views(items[0], refs)]
+    else:
+        body += [_model(items[0]), _maps(result)]
+        for count, (item, answer) in enumerate(zip(shown, answers, strict=False), start=1):
+            body += [_prompt(item, answer, f"Prompt {count} of {len(items)}"), _views(item, refs)]
     if len(items) > len(shown):
         body.append(
-            f'<p class="ml-quiet">Maps and table are means over all {len(items)} prompts; the first {len(shown)} '
-            "are shown one by one.</p>"
+            f'<p class="ml-notice">{len(items) - len(shown)} more prompts are not shown one by one; maps and table '
+            "count them.</p>"
         )
-    body.append(_maps(result))
-    for number, (item, answer) in enumerate(zip(shown, answers, strict=False), start=1):
-        body.append(_prompt(item, answer, f"Prompt {number}" if len(items) > 1 else "Prompt"))
-        body.append(_views(item, refs))
     body += [_table(result), _provenance(items[0])]
     return write_text(path, page(heading, "\n".join(body), with_plotly=True))
 
@@ -100,9 +105,10 @@ def _section(title: str, body: str, note: str = "") -> str:
 def _lead(heading: str) -> str:
     return (
         f"<header><h1>{escape(heading)}</h1>"
-        "<p>The output z of every attention head is a sum over the tokens it attends to, so it splits exactly into "
-        "what the head reads from the query and what it reads from the demonstrations. The second part is what "
-        "in-context learning adds: the <em>meta-gradient</em>, to be compared with a step of gradient descent.</p>"
+        "<p>The output z of an attention head is a weighted sum over the tokens it attends to, so it splits exactly "
+        "into a part read from the query (with what stands before the demonstrations) and a part read from the "
+        "demonstrations. That second part, the <em>meta-gradient</em>, is what the demonstrations add at this head, "
+        "as a step of gradient descent would.</p>"
         '<div class="ml-formula">z = zero_shot + meta_gradient</div></header>'
     )
 
@@ -151,8 +157,11 @@ def _prompt(item: Decomposition, answer: LabelPrediction | None, title: str) -> 
     blocks = "".join(_piece(*row) for row in rows)
     query = _piece("query", "#1f2933", "query", escape(prompt.pieces()[-1].text.rstrip()))
     bos = " BOS stands before the text." if tokenized.bos is not None else ""
-    where = "every token of the query" if item.keep_position_axis else (
-        f"position {item.positions[0]}, the token <code>{escape(tokenized.tokens[item.positions[0]].strip() or '␣')}</code>"
+    token = escape(tokenized.tokens[item.positions[0]].strip() or "␣")
+    where = (
+        "every token of the query"
+        if item.keep_position_axis
+        else f"position {item.positions[0]}, the token <code>{token}</code>"
     )
     note = (
         f"{len(tokenized.demos)} demonstrations in {len(tokenized.demonstrations)} tokens (labels underlined), then a "
@@ -169,14 +178,12 @@ def _piece(kind: str, colour: str, name: str, text: str) -> str:
 def _answer(answer: LabelPrediction) -> str:
     def row(name: str, best: str, shares: list[float]) -> str:
         cells = "".join(
-            f'<td{" class=ml-best" if label == best else ""}>{share:.1%}</td>'
+            f"<td{' class=ml-best' if label == best else ''}>{share:.1%}</td>"
             for label, share in zip(answer.labels, shares, strict=True)
         )
         return f"<tr><td>{name}</td>{cells}</tr>"
 
-    head = "".join(
-        f"<th>{escape(label)}{' ✓' if label == answer.correct else ''}</th>" for label in answer.labels
-    )
+    head = "".join(f"<th>{escape(label)}{' ✓' if label == answer.correct else ''}</th>" for label in answer.labels)
     known = "" if answer.correct is None else " ✓ marks the right label."
     return (
         "<h3>What the model answers</h3>"
@@ -189,6 +196,8 @@ def _answer(answer: LabelPrediction) -> str:
 
 def _maps(result: Decomposition | DecompositionSet) -> str:
     available = measures(head_means(result))
+    if "indirect_effect_norm" in available:
+        available.remove("indirect_and_position_norm")  # shown apart
     figures = []
     for column in (c for c in _MAPS if c in available):
         plot = head_map(result, column).to_html(
@@ -197,17 +206,15 @@ def _maps(result: Decomposition | DecompositionSet) -> str:
         figures.append(f"<figure>{plot}<figcaption>{escape(measure(column).meaning)}</figcaption></figure>")
     n = n_averaged(result)
     mean = f" Means over {n} prompts or positions." if n > 1 else ""
-    return _section(
-        "All heads", f'<div class="ml-maps">{"".join(figures)}</div>', f"Hover for the number.{mean}"
-    )
+    return _section("All heads", f'<div class="ml-maps">{"".join(figures)}</div>', f"Hover for the number.{mean}")
 
 
 def _views(item: Decomposition, refs: list[HeadRef]) -> str:
     attention = _section(
         "Attention",
         attention_view(item, refs).html,
-        "What a head attends to from the query: darkest is the head's largest value, hover for the number. At the right, "
-        "the sum over each row.",
+        "What a head attends to from the query: darkest is the head's largest value, hover for the number. At the "
+        "right, the sum over each row.",
     )
     shares = _section(
         "Where the meta-gradient comes from",
@@ -237,7 +244,7 @@ def _table(result: Decomposition | DecompositionSet) -> str:
 
 def _table_row(row: pd.Series[Any], columns: list[str]) -> str:
     order = int(row["layer"]) * 100_000 + int(row["head"])
-    cells = "".join(f'<td data-order="{float(row[c])!r}">{float(row[c]):.4g}</td>' for c in columns)
+    cells = "".join(f'<td data-order="{float(row[c])!r}">{number(float(row[c]))}</td>' for c in columns)
     return f'<tr><td data-order="{order}">{escape(str(row["name"]))}</td>{cells}</tr>'
 
 

@@ -30,9 +30,7 @@ def segments(tokenized: TokenizedPrompt) -> list[Segment]:
         found.append(Segment("start", "before", tokenized.bos, _PLAIN))
     if tokenized.instruction is not None:
         found.append(Segment("instruction", "before", tokenized.instruction, _PLAIN))
-    found += [
-        Segment(f"demo {i + 1}", "demo", span, demo_colour(i)) for i, span in enumerate(tokenized.demos)
-    ]
+    found += [Segment(f"demo {i + 1}", "demo", span, demo_colour(i)) for i, span in enumerate(tokenized.demos)]
     return [*found, Segment("query", "query", tokenized.query, _QUERY)]
 
 

@@ -99,3 +99,9 @@ def decompositions(result: Decomposition | DecompositionSet) -> list[Decompositi
 def n_averaged(result: Decomposition | DecompositionSet) -> int:
     """How many (prompt, position) pairs `head_means` averages."""
     return sum(len(item.positions) for item in decompositions(result))
+
+
+def number(value: float) -> str:
+    """Three decimals, fewer for large numbers, with a real minus sign."""
+    text = f"{value:.3f}" if abs(value) < 1000 else f"{value:.1f}"
+    return text.replace("-", "−")

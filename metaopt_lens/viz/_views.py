@@ -19,6 +19,7 @@ from metaopt_lens.decomposition import Decomposition
 from metaopt_lens.viz._assets import page, standalone
 from metaopt_lens.viz._heads import choose_heads
 from metaopt_lens.viz._segments import Segment, segments, visible_token
+from metaopt_lens.viz._table import number
 
 _POSITIVE, _NEGATIVE = "#1d5fbf", "#c2410c"
 _SMALLEST_SCALE = 1e-9  # a scale of 0 has no colours
@@ -67,7 +68,10 @@ def attention_view(result: Decomposition, heads: Sequence[str | HeadRef] | None 
 
 
 def token_view(
-    result: Decomposition, heads: Sequence[str | HeadRef] | None = None, *, form: Literal["softmax", "linear"] = "softmax"
+    result: Decomposition,
+    heads: Sequence[str | HeadRef] | None = None,
+    *,
+    form: Literal["softmax", "linear"] = "softmax",
 ) -> View:
     """Demonstration tokens coloured by their signed share of a head's meta-gradient (`Decomposition.token_shares`).
 
@@ -83,9 +87,7 @@ def token_view(
     for ref in choose_heads(result, heads):
         shares = result.token_shares(ref.layer, ref.head, form)
         rows = shares if result.keep_position_axis else shares[None]
-        panels = [
-            _panel(result, index, row, signed=True, shown=demos, sink=0.0) for index, row in enumerate(rows)
-        ]
+        panels = [_panel(result, index, row, signed=True, shown=demos, sink=0.0) for index, row in enumerate(rows)]
         cards.append(_card(ref, result, panels, _share_note(result, ref)))
     return View("Share of the tokens in the meta-gradient", _cards(cards))
 
@@ -138,7 +140,7 @@ def _row(name: str, kind: str, colour: str, content: str, total: float, widest: 
     width = 100 * abs(total) / widest
     return (
         f'<div class="ml-row ml-{kind}" style="--band:{colour}"><span class="ml-tag">{name}</span>{content}'
-        f'<span class="ml-sum ml-{sign}" style="--w:{width:.1f}%">{_number(total)}</span></div>'
+        f'<span class="ml-sum ml-{sign}" style="--w:{width:.1f}%">{number(total)}</span></div>'
     )
 
 
@@ -177,7 +179,3 @@ def _share_note(result: Decomposition, ref: HeadRef) -> str:
 def _from(result: Decomposition) -> str:
     token = visible_token(result.tokenized.tokens[result.positions[-1]]).strip() or "␣"
     return f" at the {'last ' if len(result.positions) > 1 else ''}token <code>{escape(token)}</code>"
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}".replace("-", "−")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 DATA = Path(__file__).parent / "data"
+NAME = "metaopt-lens-tiny"
 WEIGHTS_FILE = "model.safetensors"
 METRICS_FILE = "metrics.json"
 _FILES = (WEIGHTS_FILE, METRICS_FILE, "config.json", "tokenizer.json", "tokenizer_config.json")
@@ -198,6 +199,7 @@ def _as_bridge(source: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, fol
         dtype=parameter.dtype,
         device=str(parameter.device),
     )
+    bridge.cfg.model_name = NAME  # the folder is a path on this machine: it belongs in no result
     return bridge.eval()
 
 
@@ -218,7 +220,7 @@ def _as_hooked(source: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> 
 
     config, parameter = source.config, source.lm_head.weight
     cfg = HookedTransformerConfig(
-        model_name="metaopt-lens-tiny",
+        model_name=NAME,
         original_architecture="LlamaForCausalLM",
         d_model=config.hidden_size,
         d_head=config.hidden_size // config.num_attention_heads,

@@ -1,0 +1,214 @@
+"""The command line. Everything heavy is imported inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from metaopt_lens._errors import MetaoptLensError, OptionError
+from metaopt_lens._types import HeadRef
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from metaopt_lens.decomposition import Decomposition, DecompositionSet
+    from metaopt_lens.extraction import LabelPrediction
+
+_MISTAKE = 2  # exit code for everything the user can put right; typer's own for bad options
+
+
+class _Commands(typer.core.TyperGroup):
+    """The one place where errors of the library become a line on stderr."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MetaoptLensError as error:
+            _say(f"error: {' '.join(str(error).split())}", to_stderr=True)
+            raise typer.Exit(_MISTAKE) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+    help="Split every attention head's output into what it reads from the query and what it reads from the "
+    "demonstrations: z = zero_shot + meta_gradient.",
+)
+
+
+class Format(StrEnum):
+    """What `decompose` writes to the terminal."""
+
+    table = "table"
+    json = "json"
+
+
+class DType(StrEnum):
+    """Floating-point type of the weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+
+
+Out = Annotated[Path, typer.Option("--out", help="Folder for heads.csv, heads.json and report.html.", metavar="DIR")]
+MaybeOut = Annotated[
+    Path | None,
+    typer.Option("--out", help="Also write heads.csv, heads.json and report.html here.", metavar="DIR"),
+]
+Top = Annotated[int, typer.Option("--top", min=1, help="How many heads the table lists.")]
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=lambda value: _version(value), help="Print the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(out: Out = Path("metaopt-lens-out"), top: Top = 12) -> None:
+    """The bundled model on a bundled prompt: needs no network and takes seconds."""
+    import random
+
+    from metaopt_lens.models import load_model
+    from metaopt_lens.models.tiny import sample_episode
+    from metaopt_lens.prompts import ICLPrompt
+
+    episode = sample_episode(random.Random(3), n_demos=8, n_categories=2)
+    prompt = ICLPrompt(episode.demos, episode.query, label=episode.answer, candidates=episode.candidates)
+    result, answers = _run(load_model("tiny"), [prompt], position="last", prepend_bos=None, heads=None)
+    _show(result, answers, heads=None, top=top)
+    _write(result, answers, out, heads=None)
+
+
+@app.command()
+def decompose(
+    model: Annotated[str, typer.Option(help="A name on the hub, a local folder, or 'tiny' for the bundled model.")],
+    prompt: Annotated[Path, typer.Option(help="Prompts: a .json, .jsonl or text file.", metavar="FILE")],
+    dtype: Annotated[DType, typer.Option(help="Floating-point type of the weights.")] = DType.float32,
+    device: Annotated[str | None, typer.Option(help="Where to run, such as cpu or cuda.")] = None,
+    heads: Annotated[str | None, typer.Option(help="Only these heads, such as L1H2,L3H7.")] = None,
+    position: Annotated[
+        str, typer.Option(help="Token of the query to read: last, all, or an index into the prompt.")
+    ] = "last",
+    form: Annotated[Format, typer.Option("--format", help="What to write to the terminal.")] = Format.table,
+    out: MaybeOut = None,
+    prepend_bos: Annotated[
+        bool | None,
+        typer.Option("--prepend-bos/--no-prepend-bos", help="Put BOS first; by default if the tokenizer has one."),
+    ] = None,
+    top: Top = 20,
+) -> None:
+    """Split the heads of a model on the prompts in a file."""
+    chosen = [HeadRef.parse(name) for name in heads.split(",")] if heads is not None else None
+    where = _position(position)
+
+    from metaopt_lens.prompts import load_prompts
+
+    prompts = load_prompts(prompt)  # before the model, which takes longer
+
+    import torch
+
+    from metaopt_lens.models import load_model
+
+    loaded = load_model(model, dtype=getattr(torch, dtype.value), device=device)
+    result, answers = _run(loaded, prompts, position=where, prepend_bos=prepend_bos, heads=chosen)
+    if form is Format.json:
+        from metaopt_lens.viz import as_data
+
+        typer.echo(json.dumps(as_data(result, answers, heads=chosen), indent=1, ensure_ascii=False))
+    else:
+        _show(result, answers, heads=chosen, top=top)
+    if out is not None:
+        _write(result, answers, out, heads=chosen, to_stderr=form is Format.json)
+
+
+def _run(
+    model: Any, prompts: Sequence[Any], *, position: Any, prepend_bos: bool | None, heads: list[HeadRef] | None
+) -> tuple[Decomposition | DecompositionSet, list[LabelPrediction | None]]:
+    from metaopt_lens.decomposition import decompose as run
+    from metaopt_lens.extraction import candidate_labels, predict_labels
+    from metaopt_lens.models import wrap
+
+    wrapped = wrap(model)
+    for ref in heads or ():
+        ref.check(wrapped.info.n_layers, wrapped.info.n_heads)
+    found = run(wrapped, prompts, position=position, prepend_bos=prepend_bos)
+    answers = [
+        predict_labels(wrapped, item.prompt, item.tokenized) if len(candidate_labels(item.prompt)) > 1 else None
+        for item in found
+    ]
+    return (found[0] if len(found) == 1 else found), answers
+
+
+def _show(
+    result: Decomposition | DecompositionSet,
+    answers: Sequence[LabelPrediction | None],
+    *,
+    heads: list[HeadRef] | None,
+    top: int,
+) -> None:
+    from metaopt_lens.viz import answers_text, decompositions, heads_text, labels_text, prompt_text
+
+    console = Console(highlight=False)
+    items = decompositions(result)
+    console.print(repr(result), markup=False, soft_wrap=True)
+    if len(items) == 1:
+        console.print(prompt_text(items[0]), soft_wrap=True)
+    if len(items) == 1 and answers[0] is not None:
+        console.print(labels_text(answers[0]))
+    else:
+        console.print(answers_text(items, answers))
+    console.print(heads_text(result, heads=heads, top=top))
+
+
+def _write(
+    result: Decomposition | DecompositionSet,
+    answers: Sequence[LabelPrediction | None],
+    out: Path,
+    *,
+    heads: list[HeadRef] | None,
+    to_stderr: bool = False,
+) -> None:
+    from metaopt_lens.viz import write_outputs
+
+    for path in write_outputs(result, out, heads=heads, answers=answers):
+        _say(f"wrote {path}", to_stderr=to_stderr)
+
+
+def _position(text: str) -> Any:
+    if text in {"last", "all"}:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise OptionError(f"--position must be last, all or a token index, got {text!r}.") from None
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"metaopt-lens {version('metaopt-lens')}")
+        raise typer.Exit
+
+
+def _say(text: str, *, to_stderr: bool) -> None:
+    Console(stderr=to_stderr).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point of the `metaopt-lens` command."""
+    app()
