@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from metaopt_lens.decomposition import Decomposition as Decomposition
     from metaopt_lens.decomposition import DecompositionSet as DecompositionSet
     from metaopt_lens.decomposition import decompose as decompose
+    from metaopt_lens.interventions import KnockOut as KnockOut
+    from metaopt_lens.interventions import MetaGradient as MetaGradient
+    from metaopt_lens.interventions import intervene as intervene
+    from metaopt_lens.interventions import meta_gradient as meta_gradient
     from metaopt_lens.models import wrap as wrap
     from metaopt_lens.models.tiny import load_tiny as load_tiny
     from metaopt_lens.prompts import Demo as Demo
@@ -25,11 +29,15 @@ _HOME = {
     "Demo": "prompts",
     "HeadRef": "_types",
     "ICLPrompt": "prompts",
+    "KnockOut": "interventions",
+    "MetaGradient": "interventions",
     "MetaoptLensError": "_errors",
     "Template": "prompts",
     "decompose": "decomposition",
+    "intervene": "interventions",
     "load_prompts": "prompts",
     "load_tiny": "models.tiny",
+    "meta_gradient": "interventions",
     "wrap": "models",
 }
 

@@ -32,10 +32,10 @@ class ScoreRule:
 
 
 def visible_sources(
-    rule: ScoreRule, dst_positions: Int[Tensor, " dst"], src_positions: Int[Tensor, " src"]
-) -> Bool[Tensor, "dst src"]:
+    rule: ScoreRule, dst_positions: Int[Tensor, "*rows dst"], src_positions: Int[Tensor, "*rows src"]
+) -> Bool[Tensor, "*rows dst src"]:
     """Which sources each destination may attend to: causal, and inside the sliding window if there is one."""
-    distance = dst_positions[:, None] - src_positions[None, :]
+    distance = dst_positions[..., :, None] - src_positions[..., None, :]
     visible = distance >= 0
     return visible if rule.window is None else visible & (distance < rule.window)
 
@@ -45,12 +45,13 @@ def attention_scores(
     q: Float[Tensor, "*batch dst head d_head"],
     k: Float[Tensor, "*batch src kv_head d_head"],
     *,
-    dst_positions: Int[Tensor, " dst"],
-    src_positions: Int[Tensor, " src"],
+    dst_positions: Int[Tensor, "*rows dst"],
+    src_positions: Int[Tensor, "*rows src"],
 ) -> Float[Tensor, "*batch head dst src"]:
     """Final scores before the softmax: scaled, soft-capped, with ALiBi bias, ``-inf`` where not visible.
 
-    Positions are those the model saw (in-context indices); rotary rotation is already in `q` and `k`.
+    Positions are those the model saw (in-context indices), the same for the whole batch or one row for each sequence;
+    rotary rotation is already in `q` and `k`.
     Computed in float32 at least.
     """
     query = rearrange(at_least_float32(q), "... dst (kv group) d -> ... kv group dst d", kv=k.shape[-2])
@@ -59,9 +60,10 @@ def attention_scores(
     if rule.softcap is not None:
         scores = rule.softcap * torch.tanh(scores / rule.softcap)
     if rule.alibi_slopes is not None:
-        distance = (dst_positions[:, None] - src_positions[None, :]).to(scores.dtype)
+        distance = (dst_positions[..., :, None] - src_positions[..., None, :]).to(scores.dtype)[..., None, :, :]
         scores = scores - rule.alibi_slopes.to(scores)[:, None, None] * distance
-    return scores.masked_fill(~visible_sources(rule, dst_positions, src_positions), -torch.inf)
+    visible = visible_sources(rule, dst_positions, src_positions)[..., None, :, :]
+    return scores.masked_fill(~visible, -torch.inf)
 
 
 def softmax_with_sink(

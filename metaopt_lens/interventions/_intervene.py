@@ -7,28 +7,47 @@ from contextlib import contextmanager
 from typing import Any
 
 from metaopt_lens._errors import OptionError
+from metaopt_lens.interventions._apply import AppliedMetaGradient
+from metaopt_lens.interventions._knock_out import KnockOut
+from metaopt_lens.interventions._meta_gradient import MetaGradient
 from metaopt_lens.models import Hook, Intervention, wrap
+
+_READ_ATTENTION = (AppliedMetaGradient, MetaGradient, KnockOut)
 
 
 @contextmanager
-def intervene(model: Any, *interventions: Intervention) -> Iterator[Any]:
+def intervene(model: Any, *interventions: Intervention, **options: Any) -> Iterator[Any]:
     """Within the block every forward pass of `model` has the interventions in it; afterwards it is what it was.
 
-    They act in the order given, after hooks the model already had. The model's weights are not touched.
+    They act in the order given, after hooks the model already had; meta-gradients and knock-outs act last, on what the
+    others (weight updates) made of queries, keys and values. The model's weights are not touched.
 
     Args:
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model.
         interventions: weight updates, meta-gradients, knock-outs, momentum attention.
+        options: `form`, `heads`, `strength`, `scale` of the one meta-gradient given; see `MetaGradient.apply`.
 
     Raises:
-        OptionError: nothing to intervene with.
+        OptionError: nothing to intervene with, several meta-gradients at once, or options without a meta-gradient.
         ModelMismatchError: an intervention was made for another model.
     """
     if not interventions:
         raise OptionError("intervene needs at least one intervention.")
+    if options:
+        if not any(isinstance(i, MetaGradient) for i in interventions):
+            raise OptionError(
+                f"the options {', '.join(options)} are those of a meta-gradient, and none was given: for anything "
+                "else set them where the intervention is made."
+            )
+        interventions = tuple(i.apply(**options) if isinstance(i, MetaGradient) else i for i in interventions)
+    if sum(isinstance(i, AppliedMetaGradient | MetaGradient) for i in interventions) > 1:
+        raise OptionError(
+            "only one meta-gradient can be applied at a time: each moves the tokens behind its own demonstrations. "
+            "Make one meta-gradient of all demonstrations and select from it."
+        )
     wrapped = wrap(model)
     hooks: list[Hook] = []
-    for intervention in interventions:
+    for intervention in sorted(interventions, key=lambda i: isinstance(i, _READ_ATTENTION)):
         hooks += intervention.hooks(wrapped)
     with wrapped.hooked(hooks):
         yield model

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +15,7 @@ from torch import Tensor
 from metaopt_lens._errors import ContextWindowError, ModelMismatchError
 from metaopt_lens.dual import ScoreRule, attention_scores, softmax_with_sink, visible_sources
 from metaopt_lens.models._hooks import Hook, StopForward, attached, check_hook_names, inference_state
+from metaopt_lens.models._passes import PASS, HostPass, PlacedCall
 
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
@@ -125,6 +126,7 @@ class Prefix:
         )
 
 
+@runtime_checkable
 class Intervention(Protocol):
     """A change to a model that is nothing but hooks: a weight update, a meta-gradient, a knock-out, momentum."""
 
@@ -195,9 +197,20 @@ class AttentionModel(ABC):
 
     @abstractmethod
     def query_key_hooks(
-        self, layer: int, use_q: Callable[[Tensor], None], use_k: Callable[[Tensor], None], *, offset: int
+        self,
+        layer: int,
+        use_q: Callable[[Tensor], None],
+        use_k: Callable[[Tensor], None],
+        *,
+        offset: int,
+        positions: Callable[[], Tensor] | None = None,
     ) -> list[Hook]:
-        """Hooks that hand over q and k of the new tokens as the scores see them, before z is computed."""
+        """Hooks that hand over q and k of the new tokens as the scores see them, before z is computed.
+
+        Args:
+            offset: position of the first new token.
+            positions: ``[batch, pos]`` of the running pass, where they are not `offset` and upwards.
+        """
 
     @property
     @abstractmethod
@@ -211,6 +224,18 @@ class AttentionModel(ABC):
     @abstractmethod
     def _forward_prefix(self, tokens: Int[Tensor, "1 pos"]) -> Callable[[], tuple[Tensor, ...]]:
         """Prepare a forward pass that fills a host cache; see `run_prefix`."""
+
+    @abstractmethod
+    def check_movable(self) -> None:
+        """Raise `UnsupportedModelError` if the host cannot be told that its tokens stand elsewhere."""
+
+    @abstractmethod
+    def _watching(self, begin: Callable[[HostPass], Tensor | None]) -> AbstractContextManager[None]:
+        """Call `begin` before every forward pass; the host takes the positions of all slots from it (None: its own)."""
+
+    @abstractmethod
+    def _move_hooks(self, current: Callable[[], tuple[HostPass, Tensor | None]]) -> list[Hook]:
+        """Hooks that move the host's tokens to the positions of the running pass, where `_watching` cannot."""
 
     # ---- built on the primitives above --------------------------------------------------------------------------
 
@@ -262,11 +287,96 @@ class AttentionModel(ABC):
             hooks.append((self.hook_name("pattern", layer), keep("pattern")))
         return [*hooks, (self.hook_name("z", layer), at_z)]
 
+    def placed_hooks(
+        self,
+        place: Callable[[HostPass], Tensor | None],
+        use: Callable[[PlacedCall], Tensor | None],
+        *,
+        layers: Sequence[int] | None = None,
+    ) -> list[Hook]:
+        """Hooks for any forward pass of the host, also padded, cached and generating, with positions of our choosing.
+
+        Args:
+            place: called before every pass; returns the position every slot is to have, ``[batch, slot]``, or None to
+                leave them as they are. The host then computes with these positions; where its own masks or biases
+                go by the slot instead (sliding window, ALiBi), z is computed anew.
+            use: called with the layer's `PlacedCall` just before W_O; what it returns replaces z.
+            layers: where to call `use`; all by default.
+        """
+        running: list[tuple[HostPass, Tensor | None]] = []
+
+        def begin(host_pass: HostPass) -> Tensor | None:
+            running[:] = [(host_pass, place(host_pass))]
+            return running[0][1]
+
+        hooks: list[Hook] = [(PASS, begin), *self._move_hooks(lambda: running[0])]
+        for layer in range(self.info.n_layers):
+            chosen = use if layers is None or layer in layers else None
+            hooks += self._placed_layer(layer, lambda: running[0], chosen)
+        return hooks
+
+    def _placed_layer(
+        self,
+        layer: int,
+        current: Callable[[], tuple[HostPass, Tensor | None]],
+        use: Callable[[PlacedCall], Tensor | None] | None,
+    ) -> list[Hook]:
+        seen: dict[str, Tensor] = {}
+        rule = self.score_rule(layer)
+        by_slot = rule.window is not None or rule.alibi_slopes is not None
+
+        def keep(key: str) -> Callable[[Tensor], None]:
+            def store(tensor: Tensor) -> None:
+                seen[key] = tensor
+
+            return store
+
+        def positions() -> Tensor:
+            host_pass, moved = current()
+            return (host_pass.index if moved is None else moved)[:, host_pass.n_past :]
+
+        def at_z(z: Tensor) -> Tensor | None:
+            host_pass, moved = current()
+            q, k, v = seen.pop("q"), seen.pop("k"), seen.pop("v")
+            past_k, past_v = host_pass.past(layer)
+            k = k if past_k is None else torch.cat([past_k.to(k), k], dim=1)
+            v = v if past_v is None else torch.cat([past_v.to(v), v], dim=1)
+            where = (host_pass.index if moved is None else moved).to(z.device)
+            call = PlacedCall(
+                layer,
+                q=q,
+                k=k,
+                v=v,
+                z=z,
+                rule=rule,
+                dst_positions=where[:, host_pass.n_past :],
+                src_positions=where[:, -k.shape[1] :],
+                valid=host_pass.valid.to(z.device)[:, -k.shape[1] :],
+            )
+            corrected = call.attend(call.scores()) if by_slot and moved is not None else None
+            if corrected is not None:
+                call = replace(call, z=corrected)
+            edited = None if use is None else use(call)
+            return corrected if edited is None else edited
+
+        hooks = self.query_key_hooks(layer, keep("q"), keep("k"), offset=0, positions=positions)
+        return [*hooks, (self.hook_name("v", layer), keep("v")), (self.hook_name("z", layer), at_z)]
+
     @contextmanager
     def hooked(self, hooks: Sequence[Hook]) -> Iterator[None]:
         """Attach hooks for the length of the block, names checked first."""
-        check_hook_names(self.hook_points, [name for name, _ in hooks], owner=self.info.name)
-        with attached(self.hook_points, hooks):
+        begins = [function for name, function in hooks if name == PASS]
+        others = [hook for hook in hooks if hook[0] != PASS]
+        check_hook_names(self.hook_points, [name for name, _ in others], owner=self.info.name)
+
+        def begin(host_pass: HostPass) -> Tensor | None:
+            placed = [function(host_pass) for function in begins]
+            return next((positions for positions in placed if positions is not None), None)
+
+        with ExitStack() as stack:
+            if begins:
+                stack.enter_context(self._watching(begin))
+            stack.enter_context(attached(self.hook_points, others))
             yield
 
     def run(

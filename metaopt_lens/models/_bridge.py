@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from metaopt_lens._errors import UnsupportedModelError
+from metaopt_lens._errors import OptionError, UnsupportedModelError
 from metaopt_lens.dual import ScoreRule
 from metaopt_lens.models._abstract import AttentionModel, ModelInfo, Prefix, dtype_name
 from metaopt_lens.models._hooks import Hook, StopForward, check_hook_names
+from metaopt_lens.models._passes import HostPass, PastKeysValues
 from metaopt_lens.models._processing import processing_of
 
 if TYPE_CHECKING:
@@ -119,7 +121,13 @@ class BridgeModel(AttentionModel):
         return f"blocks.{layer}.attn.hook_in", use
 
     def query_key_hooks(
-        self, layer: int, use_q: Callable[[Tensor], None], use_k: Callable[[Tensor], None], *, offset: int
+        self,
+        layer: int,
+        use_q: Callable[[Tensor], None],
+        use_k: Callable[[Tensor], None],
+        *,
+        offset: int,
+        positions: Callable[[], Tensor] | None = None,
     ) -> list[Hook]:
         from transformer_lens.model_bridge.generalized_components.joint_qkv_position_embeddings_attention import (
             JointQKVPositionEmbeddingsAttentionBridge,
@@ -132,7 +140,7 @@ class BridgeModel(AttentionModel):
         if isinstance(attn, JointQKVPositionEmbeddingsAttentionBridge):
             return _neox_hooks(attn, at, use_q, use_k)
         if self.info.architecture == "GPTJForCausalLM":
-            return _gptj_hooks(attn.original_component, at, use_q, use_k, offset)
+            return _gptj_hooks(attn.original_component, at, use_q, use_k, offset, positions)
         return [(f"{at}.hook_rot_q", use_q), (f"{at}.hook_rot_k", use_k)]
 
     def _cache(self, batch: int, prefix: Prefix | None) -> Any:
@@ -155,6 +163,66 @@ class BridgeModel(AttentionModel):
         with suppress(StopForward):
             self.host(tokens)
         return tuple  # the host's cache holds keys as the scores see them: nothing else to keep
+
+    def check_movable(self) -> None:
+        hf = self.host.original_model
+        if self.info.positions not in {"alibi", "none"} and "position_ids" not in signature(hf.forward).parameters:
+            raise UnsupportedModelError(
+                f"{self.info.name} ({self.info.architecture}) takes no position_ids, so a zero-shot prompt's "
+                "tokens cannot be put where they stand in context. Run them behind the demonstrations' cache instead: "
+                "MetaGradient.run(model, tokens)."
+            )
+
+    @contextmanager
+    def _watching(self, begin: Callable[[HostPass], Tensor | None]) -> Iterator[None]:
+        hf: Any = self.host.original_model
+        takes_positions = "position_ids" in signature(hf.forward).parameters
+
+        def before(_: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            tokens = args[0] if args else options.get("input_ids")
+            source = options["inputs_embeds"] if tokens is None else tokens
+            cache = options.get("past_key_values")
+            n_past = 0 if cache is None else int(cache.get_seq_length())
+            batch, n_all = source.shape[0], n_past + source.shape[1]
+            mask = options.get("attention_mask")
+            if mask is None:
+                mask = torch.ones(batch, n_all, dtype=torch.long, device=source.device)
+            elif mask.ndim != 2 or mask.shape[1] != n_all:
+                raise OptionError(
+                    f"under a meta-gradient or knock-out the attention_mask must be [batch, {n_all}] (cached and new "
+                    f"tokens), got {list(mask.shape)}."
+                )
+            moved = begin(HostPass(tokens=tokens, valid=mask.bool(), n_past=n_past, past=_past(cache)))
+            if moved is None:
+                return args, options
+            # With the mask given, transformers does not take the gap in position_ids for packed sequences.
+            changed = {**options, "attention_mask": mask}
+            if takes_positions:
+                changed["position_ids"] = moved[:, n_past:]
+            return args, changed
+
+        handle = hf.register_forward_pre_hook(before, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _move_hooks(self, current: Callable[[], tuple[HostPass, Tensor | None]]) -> list[Hook]:  # noqa: ARG002
+        return []  # position_ids do it
+
+
+def _past(cache: Any) -> Callable[[int], PastKeysValues]:
+    """Keys and values a transformers cache holds now (it grows during the pass)."""
+    layers = [] if cache is None else [layer for layer in cache.layers]
+    held = [(entry.keys, entry.values) if entry.is_initialized else (None, None) for entry in layers]
+
+    def of(layer: int) -> PastKeysValues:
+        k, v = held[layer] if layer < len(held) else (None, None)
+        if k is None or v is None or not k.numel():
+            return None, None
+        return k.transpose(1, 2), v.transpose(1, 2)
+
+    return of
 
 
 def _positions(cfg: Any) -> str:
@@ -209,15 +277,22 @@ def _neox_hooks(attn: Any, at: str, use_q: Callable[[Tensor], None], use_k: Call
 
 
 def _gptj_hooks(
-    module: Any, at: str, use_q: Callable[[Tensor], None], use_k: Callable[[Tensor], None], offset: int
+    module: Any,
+    at: str,
+    use_q: Callable[[Tensor], None],
+    use_k: Callable[[Tensor], None],
+    offset: int,
+    positions: Callable[[], Tensor] | None,
 ) -> list[Hook]:
     """GPT-J rotates inside transformers' own attention; its own function and table are applied again."""
     from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb
 
     def rotated(use: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
         def rotate(tensor: Tensor) -> None:
-            table = module.embed_positions[offset : offset + tensor.shape[1]].to(tensor.device)
-            sin, cos = (part[None] for part in table.split(table.shape[-1] // 2, dim=-1))
+            n = tensor.shape[1]
+            where = torch.arange(offset, offset + n)[None] if positions is None else positions()
+            table = module.embed_positions[where.to(module.embed_positions.device)].to(tensor.device)
+            sin, cos = table.chunk(2, dim=-1)
             dim = module.rotary_dim
             turned = apply_rotary_pos_emb(tensor[..., :dim], sin, cos)
             use(torch.cat([turned, tensor[..., dim:]], dim=-1).to(tensor.dtype))
@@ -235,6 +310,8 @@ def _refuse_unsupported(host: Any, hook_points: Mapping[str, HookPoint], name: s
     config = host.original_model.config
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{owner} is an encoder-decoder; only decoder-only models are supported.")
+    if str(cfg.architecture).endswith("ForMaskedLM"):
+        raise UnsupportedModelError(f"{owner} is an encoder; only decoder-only models are supported.")
     if "blocks" not in host._modules:
         raise UnsupportedModelError(f"{owner} has no decoder blocks: encoder and other models are not supported.")
     for layer, block in enumerate(host.blocks):

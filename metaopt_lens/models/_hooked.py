@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from metaopt_lens._errors import UnsupportedModelError
 from metaopt_lens.dual import ScoreRule
 from metaopt_lens.models._abstract import AttentionModel, ModelInfo, Prefix, dtype_name
 from metaopt_lens.models._hooks import Hook, StopForward
+from metaopt_lens.models._passes import HostPass
 from metaopt_lens.models._processing import processing_of
 
 if TYPE_CHECKING:
@@ -128,7 +129,13 @@ class HookedModel(AttentionModel):
         return f"blocks.{layer}.ln1.hook_normalized", scaled
 
     def query_key_hooks(
-        self, layer: int, use_q: Callable[[Tensor], None], use_k: Callable[[Tensor], None], *, offset: int
+        self,
+        layer: int,
+        use_q: Callable[[Tensor], None],
+        use_k: Callable[[Tensor], None],
+        *,
+        offset: int,
+        positions: Callable[[], Tensor] | None = None,  # noqa: ARG002 - the host's own rotation is read
     ) -> list[Hook]:
         def new_keys(k: Tensor) -> None:
             use_k(k[:, offset:])  # under a cache hook_rot_k shows the cached keys too
@@ -167,6 +174,91 @@ class HookedModel(AttentionModel):
         with suppress(StopForward):
             self._run_host(tokens, cache)
         return lambda: tuple(entry.past_keys[0] for entry in cache.entries)
+
+    def check_movable(self) -> None:
+        pass  # learned positions and rotations are replaced at their hooks; ALiBi scores are computed anew
+
+    @contextmanager
+    def _watching(self, begin: Callable[[HostPass], Tensor | None]) -> Iterator[None]:
+        # generate() calls forward directly, so the parts are watched: embedding, positions (if learned), blocks.
+        tokens: list[Tensor] = []
+        entries: dict[int, Any] = {}
+        begun: list[bool] = []
+        blocks = list(self.host.blocks)
+
+        def start(batch: int, n_new: int, n_past: int, mask: Tensor | None) -> None:
+            shape = (batch, n_past + n_new)
+            valid = torch.ones(shape, dtype=torch.bool, device=self.device) if mask is None else mask.bool()
+            new = tokens.pop() if tokens and tokens[-1].shape == (batch, n_new) else None
+            tokens.clear()
+            entries.clear()
+            begin(HostPass(tokens=new, valid=valid, n_past=n_past, past=lambda layer: entries[layer]))
+
+        def at_embed(_: Any, args: tuple[Any, ...]) -> None:
+            tokens[:] = [args[0]]
+
+        def at_positions(_: Any, args: tuple[Any, ...]) -> None:
+            sequence, n_past, mask = args
+            n_all = n_past + sequence.shape[1] if mask is None else mask.shape[1]
+            start(sequence.shape[0], n_all - n_past, n_past, mask)
+            begun[:] = [True]
+
+        def at_attention(layer: int) -> Callable[..., None]:
+            def before(_: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:  # noqa: ARG001
+                entry = options.get("past_kv_cache_entry")
+                n_past = 0 if entry is None else entry.past_keys.shape[1]
+                if layer == 0:
+                    if not begun:
+                        batch, n_new = options["query_input"].shape[:2]
+                        start(batch, n_new, n_past, options.get("attention_mask"))
+                    begun.clear()
+                rotary = self.info.positions == "rotary"
+                cached = (None, None) if entry is None else (None if rotary else entry.past_keys, entry.past_values)
+                entries[layer] = cached
+
+            return before
+
+        handles = [self.host.embed.register_forward_pre_hook(at_embed)]
+        if self.info.positions == "learned":
+            handles.append(self.host.pos_embed.register_forward_pre_hook(at_positions))
+        for layer, block in enumerate(blocks):
+            handles.append(block.attn.register_forward_pre_hook(at_attention(layer), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _move_hooks(self, current: Callable[[], tuple[HostPass, Tensor | None]]) -> list[Hook]:
+        if self.info.positions == "learned":
+
+            def embed(out: Tensor) -> Tensor | None:
+                _, moved = current()
+                return None if moved is None else self.host.pos_embed.W_pos[moved[:, -out.shape[1] :]].to(out)
+
+            return [("hook_pos_embed", embed)]
+        if self.info.positions != "rotary":
+            return []
+
+        def turn(attn: Any) -> Callable[[Tensor], Tensor | None]:
+            def rotate(tensor: Tensor) -> Tensor | None:
+                host_pass, moved = current()
+                if moved is None:
+                    return None
+                # Rotations add up: what the host turned by its own index is turned on by the rest of the way.
+                more = (moved - host_pass.index)[:, -tensor.shape[1] :].to(attn.rotary_cos.device)
+                n = attn.cfg.rotary_dim
+                cos, sin = (table[more].unsqueeze(2).to(tensor) for table in (attn.rotary_cos, attn.rotary_sin))
+                turned = tensor[..., :n] * cos + attn.rotate_every_two(tensor[..., :n]) * sin
+                return torch.cat([turned, tensor[..., n:]], dim=-1)
+
+            return rotate
+
+        return [
+            (f"blocks.{layer}.attn.hook_rot_{kind}", turn(block.attn))
+            for layer, block in enumerate(self.host.blocks)
+            for kind in ("q", "k")
+        ]
 
 
 def _refuse_unsupported(cfg: Any) -> None:

@@ -15,7 +15,8 @@ from metaopt_lens._errors import UnsupportedModelError
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
 
-HookFunction = Callable[[Tensor], Tensor | None]
+# Called with a tensor; the one hook named `PASS`, with a `HostPass`.
+HookFunction = Callable[[Any], Tensor | None]
 Hook = tuple[str, HookFunction]
 
 

@@ -25,8 +25,8 @@ class HostPass:
         tokens: ids of the new tokens; None where the host was given embeddings.
         valid: which slots hold a token; the others are padding.
         n_past: how many slots the host's cache holds.
-        past: per layer, keys and values in the host's cache, ``[batch, past, kv_head, d_head]``; keys are None where the
-            hooks show the cached ones too. A sliding cache holds the last slots only.
+        past: per layer, keys and values in the host's cache, ``[batch, past, kv_head, d_head]``; keys are None where
+            the hooks show the cached ones too. A sliding cache holds the last slots only.
     """
 
     tokens: Int[Tensor, "batch pos"] | None
@@ -63,7 +63,7 @@ class PlacedCall:
     valid: Bool[Tensor, "batch src"]
 
     def scores(self) -> Float[Tensor, "batch head dst src"]:
-        """Final scores before the softmax; ``-inf`` for what is not visible. Padding sees itself, so that no row is empty."""
+        """Final scores; ``-inf`` for what is not visible. Padding sees itself, so that no row is empty."""
         scores = attention_scores(
             self.rule, self.q, self.k, dst_positions=self.dst_positions, src_positions=self.src_positions
         )

@@ -1,0 +1,100 @@
+"""Take the demonstrations away from chosen heads in a full in-context run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from metaopt_lens._errors import OptionError
+from metaopt_lens._types import HeadRef
+from metaopt_lens.interventions._demo_tokens import DemoTokens
+from metaopt_lens.interventions._heads import head_mask
+from metaopt_lens.interventions._meta_gradient import MetaGradient
+from metaopt_lens.models import AttentionModel, Hook, HostPass, PlacedCall
+from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt
+
+Positions = Literal["query", "last"] | Sequence[int]
+
+
+@dataclass(frozen=True)
+class KnockOut:
+    """In a full in-context run, chosen heads attend as if the demonstrations were not there: ``z <- z_without``.
+
+    Equals putting the scores from those positions to the demonstrations at -inf, in the chosen heads. With all heads
+    and all positions of the query it is the position-matched zero-shot run (docs/theory.md, section 5). With one
+    demonstration it is leaving that one out by masking: later demonstrations keep what they read from it.
+
+    Attributes:
+        prompt: what the run begins with: a prompt (its query does not matter) or a meta-gradient.
+        heads: heads to knock out, as in ``["L3H7"]``; None for all. layers: only in these layers.
+        demos: which demonstrations to hide, counted from 0; None for all.
+        positions: where: ``"query"`` (every token after the demonstrations), ``"last"`` (the last token of the pass),
+            or indices counted from the query's first token.
+    """
+
+    prompt: ICLPrompt | TokenizedPrompt | MetaGradient
+    heads: Sequence[str | HeadRef] | str | None = None
+    layers: Sequence[int] | None = None
+    demos: Sequence[int] | None = None
+    positions: Positions = "query"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.positions, str):
+            if self.positions not in {"query", "last"}:
+                raise OptionError(f"positions must be 'query', 'last' or token indices, got {self.positions!r}.")
+        elif not self.positions or min(self.positions) < 0:
+            raise OptionError(
+                "positions must be at least one index, counted from the query's first token (0), got "
+                f"{list(self.positions)}."
+            )
+
+    def hooks(self, model: AttentionModel) -> list[Hook]:
+        """The hooks that make the knock-out.
+
+        Raises:
+            HeadError, OptionError: unknown heads, layers or demonstrations, or an empty selection.
+            ModelMismatchError: the meta-gradient was made with another model.
+        """
+        tokens = self._tokens(model)
+        mask = head_mask(model.info, self.heads, self.layers)
+        demos = range(len(tokens.spans)) if self.demos is None else tokens.check_demos(self.demos)
+        inside = tokens.mask(tuple(demos), model.info.n_ctx)
+
+        def place(host_pass: HostPass) -> None:
+            tokens.check_begins(host_pass, tokens.stop, "the demonstrations' prompt")
+
+        def edit(call: PlacedCall) -> Tensor:
+            hidden = inside.to(call.z.device)[call.src_positions] & call.valid  # [batch, src]
+            where = self._where(call, tokens.stop)  # [batch, dst]
+            # Rows that are not edited keep all sources: D itself must not be left without any.
+            rows = where[:, :, None] & hidden[:, None, :]
+            without = call.attend(call.scores().masked_fill(rows[:, None], -torch.inf))
+            chosen = mask[call.layer].to(call.z.device)
+            return torch.where((where[:, :, None] & chosen)[..., None], without, call.z)
+
+        layers = [layer for layer in range(model.info.n_layers) if bool(mask[layer].any())]
+        return model.placed_hooks(place, edit, layers=layers)
+
+    def _tokens(self, model: AttentionModel) -> DemoTokens:
+        if isinstance(self.prompt, MetaGradient):
+            self.prompt.check_model(model)
+            return self.prompt.tokens
+        if isinstance(self.prompt, TokenizedPrompt):
+            return DemoTokens.of(self.prompt)
+        return DemoTokens.tokenize(self.prompt, model)
+
+    def _where(self, call: PlacedCall, stop: int) -> Bool[Tensor, "batch dst"]:
+        in_query = call.dst_positions >= stop
+        if isinstance(self.positions, str):
+            if self.positions == "query":
+                return in_query
+            valid = call.valid[:, -call.q.shape[1] :]
+            last = call.dst_positions.masked_fill(~valid, -1).max(1, keepdim=True).values
+            return in_query & valid & (call.dst_positions == last)
+        wanted = torch.tensor(list(self.positions), device=call.z.device) + stop
+        return in_query & torch.isin(call.dst_positions, wanted)

@@ -1,0 +1,299 @@
+"""A meta-gradient as a value: what the demonstrations leave in every head, to be applied to the zero-shot model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from metaopt_lens._errors import FileFormatError, ModelMismatchError, OptionError, PromptError
+from metaopt_lens._storage import load_result, save_result
+from metaopt_lens._types import HeadRef, TokenSpan
+from metaopt_lens.dual import linear_memory
+from metaopt_lens.extraction import run_shared_prefix
+from metaopt_lens.interventions._apply import AppliedMetaGradient, Form
+from metaopt_lens.interventions._demo_tokens import DemoTokens
+from metaopt_lens.interventions._heads import Heads, head_mask
+from metaopt_lens.models import AttentionModel, Hook, ModelInfo, Prefix, wrap
+from metaopt_lens.prompts import Demo, ICLPrompt, Template
+
+if TYPE_CHECKING:
+    from transformer_lens import FactoredMatrix
+
+KIND = "meta-gradient"
+
+
+def meta_gradient(
+    model: Any,
+    demos: Sequence[Demo | tuple[str, str]] | ICLPrompt,
+    *,
+    template: Template | None = None,
+    instruction: str | None = None,
+    prepend_bos: bool | None = None,
+) -> MetaGradient:
+    """The demonstrations' keys and values in every head, from one forward pass over S and D.
+
+    They do not depend on the query: in a causal model D is the same whatever comes after
+    (arXiv:2212.10559, and docs/theory.md, sections 2 and 5).
+
+    Args:
+        model: `HookedTransformer`, `TransformerBridge` or a wrapped model. It is not modified.
+        demos: demonstrations, or a prompt whose demonstrations, template and instruction are taken (its query is not).
+        template: the text around inputs and labels. instruction: text before the demonstrations.
+        prepend_bos: put BOS first; by default if the tokenizer has one.
+
+    Raises:
+        PromptError: no demonstrations, or text that the tokenizer does not know.
+        ContextWindowError: the demonstrations do not fit the context window.
+    """
+    wrapped = wrap(model)
+    if isinstance(demos, ICLPrompt):
+        if template is not None or instruction is not None:
+            raise OptionError("the prompt brings its own template and instruction: do not give them again.")
+        prompt = demos
+    else:
+        if not demos:
+            raise PromptError("no demonstrations: a meta-gradient needs at least one.")
+        # Any query will do: nothing after D is run.
+        query = demos[0].input if isinstance(demos[0], Demo) else demos[0][0]
+        prompt = ICLPrompt(demos, query, Template() if template is None else template, instruction)
+    tokens = DemoTokens.tokenize(prompt, wrapped, prepend_bos=prepend_bos)
+    prefix = run_shared_prefix(wrapped, tokens.ids)
+    assert prefix is not None  # there is at least one demonstration
+    k, v, host_k = (_stack(layers) for layers in (prefix.k, prefix.v, prefix.host_k))
+    return MetaGradient(
+        model=wrapped.info,
+        template=prompt.template,
+        instruction=prompt.instruction,
+        demos=prompt.demos,
+        tokens=tokens,
+        k=k,
+        v=v,
+        host_k=None if prefix.host_k is prefix.k else host_k,
+        heads=head_mask(wrapped.info),
+        chosen=tuple(range(len(prompt.demos))),
+        fingerprint=_fingerprint(wrapped),
+    )
+
+
+@dataclass(frozen=True, repr=False)
+class MetaGradient:
+    """What the demonstrations put into the heads: their keys and values, factored, to be merged with a zero-shot run.
+
+    A value: `select`, `without_demo` and ``0.5 * mg`` give new ones, and ``with intervene(model, mg):`` applies it.
+
+    Attributes:
+        model: sizes and parametrisation of the model it belongs to.
+        template, instruction, demos: the text it was made from.
+        tokens: ids of S and D and the demonstrations' spans.
+        k, v: keys (as the scores see them) and values of S and D.
+        host_k: keys as the host's cache holds them, where that is something else.
+        heads: which heads it acts on. chosen: which demonstrations are in it.
+        strength: factor on the change of z it makes.
+        fingerprint: tells models of equal sizes apart.
+    """
+
+    model: ModelInfo
+    template: Template
+    instruction: str | None
+    demos: tuple[Demo, ...]
+    tokens: DemoTokens
+    k: Float[Tensor, "layer src kv_head d_head"]
+    v: Float[Tensor, "layer src kv_head d_head"]
+    host_k: Float[Tensor, "layer src kv_head d_head"] | None
+    heads: Bool[Tensor, "layer head"]
+    chosen: tuple[int, ...]
+    fingerprint: tuple[float, ...]
+    strength: float = 1.0
+
+    # ---- algebra ------------------------------------------------------------------------------------------------
+
+    def select(
+        self, heads: Heads = None, *, layers: Sequence[int] | None = None, demos: Sequence[int] | None = None
+    ) -> MetaGradient:
+        """Only these heads, layers and demonstrations, out of those that are in it.
+
+        Demonstrations are counted as in the prompt. What is left out is masked: later ones keep what they read from it.
+
+        Raises:
+            HeadError, OptionError: unknown heads, layers or demonstrations, or an empty selection.
+        """
+        mask = head_mask(self.model, heads, layers) & self.heads
+        if not bool(mask.any()):
+            mask = head_mask(self.model, ())
+        chosen = self.chosen
+        if demos is not None:
+            wanted = self.tokens.check_demos(demos)
+            chosen = tuple(demo for demo in wanted if demo in self.chosen)
+            self.tokens.check_demos(chosen)
+        return dataclasses.replace(self, heads=mask, chosen=chosen)
+
+    def without_demo(self, index: int) -> MetaGradient:
+        """Leave one demonstration out by masking its tokens; make a new meta-gradient to re-run without it."""
+        self.tokens.check_demos([index])
+        return self.select(demos=[demo for demo in self.chosen if demo != index])
+
+    def scaled(self, strength: float) -> MetaGradient:
+        """The same direction, `strength` times as far: ``z + strength (z_applied - z)``."""
+        return dataclasses.replace(self, strength=self.strength * float(strength))
+
+    def __mul__(self, factor: float) -> MetaGradient:
+        return self.scaled(factor)
+
+    __rmul__ = __mul__
+
+    def delta_w(self, layer: int, head: int) -> FactoredMatrix:
+        """``dW_ICL = sum_{i in D} v_i (x) k_i`` of one head, factored; ``.AB @ q``."""
+        HeadRef(layer, head).check(self.model.n_layers, self.model.n_heads)
+        inside = self.tokens.mask(self.chosen, self.tokens.stop).to(self.k.device)
+        kv = head // (self.model.n_heads // self.model.n_kv_heads)
+        return linear_memory(self.k[layer, inside, kv], self.v[layer, inside, kv])
+
+    # ---- application --------------------------------------------------------------------------------------------
+
+    def apply(
+        self,
+        form: Form = "softmax",
+        *,
+        heads: Heads = None,
+        strength: float = 1.0,
+        scale: float | None = None,
+    ) -> AppliedMetaGradient:
+        """The intervention that gives a zero-shot run this meta-gradient.
+
+        Args:
+            form: ``"softmax"``, the exact merge: with all heads at strength 1 the zero-shot run computes what the
+                in-context run computes; ``"linear"`` adds ``scale dW_ICL q`` (arXiv:2212.10559, eq. 10).
+            heads: only these heads.
+            strength: factor on the change of z.
+            scale: of the linear form; by default the layer's score scale over the number of demonstration tokens.
+        """
+        selected = self.select(heads).scaled(strength)
+        return AppliedMetaGradient(meta_gradient=selected, form=form, scale=scale)
+
+    def hooks(self, model: AttentionModel) -> list[Hook]:
+        """Hooks of the exact merge; see `apply`."""
+        return self.apply().hooks(model)
+
+    @property
+    def prefix(self) -> Prefix:
+        """S and D as a shared prefix: run queries behind it for the whole in-context run (all heads, strength 1)."""
+        k, v = tuple(self.k), tuple(self.v)
+        return Prefix(k=k, v=v, host_k=k if self.host_k is None else tuple(self.host_k))
+
+    def run(self, model: Any, queries: Any, **options: Any) -> Tensor | None:
+        """Logits of queries (ids without S and D, ``[batch, pos]``) behind the host's own cache, on any model.
+
+        The whole in-context run, whatever is selected; takes the options of `AttentionModel.run`.
+        """
+        wrapped = wrap(model)
+        self.check_model(wrapped)
+        wrapped.check_window(self.tokens.stop + queries.shape[1], "the queries with the demonstrations")
+        return wrapped.run(queries, prefix=self.prefix, **options)
+
+    def prompt(self, query: str, **options: Any) -> ICLPrompt:
+        """The in-context prompt that asks `query` behind these demonstrations."""
+        return ICLPrompt(self.demos, query, self.template, self.instruction, **options)
+
+    def check_prompt(self, prompt: ICLPrompt) -> None:
+        """Raise `PromptError` unless the prompt has this template, instruction and demonstrations."""
+        for what in ("template", "instruction", "demos"):
+            mine, theirs = getattr(self, what), getattr(prompt, what)
+            if mine != theirs:
+                raise PromptError(
+                    f"the meta-gradient was made with {what} {mine!r}, the prompt has {theirs!r}: make prompts with "
+                    "MetaGradient.prompt(query), or a new meta-gradient."
+                )
+
+    def check_model(self, model: AttentionModel) -> None:
+        """Raise `ModelMismatchError` unless it was made with this model, in this dtype."""
+        model.check_same(self.model, "this meta-gradient")
+        for field in ("architecture", "positions", "dtype"):
+            mine, theirs = getattr(self.model, field), getattr(model.info, field)
+            if mine != theirs:
+                raise ModelMismatchError(
+                    f"this meta-gradient was made with {self.model.name} ({field} = {mine}); "
+                    f"{model.info.name} has {field} = {theirs}. Make a new one with meta_gradient(model, ...)."
+                )
+        now = _fingerprint(model)
+        if any(abs(a - b) > 1e-6 * max(abs(a), 1.0) for a, b in zip(self.fingerprint, now, strict=True)):
+            raise ModelMismatchError(
+                f"this meta-gradient was made with other weights than those of {model.info.name}: "
+                "make a new one with meta_gradient(model, ...)."
+            )
+
+    # ---- storing and showing ------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write ``path.safetensors`` and ``path.json``; returns the latter."""
+        tensors = {"k": self.k, "v": self.v, "heads": self.heads}
+        if self.host_k is not None:
+            tensors["host_k"] = self.host_k
+        meta = {
+            "model": dataclasses.asdict(self.model),
+            "template": dataclasses.asdict(self.template),
+            "instruction": self.instruction,
+            "demos": [[demo.input, demo.label] for demo in self.demos],
+            "tokens": dataclasses.asdict(self.tokens),
+            "chosen": list(self.chosen),
+            "strength": self.strength,
+            "fingerprint": list(self.fingerprint),
+        }
+        return save_result(path, kind=KIND, tensors=tensors, meta=meta)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> MetaGradient:
+        """Read what `save` wrote.
+
+        Raises:
+            FileFormatError: a file is missing, damaged, or holds something else.
+        """
+        tensors, meta = load_result(path, kind=KIND)
+        try:
+            tokens = meta["tokens"]
+            return cls(
+                model=ModelInfo(**(meta["model"] | {"processing": tuple(meta["model"]["processing"])})),
+                template=Template(**meta["template"]),
+                instruction=meta["instruction"],
+                demos=tuple(Demo(*pair) for pair in meta["demos"]),
+                tokens=DemoTokens(
+                    ids=tuple(tokens["ids"]),
+                    start=tokens["start"],
+                    spans=tuple(TokenSpan(**span) for span in tokens["spans"]),
+                ),
+                k=tensors["k"],
+                v=tensors["v"],
+                host_k=tensors.get("host_k"),
+                heads=tensors["heads"],
+                chosen=tuple(meta["chosen"]),
+                fingerprint=tuple(meta["fingerprint"]),
+                strength=meta["strength"],
+            )
+        except (KeyError, TypeError) as error:
+            raise FileFormatError(f"{path} is not a complete {KIND}: {error!r}.") from None
+
+    def __repr__(self) -> str:
+        n_heads, n_all = int(self.heads.sum()), self.heads.numel()
+        heads = "all heads" if n_heads == n_all else f"{n_heads} of {n_all} heads"
+        strength = "" if self.strength == 1 else f", strength {self.strength:g}"
+        return (
+            f"MetaGradient of {self.model.name}: {len(self.chosen)} of {len(self.demos)} demonstrations in "
+            f"{self.tokens.n_demo_tokens} tokens, {heads}{strength}"
+        )
+
+
+def _stack(layers: Sequence[Tensor]) -> Tensor:
+    return torch.stack([layer.detach().to(layers[0].device) for layer in layers])
+
+
+def _fingerprint(model: AttentionModel) -> tuple[float, ...]:
+    """Two numbers of every layer's W_O, in float64: enough to tell two models apart."""
+    weights = [model.w_o(layer).detach().double() for layer in range(model.info.n_layers)]
+    return tuple(float(value) for w in weights for value in (w.sum(), w.square().sum()))
