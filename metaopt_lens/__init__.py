@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from metaopt_lens._errors import MetaoptLensError as MetaoptLensError
     from metaopt_lens._types import HeadRef as HeadRef
+    from metaopt_lens.analysis import Comparison as Comparison
+    from metaopt_lens.analysis import compare as compare
     from metaopt_lens.decomposition import Decomposition as Decomposition
     from metaopt_lens.decomposition import DecompositionSet as DecompositionSet
     from metaopt_lens.decomposition import decompose as decompose
+    from metaopt_lens.finetuning import WeightUpdate as WeightUpdate
+    from metaopt_lens.finetuning import choose_learning_rate as choose_learning_rate
+    from metaopt_lens.finetuning import finetune as finetune
     from metaopt_lens.interventions import KnockOut as KnockOut
     from metaopt_lens.interventions import MetaGradient as MetaGradient
     from metaopt_lens.interventions import intervene as intervene
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
     from metaopt_lens.prompts import load_prompts as load_prompts
 
 _HOME = {
+    "Comparison": "analysis",
     "Decomposition": "decomposition",
     "DecompositionSet": "decomposition",
     "Demo": "prompts",
@@ -33,7 +39,11 @@ _HOME = {
     "MetaGradient": "interventions",
     "MetaoptLensError": "_errors",
     "Template": "prompts",
+    "WeightUpdate": "finetuning",
+    "choose_learning_rate": "finetuning",
+    "compare": "analysis",
     "decompose": "decomposition",
+    "finetune": "finetuning",
     "intervene": "interventions",
     "load_prompts": "prompts",
     "load_tiny": "models.tiny",

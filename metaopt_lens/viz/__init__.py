@@ -1,5 +1,12 @@
 """Pictures: plotly maps, circuitsvis token views, one self-contained page. The only place that imports those two."""
 
+from metaopt_lens.viz._comparison import accuracies_text as accuracies_text
+from metaopt_lens.viz._comparison import comparison_data as comparison_data
+from metaopt_lens.viz._comparison import comparison_map as comparison_map
+from metaopt_lens.viz._comparison import comparison_text as comparison_text
+from metaopt_lens.viz._comparison import depth_profile as depth_profile
+from metaopt_lens.viz._comparison_page import write_comparison_outputs as write_comparison_outputs
+from metaopt_lens.viz._comparison_page import write_comparison_page as write_comparison_page
 from metaopt_lens.viz._heads import choose_heads as choose_heads
 from metaopt_lens.viz._maps import head_map as head_map
 from metaopt_lens.viz._output import write_outputs as write_outputs

@@ -1,0 +1,170 @@
+"""Pictures and tables of a comparison: every value beside its null."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+from rich.table import Table
+
+from metaopt_lens._errors import UndefinedMetricError
+from metaopt_lens.analysis import Comparison, Statistic
+
+_FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
+_VALUE, _NULLS = "#1f5fa8", ("#d1495b", "#edae49", "#66a182", "#8d6a9f", "#7f8c8d", "#b08968")
+_DASHES = ("dash", "dot", "dashdot", "longdash", "longdashdot", "solid")
+
+
+def comparison_map(comparison: Comparison, statistic: str = "z total") -> go.Figure:
+    """A statistic of every head, its main null beside it and the excess; at layer level curves over depth.
+
+    Raises:
+        OptionError: the comparison has no such statistic.
+    """
+    found = comparison[statistic]
+    figure = _head_maps(found) if found.level == "head" else _layer_curves(comparison, found)
+    figure.update_layout(
+        title={"text": found.name, "font": {"size": 14}, "x": 0, "xref": "paper", "xanchor": "left"},
+        font={"family": _FONT, "size": 12, "color": "#1f2933"},
+        paper_bgcolor="white",
+        plot_bgcolor="#eef1f4",
+        margin={"l": 44, "r": 10, "t": 64, "b": 40},
+    )
+    return figure
+
+
+def depth_profile(comparison: Comparison, statistic: str = "z total") -> go.Figure:
+    """Mean over the heads of each layer, with intervals and all nulls, against depth."""
+    figure = _layer_curves(comparison, comparison[statistic])
+    figure.update_layout(title={"text": f"{statistic}, by depth", "font": {"size": 14}, "x": 0})
+    return figure
+
+
+def _head_maps(statistic: Statistic) -> go.Figure:
+    value = statistic.values.nanmean(0).numpy()
+    null = statistic.nulls[statistic.main_null].nanmean(0).numpy()
+    panels = {"value": value, f"{statistic.main_null} null": null, "excess": value - null}
+    figure = make_subplots(rows=1, cols=3, subplot_titles=list(panels), horizontal_spacing=0.06)
+    # One scale for all three: a null as large as the value must look as large.
+    bound = max(float(np.nanmax(np.abs(np.stack([value, null])))), 1e-6)
+    for column, (name, grid) in enumerate(panels.items(), start=1):
+        figure.add_trace(
+            go.Heatmap(
+                z=[[None if np.isnan(x) else float(x) for x in row] for row in grid],
+                zmin=-bound,
+                zmax=bound,
+                colorscale="RdBu",
+                xgap=1,
+                ygap=1,
+                showscale=column == 3,
+                colorbar={"thickness": 10, "outlinewidth": 0},
+                hovertemplate=f"L%{{y}}H%{{x}}<br>{name} %{{z:.3f}}<extra></extra>",
+            ),
+            row=1,
+            col=column,
+        )
+    figure.update_xaxes(title={"text": "head", "standoff": 4}, showgrid=False, zeroline=False)
+    figure.update_yaxes(autorange="reversed", showgrid=False, zeroline=False)
+    figure.update_yaxes(title={"text": "layer", "standoff": 4}, col=1)
+    figure.update_layout(height=min(max(130 + 26 * len(value), 220), 720))
+    return figure
+
+
+def _layer_curves(comparison: Comparison, statistic: Statistic) -> go.Figure:
+    per_layer = statistic.values.nanmean(2)
+    found = comparison.interval(per_layer.nan_to_num())
+    depth = list(range(per_layer.shape[1]))
+    centre, low, high = (t.tolist() for t in (found.estimate, found.low, found.high))
+    figure = go.Figure()
+    figure.add_trace(
+        go.Scatter(
+            x=depth + depth[::-1],
+            y=high + low[::-1],
+            mode="lines",
+            fill="toself",
+            fillcolor="rgba(31,95,168,.15)",
+            line={"width": 0},
+            hoverinfo="skip",
+            name="95 % interval",
+        )
+    )
+    figure.add_trace(go.Scatter(x=depth, y=centre, mode="lines+markers", line={"color": _VALUE}, name="value"))
+    for index, (name, null) in enumerate(statistic.nulls.items()):
+        curve = [None if np.isnan(x) else float(x) for x in null.nanmean(2).nanmean(0).tolist()]
+        line = {"color": _NULLS[index % len(_NULLS)], "dash": _DASHES[index % len(_DASHES)]}
+        figure.add_trace(go.Scatter(x=depth, y=curve, mode="lines", line=line, name=f"{name} null"))
+    figure.update_xaxes(title={"text": "layer", "standoff": 4}, dtick=max(1, len(depth) // 12))
+    figure.update_layout(
+        height=320, legend={"orientation": "h", "y": -0.25}, font={"family": _FONT, "size": 12}, plot_bgcolor="#eef1f4"
+    )
+    return figure
+
+
+def comparison_text(comparison: Comparison) -> Table:
+    """A terminal table: every statistic with its interval, beside its nulls."""
+    table = Table(
+        title=f"In-context against finetuning updates ({comparison.scope})", title_justify="left", header_style="bold"
+    )
+    table.add_column("statistic", no_wrap=True)
+    for name in ("value", "95 % interval", "null", "of kind", "excess", "stand out"):
+        table.add_column(name, justify="right")
+    for row in comparison.summary().to_dict("records"):
+        table.add_row(
+            str(row["statistic"]),
+            _signed(row["value"]),
+            f"{_signed(row['value_low'])} {_signed(row['value_high'])}",
+            _signed(row[f"null: {row['main_null']}"]),
+            str(row["main_null"]),
+            _signed(row["excess"]),
+            f"{row['significant']} of {row['of']}",
+        )
+    return table
+
+
+def accuracies_text(comparison: Comparison) -> Table:
+    """A terminal table: accuracies and agreement of the zero-shot, in-context and finetuned model."""
+    table = Table(title="Predictions", title_justify="left", header_style="bold")
+    for name in ("quantity", "value", "95 % interval"):
+        table.add_column(name, justify="left" if name == "quantity" else "right")
+    for row in comparison.accuracies().to_dict("records"):
+        table.add_row(str(row["quantity"]), f"{row['value']:.1%}", f"{row['low']:.1%} to {row['high']:.1%}")
+    recall = comparison.rec2ftp()
+    base = "undefined" if recall.base_rate is None else f"{recall.base_rate:.1f} %"
+    value = f"undefined: {recall.undefined}" if recall.value is None else f"{recall.value:.1f} %"
+    table.add_row("Rec2FTP", value, f"base rate {base}")
+    return table
+
+
+def comparison_data(comparison: Comparison) -> dict[str, Any]:
+    """Summary, table and predictions as plain data, ready for JSON (NaN as None)."""
+
+    def plain(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            {
+                k: None if isinstance(v, float) and np.isnan(v) else getattr(v, "item", lambda v=v: v)()
+                for k, v in r.items()
+            }
+            for r in records
+        ]
+
+    data: dict[str, Any] = {
+        "model": comparison.model.name,
+        "scope": comparison.scope,
+        "settings": comparison.settings,
+        "provenance": comparison.provenance,
+        "summary": plain(comparison.summary().to_dict("records")),
+        "statistics": plain(comparison.to_frame().to_dict("records")),
+    }
+    try:
+        data["predictions"] = plain(comparison.accuracies().to_dict("records"))
+        recall = comparison.rec2ftp()
+        data["rec2ftp"] = {"value": recall.value, "base_rate": recall.base_rate, "undefined": recall.undefined}
+    except UndefinedMetricError as error:
+        data["predictions"] = {"undefined": str(error)}
+    return data
+
+
+def _signed(value: float) -> str:
+    return "-" if np.isnan(value) else f"{value:+.3f}"
