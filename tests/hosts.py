@@ -146,8 +146,8 @@ def transformers_z(family: str, tokens: TokenizedPrompt, *, hide_demos: bool) ->
 def left_as_it_was(model: Any):  # type: ignore[no-untyped-def]
     """Require that a block leaves no trace: hooks, modes, requires_grad, weights, next logits, global grad state."""
     tokens = torch.tensor([[1, 30, 31, 3, 40]])
+    logits = _logits(model, tokens)  # first: a bridge attaches hooks of its own in its first pass
     before = _state(model)
-    logits = _logits(model, tokens)
     grad = torch.is_grad_enabled()
     yield
     assert torch.is_grad_enabled() is grad
@@ -161,6 +161,10 @@ def _logits(model: Any, tokens: Tensor) -> Tensor:
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)  # dropout, where a model is in training mode
         return model(tokens).clone()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _state(model: Any) -> dict[str, Any]:
@@ -179,8 +183,6 @@ def _state(model: Any) -> dict[str, Any]:
         "training modes": [m.training for m in modules],
         "requires_grad": [p.requires_grad for p in parameters],
         "gradients": [p.grad is None for p in parameters],
-        "weights": [p.detach().clone().view(torch.uint8).flatten().tolist() for p in parameters]
-        if sum(p.numel() for p in parameters) < 60_000
-        else [(p.data_ptr(), p._version, float(p.detach().double().sum())) for p in parameters],
-        "buffers": [(b.data_ptr(), b.shape) for b in buffers],
+        "weights": [(p.data_ptr(), p.dtype, _bytes(p)) for p in parameters],
+        "buffers": [(b.shape, _bytes(b)) for b in buffers],
     }

@@ -312,6 +312,8 @@ def _refuse_unsupported(host: Any, hook_points: Mapping[str, HookPoint], name: s
         raise UnsupportedModelError(f"{owner} is an encoder-decoder; only decoder-only models are supported.")
     if str(cfg.architecture).endswith("ForMaskedLM"):
         raise UnsupportedModelError(f"{owner} is an encoder; only decoder-only models are supported.")
+    if str(cfg.architecture).endswith("ForMaskedLM"):
+        raise UnsupportedModelError(f"{owner} is an encoder; only decoder-only models are supported.")
     if "blocks" not in host._modules:
         raise UnsupportedModelError(f"{owner} has no decoder blocks: encoder and other models are not supported.")
     for layer, block in enumerate(host.blocks):

@@ -146,11 +146,15 @@ class HookedModel(AttentionModel):
         return [(f"{at}.hook_q", use_q), (f"{at}.hook_k", use_k)]
 
     def _run_host(self, tokens: Tensor, cache: Any) -> Tensor:
-        if self.info.positions == "alibi":
-            for block in self.host.blocks:
-                block.attn.alibi = None  # one cached from a longer run would shift all scores
+        alibi = [block.attn.alibi for block in self.host.blocks] if self.info.positions == "alibi" else []
         mask = torch.ones_like(tokens)  # without it the host guesses padding from the tokens
-        return self.host(tokens, past_kv_cache=cache, attention_mask=mask)  # type: ignore[no-any-return]
+        try:
+            for block, _ in zip(self.host.blocks, alibi, strict=False):
+                block.attn.alibi = None  # one cached from a longer run would shift all scores
+            return self.host(tokens, past_kv_cache=cache, attention_mask=mask)  # type: ignore[no-any-return]
+        finally:
+            for block, bias in zip(self.host.blocks, alibi, strict=False):
+                block.attn.alibi = bias
 
     def _cache(self, batch: int, prefix: Prefix | None) -> Any:
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache

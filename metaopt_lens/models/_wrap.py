@@ -15,8 +15,10 @@ from metaopt_lens.models._bridge import BridgeModel
 from metaopt_lens.models._hooked import HookedModel
 from metaopt_lens.models._selfcheck import self_check
 
-# Wrapped models, with a fingerprint of the weights they were checked with.
-_WRAPPED: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], AttentionModel]] = weakref.WeakKeyDictionary()
+# Models that passed the check, with a fingerprint of the weights they passed it with. Adapters hold their model, so they
+# must not be kept here: no wrapped model would ever be freed.
+_Checked = tuple[tuple[Any, ...], weakref.ref[AttentionModel]]
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, _Checked] = weakref.WeakKeyDictionary()
 
 
 class ProcessedWeightsWarning(UserWarning):
@@ -45,12 +47,15 @@ def wrap(model: Any) -> AttentionModel:
         )
     adapter = _adapter_for(model)
     fingerprint = _fingerprint(model)
-    known = _WRAPPED.get(model)
-    if known is not None and known[0] == fingerprint:
-        return known[1]
+    known = _CHECKED.get(model)
+    checked = known is not None and known[0] == fingerprint
+    alive = known[1]() if known is not None and checked else None
+    if alive is not None:
+        return alive
     wrapped = adapter(model)
-    self_check(wrapped)
-    if wrapped.info.is_processed:
+    if not checked:
+        self_check(wrapped)
+    if not checked and wrapped.info.is_processed:
         warnings.warn(
             f"{wrapped.info.name} has {' and '.join(wrapped.info.processing)}: the zero-shot and meta-gradient parts "
             "are those of the folded weights. Load with from_pretrained_no_processing (or without "
@@ -58,7 +63,7 @@ def wrap(model: Any) -> AttentionModel:
             ProcessedWeightsWarning,
             stacklevel=2,
         )
-    _WRAPPED[model] = (fingerprint, wrapped)
+    _CHECKED[model] = (fingerprint, weakref.ref(wrapped))
     return wrapped
 
 

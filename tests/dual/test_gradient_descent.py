@@ -77,9 +77,7 @@ def problems(draw: st.DrawFn) -> Regression:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=F64)
 
-    return Regression(
-        normal(n, d_x), normal(n, d_y), normal(d_y, d_x), normal(d_x), draw(st.floats(0.01, 5.0))
-    )
+    return Regression(normal(n, d_x), normal(n, d_y), normal(d_y, d_x), normal(d_x), draw(st.floats(0.01, 5.0)))
 
 
 def close(actual: Tensor, expected: Tensor) -> None:

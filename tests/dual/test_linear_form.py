@@ -99,6 +99,4 @@ def test_split_sources_leaves_nothing_out() -> None:
     for start, stop in [(0, 0), (0, 9), (2, 5), (0, 4), (4, 9), (9, 9)]:
         outside, inside = split_sources(weights, values, TokenSpan(start, stop))
         torch.testing.assert_close(outside + inside, weighted_values(weights, values))
-        torch.testing.assert_close(
-            inside, torch.einsum("hds,sk->dhk", weights[..., start:stop], values[start:stop, 0])
-        )
+        torch.testing.assert_close(inside, torch.einsum("hds,sk->dhk", weights[..., start:stop], values[start:stop, 0]))

@@ -31,9 +31,7 @@ def test_scores_and_pattern_equal_a_loop(name: str, with_sinks: bool) -> None:
     n = PREFIX + NEW
     q = torch.randn(2, NEW, HEADS, D, generator=generator, dtype=F64)
     k = torch.randn(2, n, KV, D, generator=generator, dtype=F64)
-    scores = attention_scores(
-        rule, q, k, dst_positions=torch.arange(PREFIX, n), src_positions=torch.arange(n)
-    )
+    scores = attention_scores(rule, q, k, dst_positions=torch.arange(PREFIX, n), src_positions=torch.arange(n))
     pattern, sink = softmax_with_sink(scores, SINKS if with_sinks else None)
     for batch in range(2):
         for head in range(HEADS):
@@ -42,8 +40,7 @@ def test_scores_and_pattern_equal_a_loop(name: str, with_sinks: bool) -> None:
                 row = []
                 for i in range(n):
                     s = 0.7 * sum(
-                        float(q[batch, dst, head, c] * k[batch, i, head // (HEADS // KV), c])
-                        for c in range(D)
+                        float(q[batch, dst, head, c] * k[batch, i, head // (HEADS // KV), c]) for c in range(D)
                     )
                     if rule.softcap is not None:
                         s = rule.softcap * math.tanh(s / rule.softcap)
@@ -62,9 +59,7 @@ def test_scores_and_pattern_equal_a_loop(name: str, with_sinks: bool) -> None:
 
 def test_a_window_of_one_sees_only_itself_and_every_token_sees_itself() -> None:
     positions = torch.arange(5)
-    assert torch.equal(
-        visible_sources(ScoreRule(scale=1.0, window=1), positions, positions), torch.eye(5).bool()
-    )
+    assert torch.equal(visible_sources(ScoreRule(scale=1.0, window=1), positions, positions), torch.eye(5).bool())
     causal = visible_sources(ScoreRule(scale=1.0), positions, positions)
     assert torch.equal(causal, torch.ones(5, 5).tril().bool())
 

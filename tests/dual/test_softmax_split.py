@@ -25,9 +25,7 @@ def scores_with_remaining(remaining: float, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(HEADS, 1, N, generator=generator, dtype=torch.float64)
     inside = torch.logsumexp(scores[..., SPAN.slice], -1, keepdim=True)
-    outside = torch.logsumexp(
-        torch.cat([scores[..., : SPAN.start], scores[..., SPAN.stop :]], -1), -1, keepdim=True
-    )
+    outside = torch.logsumexp(torch.cat([scores[..., : SPAN.start], scores[..., SPAN.stop :]], -1), -1, keepdim=True)
     scores[..., SPAN.slice] += outside - inside - math.log(remaining)
     return scores.float()
 
@@ -163,9 +161,7 @@ def test_merge_then_split_is_the_identity() -> None:
     inside = scores[..., SPAN.slice]
     outside = torch.cat([scores[..., : SPAN.start], scores[..., SPAN.stop :]], -1)
     z_d = torch.einsum("hds,shk->dhk", torch.softmax(inside, -1), values[SPAN.slice])
-    merged = merge_softmax(
-        parts.without_demos, torch.logsumexp(outside, -1).mT, z_d, torch.logsumexp(inside, -1).mT
-    )
+    merged = merge_softmax(parts.without_demos, torch.logsumexp(outside, -1).mT, z_d, torch.logsumexp(inside, -1).mT)
     torch.testing.assert_close(merged, parts.z, rtol=0, atol=1e-12)
 
 
