@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from metaopt_lens._cli_compare import analyze, compare, show_comparison
 from metaopt_lens._errors import MetaoptLensError, OptionError
 from metaopt_lens._types import HeadRef
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from metaopt_lens.decomposition import Decomposition, DecompositionSet
     from metaopt_lens.extraction import LabelPrediction
 
+_DEMO_LR = 0.02
 _MISTAKE = 2  # exit code for everything the user can put right; typer's own for bad options
 
 
@@ -69,6 +71,10 @@ MaybeOut = Annotated[
 Top = Annotated[int, typer.Option("--top", min=1, help="How many heads the table lists.")]
 
 
+app.command()(compare)
+app.command()(analyze)
+
+
 @app.callback()
 def _options(
     show_version: Annotated[
@@ -84,15 +90,22 @@ def demo(out: Out = Path("metaopt-lens-out"), top: Top = 12) -> None:
     """The bundled model on a bundled prompt: needs no network and takes seconds."""
     import random
 
+    from metaopt_lens.experiments import compare_prompts, episode_prompts
     from metaopt_lens.models import load_model
     from metaopt_lens.models.tiny import sample_episode
     from metaopt_lens.prompts import ICLPrompt
+    from metaopt_lens.viz import write_comparison_outputs
 
     episode = sample_episode(random.Random(3), n_demos=8, n_categories=2)
     prompt = ICLPrompt(episode.demos, episode.query, label=episode.answer, candidates=episode.candidates)
-    result, answers = _run(load_model("tiny"), [prompt], position="last", prepend_bos=None, heads=None)
+    model = load_model("tiny")
+    result, answers = _run(model, [prompt], position="last", prepend_bos=None, heads=None)
     _show(result, answers, heads=None, top=top)
+    found = compare_prompts(model, episode_prompts(episode), lr=_DEMO_LR, progress=False)
+    show_comparison(found)
     _write(result, answers, out, heads=None)
+    for path in write_comparison_outputs(found.comparison, out).values():
+        _say(f"wrote {path}", to_stderr=False)
 
 
 @app.command()

@@ -4,6 +4,9 @@ from metaopt_lens.experiments._analysis_result import LayerMetric as LayerMetric
 from metaopt_lens.experiments._analysis_result import RecordAnalysis as RecordAnalysis
 from metaopt_lens.experiments._analysis_result import RecordShapes as RecordShapes
 from metaopt_lens.experiments._analyze import analyze_records as analyze_records
+from metaopt_lens.experiments._prompt_comparison import PromptComparison as PromptComparison
+from metaopt_lens.experiments._prompt_comparison import compare_prompts as compare_prompts
+from metaopt_lens.experiments._prompt_comparison import episode_prompts as episode_prompts
 from metaopt_lens.experiments._records import DemoRecord as DemoRecord
 from metaopt_lens.experiments._records import QueryRecord as QueryRecord
 from metaopt_lens.experiments._records import read_demos as read_demos

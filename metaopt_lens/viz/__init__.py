@@ -5,6 +5,7 @@ from metaopt_lens.viz._comparison import comparison_data as comparison_data
 from metaopt_lens.viz._comparison import comparison_map as comparison_map
 from metaopt_lens.viz._comparison import comparison_text as comparison_text
 from metaopt_lens.viz._comparison import depth_profile as depth_profile
+from metaopt_lens.viz._comparison import frame_text as frame_text
 from metaopt_lens.viz._comparison_page import write_comparison_outputs as write_comparison_outputs
 from metaopt_lens.viz._comparison_page import write_comparison_page as write_comparison_page
 from metaopt_lens.viz._heads import choose_heads as choose_heads

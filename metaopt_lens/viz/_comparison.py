@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
+from rich import box
 from rich.table import Table
 
 from metaopt_lens._errors import UndefinedMetricError
@@ -103,29 +105,39 @@ def _layer_curves(comparison: Comparison, statistic: Statistic) -> go.Figure:
 
 
 def comparison_text(comparison: Comparison) -> Table:
-    """A terminal table: every statistic with its interval, beside its nulls."""
-    table = Table(
-        title=f"In-context against finetuning updates ({comparison.scope})", title_justify="left", header_style="bold"
-    )
+    """A terminal table: every statistic with its interval, beside its main null."""
+    table = _terminal_table(f"In-context against finetuning updates, 95 % intervals\n{comparison.scope}")
     table.add_column("statistic", no_wrap=True)
-    for name in ("value", "95 % interval", "null", "of kind", "excess", "stand out"):
-        table.add_column(name, justify="right")
+    for name in ("value", "interval", "null", "stand out"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in comparison.summary().to_dict("records"):
         table.add_row(
             str(row["statistic"]),
             _signed(row["value"]),
-            f"{_signed(row['value_low'])} {_signed(row['value_high'])}",
-            _signed(row[f"null: {row['main_null']}"]),
-            str(row["main_null"]),
-            _signed(row["excess"]),
+            f"{row['value_low']:+.2f}..{row['value_high']:+.2f}",
+            f"{row['main_null']} {_signed(row['null: ' + row['main_null']])}",
             f"{row['significant']} of {row['of']}",
         )
     return table
 
 
+def _terminal_table(title: str) -> Table:
+    return Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def frame_text(frame: pd.DataFrame, title: str) -> Table:
+    """Any table for the terminal."""
+    table = _terminal_table(title)
+    for index, column in enumerate(frame.columns):
+        table.add_column(str(column), justify="left" if index == 0 else "right", no_wrap=index == 0)
+    for row in frame.itertuples(index=False):
+        table.add_row(*(_signed(v) if isinstance(v, float | np.floating) else str(v) for v in row))
+    return table
+
+
 def accuracies_text(comparison: Comparison) -> Table:
     """A terminal table: accuracies and agreement of the zero-shot, in-context and finetuned model."""
-    table = Table(title="Predictions", title_justify="left", header_style="bold")
+    table = _terminal_table("Predictions of the zero-shot, in-context and finetuned model")
     for name in ("quantity", "value", "95 % interval"):
         table.add_column(name, justify="left" if name == "quantity" else "right")
     for row in comparison.accuracies().to_dict("records"):
