@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy import stats
 from torch import Tensor
 
 from metaopt_lens._errors import FileFormatError, OptionError, UndefinedMetricError
@@ -225,6 +224,8 @@ class Comparison:
         return out[0], out[1], out[2]
 
     def _p_values(self, excess: Float[Tensor, "query layer head"]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        from scipy import stats  # here, as importing it takes half a second
+
         values = excess.double().numpy()
         if len(self.n_demos) >= 3:  # the sets are what was sampled
             values = np.stack([_nanmean(values[(self.sets == i).numpy()]) for i in range(len(self.n_demos))])
