@@ -106,9 +106,9 @@ def _layer_curves(comparison: Comparison, statistic: Statistic) -> go.Figure:
 
 def comparison_text(comparison: Comparison) -> Table:
     """A terminal table: every statistic with its interval, beside its main null."""
-    table = _terminal_table(f"In-context against finetuning updates, 95 % intervals\n{comparison.scope}")
+    table = _terminal_table(f"In-context against finetuning updates, 95 % intervals {comparison.scope}")
     table.add_column("statistic", no_wrap=True)
-    for name in ("value", "interval", "null", "stand out"):
+    for name in ("value", "interval", "null", "clear"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in comparison.summary().to_dict("records"):
         table.add_row(
@@ -116,13 +116,13 @@ def comparison_text(comparison: Comparison) -> Table:
             _signed(row["value"]),
             f"{row['value_low']:+.2f}..{row['value_high']:+.2f}",
             f"{row['main_null']} {_signed(row['null: ' + row['main_null']])}",
-            f"{row['significant']} of {row['of']}",
+            f"{row['significant']}/{row['of']}",
         )
     return table
 
 
 def _terminal_table(title: str) -> Table:
-    return Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    return Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
 def frame_text(frame: pd.DataFrame, title: str) -> Table:
