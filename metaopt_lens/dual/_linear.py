@@ -37,13 +37,13 @@ class LinearParts:
 def linear_weights(
     q: Float[Tensor, "*batch dst head d_head"],
     k: Float[Tensor, "*batch src kv_head d_head"],
-    visible: Bool[Tensor, "dst src"],
+    visible: Bool[Tensor, "*rows dst src"],
 ) -> Float[Tensor, "*batch head dst src"]:
     """The relaxed form's weights ``k_i . q_j``: no softmax, no scale, 0 where the source is not visible."""
     query = rearrange(at_least_float32(q), "... dst (kv group) d -> ... kv group dst d", kv=k.shape[-2])
     key = rearrange(at_least_float32(k), "... src kv d -> ... kv 1 d src")
     scores = rearrange(query @ key, "... kv group dst src -> ... (kv group) dst src")
-    return scores.masked_fill(~visible, 0.0)
+    return scores.masked_fill(~visible[..., None, :, :], 0.0)
 
 
 def split_linear(

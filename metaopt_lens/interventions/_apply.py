@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -15,8 +15,6 @@ from metaopt_lens.models import AttentionModel, Hook, HostPass, PlacedCall
 
 if TYPE_CHECKING:
     from metaopt_lens.interventions._meta_gradient import MetaGradient
-
-Form = Literal["softmax", "linear"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class AppliedMetaGradient:
     """
 
     meta_gradient: MetaGradient
-    form: Form = "softmax"
+    form: str = "softmax"
     scale: float | None = None
 
     def __post_init__(self) -> None:
@@ -53,13 +51,9 @@ class AppliedMetaGradient:
         model.check_movable()
         heads = self.meta_gradient.heads
         layers = [layer for layer in range(model.info.n_layers) if bool(heads[layer].any())]
-        place = self._place(model)
         if self.meta_gradient.strength == 0.0:
             layers = []
-        return model.placed_hooks(place, self._edit, layers=layers)
-
-    def _place(self, model: AttentionModel) -> Place:
-        return Place(self.meta_gradient, model)
+        return model.placed_hooks(Place(self.meta_gradient, model), self._edit, layers=layers)
 
     def _edit(self, call: PlacedCall) -> Tensor:
         mg = self.meta_gradient
@@ -72,7 +66,7 @@ class AppliedMetaGradient:
         else:
             scale = call.rule.scale / len(where) if self.scale is None else self.scale
             visible = visible_sources(call.rule, call.dst_positions, where.expand(call.q.shape[0], -1))
-            weights = linear_weights(call.q, k, visible[:, None])
+            weights = linear_weights(call.q, k, visible)
             change = scale * weighted_values(weights, v)
         chosen = mg.heads[call.layer].to(call.z.device)[:, None]
         return torch.where(chosen, call.z + mg.strength * change.to(call.z.dtype), call.z)

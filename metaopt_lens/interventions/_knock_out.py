@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool
@@ -17,8 +16,6 @@ from metaopt_lens.interventions._heads import head_mask
 from metaopt_lens.interventions._meta_gradient import MetaGradient
 from metaopt_lens.models import AttentionModel, Hook, HostPass, PlacedCall
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt
-
-Positions = Literal["query", "last"] | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class KnockOut:
     heads: Sequence[str | HeadRef] | str | None = None
     layers: Sequence[int] | None = None
     demos: Sequence[int] | None = None
-    positions: Positions = "query"
+    positions: str | Sequence[int] = "query"
 
     def __post_init__(self) -> None:
         if isinstance(self.positions, str):

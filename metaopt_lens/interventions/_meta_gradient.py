@@ -18,7 +18,7 @@ from metaopt_lens._storage import load_result, save_result
 from metaopt_lens._types import HeadRef, TokenSpan
 from metaopt_lens.dual import linear_memory
 from metaopt_lens.extraction import run_shared_prefix
-from metaopt_lens.interventions._apply import AppliedMetaGradient, Form
+from metaopt_lens.interventions._apply import AppliedMetaGradient
 from metaopt_lens.interventions._demo_tokens import DemoTokens
 from metaopt_lens.interventions._heads import Heads, head_mask
 from metaopt_lens.models import AttentionModel, Hook, ModelInfo, Prefix, wrap
@@ -160,7 +160,7 @@ class MetaGradient:
 
     def apply(
         self,
-        form: Form = "softmax",
+        form: str = "softmax",
         *,
         heads: Heads = None,
         strength: float = 1.0,
