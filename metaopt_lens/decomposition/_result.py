@@ -208,8 +208,8 @@ class Decomposition:
 
     def residual_per_token(self, layer: int, head: int, form: Form = "softmax") -> Float[Tensor, "*dst src d_model"]:
         """`per_token` through W_O."""
-        w_o = self._source("the parts in the residual stream").w_o(layer)[head]
         parts = self.per_token(layer, head, form)
+        w_o = self._source("the parts in the residual stream").w_o(layer)[head]
         return parts @ w_o.to(parts)
 
     # ---- the matrices -------------------------------------------------------------------------------------------

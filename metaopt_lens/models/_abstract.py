@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from metaopt_lens._errors import ContextWindowError, ModelMismatchError
 from metaopt_lens.dual import ScoreRule, attention_scores, softmax_with_sink, visible_sources
@@ -156,6 +156,11 @@ class AttentionModel(ABC):
     @abstractmethod
     def device(self) -> torch.device:
         """Where input tokens go."""
+
+    @property
+    @abstractmethod
+    def roots(self) -> tuple[nn.Module, ...]:
+        """Modules that between them hold all modules of the host."""
 
     @property
     @abstractmethod
@@ -407,7 +412,7 @@ class AttentionModel(ABC):
                 raise StopForward
 
             stop = [(self.hook_name("z", self.info.n_layers - 1), halt)]
-        with inference_state(self.host, grad=grad), self.hooked([*hooks, *stop]):
+        with inference_state(self.roots, grad=grad), self.hooked([*hooks, *stop]):
             try:
                 return self._forward(tokens.to(self.device), prefix)
             except StopForward:
@@ -436,7 +441,7 @@ class AttentionModel(ABC):
             raise StopForward
 
         own.append((self.hook_name("z", self.info.n_layers - 1), halt))
-        with inference_state(self.host, grad=grad), self.hooked([*hooks, *own]):
+        with inference_state(self.roots, grad=grad), self.hooked([*hooks, *own]):
             read_cache = self._forward_prefix(tokens[None].to(self.device))
         order = range(self.info.n_layers)
         k = tuple(keys[layer] for layer in order)

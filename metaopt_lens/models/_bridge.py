@@ -8,7 +8,7 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metaopt_lens._errors import OptionError, UnsupportedModelError
 from metaopt_lens.dual import ScoreRule
@@ -63,6 +63,10 @@ class BridgeModel(AttentionModel):
     @property
     def device(self) -> torch.device:
         return next(self.host.original_model.parameters()).device  # type: ignore[no-any-return]
+
+    @property
+    def roots(self) -> tuple[nn.Module, ...]:
+        return self.host, self.host.original_model  # what no component bridges is not among the host's own modules
 
     @property
     def hook_points(self) -> Mapping[str, HookPoint]:
@@ -310,8 +314,6 @@ def _refuse_unsupported(host: Any, hook_points: Mapping[str, HookPoint], name: s
     config = host.original_model.config
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{owner} is an encoder-decoder; only decoder-only models are supported.")
-    if str(cfg.architecture).endswith("ForMaskedLM"):
-        raise UnsupportedModelError(f"{owner} is an encoder; only decoder-only models are supported.")
     if str(cfg.architecture).endswith("ForMaskedLM"):
         raise UnsupportedModelError(f"{owner} is an encoder; only decoder-only models are supported.")
     if "blocks" not in host._modules:

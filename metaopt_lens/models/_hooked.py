@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metaopt_lens._errors import UnsupportedModelError
 from metaopt_lens.dual import ScoreRule
@@ -60,6 +60,10 @@ class HookedModel(AttentionModel):
     @property
     def device(self) -> torch.device:
         return self.host.W_E.device  # type: ignore[no-any-return]
+
+    @property
+    def roots(self) -> tuple[nn.Module, ...]:
+        return (self.host,)
 
     @property
     def hook_points(self) -> Mapping[str, HookPoint]:

@@ -63,9 +63,9 @@ def _adapt(function: HookFunction) -> Callable[..., Tensor | None]:
 
 
 @contextmanager
-def inference_state(model: nn.Module, *, grad: bool) -> Iterator[None]:
+def inference_state(models: Sequence[nn.Module], *, grad: bool) -> Iterator[None]:
     """Run in eval mode, with or without gradients; every module's mode and the global grad state come back."""
-    training = [module for module in model.modules() if module.training]
+    training = {module for model in models for module in model.modules() if module.training}
     try:
         for module in training:
             module.training = False

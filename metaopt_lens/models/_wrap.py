@@ -15,8 +15,8 @@ from metaopt_lens.models._bridge import BridgeModel
 from metaopt_lens.models._hooked import HookedModel
 from metaopt_lens.models._selfcheck import self_check
 
-# Models that passed the check, with a fingerprint of the weights they passed it with. Adapters hold their model, so they
-# must not be kept here: no wrapped model would ever be freed.
+# Models that passed the check, with a fingerprint of the weights they passed it with. Adapters hold their model, so
+# they must not be kept here: no wrapped model would ever be freed.
 _Checked = tuple[tuple[Any, ...], weakref.ref[AttentionModel]]
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, _Checked] = weakref.WeakKeyDictionary()
 

@@ -171,7 +171,11 @@ def test_a_wrapped_model_is_freed_when_nobody_holds_it(name: str) -> None:
 def test_the_check_is_not_repeated_for_a_model_that_passed_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("bridge:gpt2")
     passes: list[int] = []
-    model.embed.hook_out.add_hook(lambda tensor, hook: passes.append(1))
+
+    def count(tensor: Tensor, hook: Any) -> None:
+        passes.append(1)
+
+    model.embed.hook_out.add_hook(count)
     wrap(model)
     gc.collect()  # the first wrapper is gone
     assert len(passes) == 1
@@ -205,7 +209,10 @@ def own_hook() -> Iterator[Any]:
 def test_self_check_finds_attention_that_its_hooks_do_not_show(
     own_hook: Any, point: str, edit: Callable[[Tensor], Tensor], message: str
 ) -> None:
-    own_hook.hook_dict[point].add_hook(lambda tensor, hook: edit(tensor))
+    def user_hook(tensor: Tensor, hook: Any) -> Tensor:
+        return edit(tensor)
+
+    own_hook.hook_dict[point].add_hook(user_hook)
     with pytest.raises(UnsupportedModelError, match=message):
         wrap(own_hook)
 
