@@ -85,13 +85,18 @@ def finetune(
     parameters = _parameters(wrapped, settings)
     update = WeightUpdate(wrapped.info, **parameters)
     stepper = optimizer(list(parameters.values()), lr=settings.lr, **settings.optimizer_options)
+    if any(group.get("weight_decay") for group in stepper.param_groups):
+        raise OptionError(
+            f"{settings.optimizer} has weight decay, which would pull the change of the weights towards 0, not the "
+            "weights: set optimizer_options={'weight_decay': 0}."
+        )
     losses: list[float] = []
     factors: list[StepFactors] = []
     for step, indices in enumerate(tqdm(schedule, desc="finetuning", unit="step", disable=None if progress else True)):
         batch = [examples[i] for i in indices]
         recorder = _Recorder(wrapped, settings.projections) if keep_factors else None
         value = _loss(wrapped, batch, update, settings, recorder)
-        losses.append(float(value))
+        losses.append(float(value.detach()))
         if not torch.isfinite(value):
             raise NonFiniteError(
                 f"the loss became {losses[-1]} at step {step} of {len(schedule)} (lr {settings.lr:g}): try a smaller "
@@ -106,6 +111,11 @@ def finetune(
         stepper.step()
         stepper.zero_grad()
     final = {name: parameter.detach() for name, parameter in parameters.items()}
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in final.values()):
+        raise NonFiniteError(
+            f"the update became NaN or infinite by step {len(schedule) - 1} of {len(schedule)} (lr {settings.lr:g}): "
+            "try a smaller learning rate. The model is unchanged."
+        )
     return WeightUpdate(
         wrapped.info,
         **final,
