@@ -60,14 +60,19 @@ def compare_prompts(
         PromptError: too few demonstrations to hold any out for the learning rate.
     """
     wrapped = wrap(model)
-    settings = {"keep_factors": True, "progress": progress, **(finetuning or {})}
+    allowed = bool(options.get("allow_processed"))
+    settings: dict[str, Any] = {
+        "keep_factors": True,
+        "progress": progress,
+        "allow_processed": allowed,
+        **(finetuning or {}),
+    }
     sets = list({prompt.demos: prompt for prompt in prompts}.values())
     choice = None
     if lr == "auto":
-        choice = _choose(wrapped, sets[0], finetuning or {}, allow_processed=bool(options.get("allow_processed")))
+        choice = _choose(wrapped, sets[0], finetuning or {}, allow_processed=allowed)
     rate = choice.lr if choice is not None else float(lr)
-    allow = {"allow_processed": bool(options.get("allow_processed"))}
-    updates = [finetune(wrapped, prompt, lr=rate, **settings, **allow) for prompt in sets]
+    updates = [finetune(wrapped, prompt, lr=rate, **settings) for prompt in sets]
     texts = _texts(wrapped, sets[0]) if unrelated_texts is None else list(unrelated_texts)
     controls = {}
     if texts:
