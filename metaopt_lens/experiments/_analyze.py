@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from metaopt_lens._errors import FileFormatError
+from metaopt_lens._errors import FileFormatError, OptionError
 from metaopt_lens.analysis import (
     QueryStatistic,
     context_columns,
@@ -97,6 +97,7 @@ def analyze_records(
         seed: of nulls and intervals.
         workers: processes that parse the files; by the files' size if not given, 0 for none.
     """
+    _check_options(top_k or {}, null_draws=null_draws, n_resamples=n_resamples, level=level)
     index = index_records(directory)
     generator = torch.Generator().manual_seed(seed)
     options = _Options(reference, {**_TOP_K, **(top_k or {})}, null_draws, generator)
@@ -142,6 +143,17 @@ def analyze_records(
     )
 
 
+def _check_options(top_k: Mapping[str, int], *, level: float, **counts: int) -> None:
+    """Before any file is read, as that can take minutes."""
+    if unknown := set(top_k) - set(_TOP_K):
+        raise OptionError(f"top_k has the keys 'example' and 'token', got {sorted(unknown)}.")
+    for name, count in {**counts, **{f"top_k[{key!r}]": k for key, k in top_k.items()}}.items():
+        if count < 1:
+            raise OptionError(f"{name} must be at least 1, got {count}.")
+    if not 0 < level < 1:
+        raise OptionError(f"level must lie between 0 and 1, got {level}: 0.95 gives 95 % intervals.")
+
+
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """The parsing processes have the cores: torch threads beside them wait for each other, many times slower."""
@@ -157,8 +169,8 @@ def _similarities(chunk: _Chunk, options: _Options) -> _Found:
     reference = options.reference
     zs, icl, ft = (chunk.attn_out[kind].double() for kind in _SETTINGS)
     aou = sim_aou(icl, zs, ft, reference=reference)
-    base = unit(zs, reference=reference)
-    updates = unit(icl, reference=reference) - base, unit(ft, reference=reference) - base
+    units = [unit(hidden, reference=reference).nan_to_num() for hidden in (icl, zs, ft)]  # zero has no direction
+    updates = units[0] - units[1], units[2] - units[1]
     settings: dict[str, Any] = {
         "n_draws": options.null_draws,
         "seed": options.generator,

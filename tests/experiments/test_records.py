@@ -217,6 +217,14 @@ def test_single_query_has_no_shuffled_null(records, tmp_path):
     assert analysis.to_dict()["undefined"]["beside.all.SimAOU shuffled"] == "a single query cannot be shuffled"
 
 
+def test_a_zero_hidden_state_is_undefined_not_an_error(records, tmp_path):
+    zero = replace(records["zs"][0], attn_out=torch.zeros(3, 32))
+    root = write_records(tmp_path / "zero", **{**records, "zs": [zero, *records["zs"][1:]]})
+    default, reference = (analyze_records(root, reference=r).metrics["SimAOU"].per_query for r in (False, True))
+    assert default.n_defined.tolist() == [31, 30, 31]
+    assert reference.n_defined.tolist() == [32, 32, 32]
+
+
 def test_missing_folder(copy):
     (copy / "icl" / "record_info.jsonl").unlink()
     with pytest.raises(FileFormatError, match=r"icl/record_info.jsonl does not exist: .* \(missing: icl\)"):
@@ -318,6 +326,15 @@ def test_a_dead_worker_is_replaced_by_this_process(copy, monkeypatch):
 def test_wrong_options(records, tmp_path, recording):
     with pytest.raises(OptionError, match=r"workers must be 0 \(this process\) or more, got -1"):
         analyze_records(recording, workers=-1)
+    for options, message in (
+        ({"top_k": {"tokens": 5}}, r"top_k has the keys 'example' and 'token', got \['tokens'\]"),
+        ({"top_k": {"token": 0}}, r"top_k\['token'\] must be at least 1, got 0"),
+        ({"n_resamples": 0}, r"n_resamples must be at least 1, got 0"),
+        ({"null_draws": 0}, r"null_draws must be at least 1, got 0"),
+        ({"level": 95.0}, r"level must lie between 0 and 1, got 95"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            analyze_records("nowhere", **options)
     with pytest.raises(OptionError, match=r"setting ftzs need attn_q, the attention query vectors; got None"):
         write_records(tmp_path / "a", **{**records, "ftzs": records["zs"]})
     with pytest.raises(OptionError, match=r"setting icl need attn_map_ctx, the scores to the context; got None"):
