@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from metaopt_lens.finetuning import finetune as finetune
     from metaopt_lens.interventions import KnockOut as KnockOut
     from metaopt_lens.interventions import MetaGradient as MetaGradient
+    from metaopt_lens.interventions import head_effects as head_effects
     from metaopt_lens.interventions import intervene as intervene
     from metaopt_lens.interventions import meta_gradient as meta_gradient
     from metaopt_lens.models import wrap as wrap
@@ -44,6 +45,7 @@ _HOME = {
     "compare": "analysis",
     "decompose": "decomposition",
     "finetune": "finetuning",
+    "head_effects": "interventions",
     "intervene": "interventions",
     "load_prompts": "prompts",
     "load_tiny": "models.tiny",

@@ -1,0 +1,200 @@
+"""Effects of heads on the answer: against knock-outs made on the host, and against finite differences."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hosts import HOOKED_NAMES, left_as_it_was, prompt, shared, tokenized
+from torch import Tensor
+
+from metaopt_lens import Demo, ICLPrompt, KnockOut, MetaoptLensError, intervene
+from metaopt_lens.interventions import HeadEffects, head_effects
+from metaopt_lens.models.tiny import load_tiny
+from metaopt_lens.prompts import tokenize_label
+
+NAMES = ["bridge:gpt2", "bridge:mistral", "bridge:gpt_oss", *HOOKED_NAMES[:1]]
+DEMOS = prompt(3).demos
+
+
+def prompts() -> list[ICLPrompt]:
+    labels = ("w32", "w36 w37", "w40")
+    return [
+        ICLPrompt(DEMOS, query, instruction="w20", label=label, candidates=labels)
+        for query, label in (("w16 w17", "w32"), ("w60", "w36 w37"), ("w61 w62 w63", "w40"))
+    ]
+
+
+def third_token(logits: Tensor) -> Tensor:
+    return logits[33]
+
+
+@cache
+def effects(name: str, metric: Any = "label_log_prob", dtype: torch.dtype = torch.float32) -> HeadEffects:
+    return head_effects(shared(name, dtype), prompts(), metric=metric, per_demo=True)
+
+
+def on_the_host(model: Any, text: ICLPrompt) -> Tensor:
+    """Mean log-probability of the label's tokens, label and query fed to the host as one sequence."""
+    query, label = tokenized(model, text).ids, tokenize_label(text.label or "", text.template, model.tokenizer)
+    with torch.no_grad():
+        logits = model(torch.tensor([[*query, *label[:-1]]]))[0, len(query) - 1 :]
+    return logits.log_softmax(-1)[range(len(label)), list(label)].mean().double()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exact_effects_are_knock_outs_on_the_host(name: str) -> None:
+    model, result = shared(name), effects(name)
+    for query, text in enumerate(prompts()):
+        full = on_the_host(model, text)
+        torch.testing.assert_close(result.in_context[query], full, rtol=0, atol=1e-5)
+        with intervene(model, KnockOut(text)):
+            torch.testing.assert_close(result.zero_shot[query], on_the_host(model, text), rtol=0, atol=1e-5)
+        for layer, head in ((0, 0), (1, 2), (2, 3)):
+            with intervene(model, KnockOut(text, heads=f"L{layer}H{head}")):
+                expected = full - on_the_host(model, text)
+            torch.testing.assert_close(result.exact[query, layer, head], expected, rtol=0, atol=1e-5)
+        with intervene(model, KnockOut(text, demos=[1])):
+            torch.testing.assert_close(result.demo_exact[query, 1], full - on_the_host(model, text), rtol=0, atol=1e-5)
+        assert result.demo_exact_per_head is not None
+        with intervene(model, KnockOut(text, heads="L1H1", demos=[2])):
+            expected = full - on_the_host(model, text)
+        torch.testing.assert_close(result.demo_exact_per_head[query, 1, 1, 2], expected, rtol=0, atol=1e-5)
+    assert result.exact.abs().max() > 1e-2
+
+
+def test_first_order_effects_are_derivatives() -> None:
+    """Central differences along ``z + epsilon (z_without - z)``, in float64."""
+    name = "bridge:gpt2"
+    model, result = shared(name, torch.float64), effects(name, "label_log_prob", torch.float64)
+    for query, text in enumerate(prompts()):
+        for layer, head in ((0, 1), (1, 0), (2, 2)):
+            values = [on_the_host_towards(model, text, layer, head, epsilon) for epsilon in (1e-4, -1e-4)]
+            derivative = (values[0] - values[1]) / 2e-4
+            torch.testing.assert_close(result.first_order[query, layer, head], -derivative, rtol=1e-5, atol=1e-8)
+
+
+def on_the_host_towards(model: Any, text: ICLPrompt, layer: int, head: int, epsilon: float) -> Tensor:
+    seen: list[Tensor] = []
+
+    def keep(z: Tensor, hook: Any) -> None:
+        seen.append(z)
+
+    def move(z: Tensor, hook: Any) -> Tensor:
+        return before + epsilon * (without - before)
+
+    name = f"blocks.{layer}.attn.hook_z"
+    with model.hooks(fwd_hooks=[(name, keep)]):
+        on_the_host(model, text)
+    with intervene(model, KnockOut(text, heads=f"L{layer}H{head}")), model.hooks(fwd_hooks=[(name, keep)]):
+        on_the_host(model, text)
+    before, without = seen
+    with model.hooks(fwd_hooks=[(name, move)]):
+        return on_the_host(model, text)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_estimates_per_demonstration_and_head(name: str) -> None:
+    result = effects(name)
+    exact = result.demo_exact_per_head
+    assert exact is not None
+    assert result.demo_first_order.shape == exact.shape
+    # Small effects are linear.
+    small = exact.abs() < 0.02 * exact.abs().max()
+    close = (result.demo_first_order - exact).abs()[small]
+    assert close.max() < 0.05 * exact.abs().max()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_adding_heads_goes_from_zero_shot_to_in_context(name: str) -> None:
+    result = effects(name)
+    torch.testing.assert_close(result.added[:, 0], result.zero_shot, rtol=0, atol=1e-6)
+    torch.testing.assert_close(result.added[:, -1], result.in_context, rtol=0, atol=1e-6)
+    frame = result.to_frame()
+    assert list(frame["rank"]) == list(range(1, 13))
+    assert abs(frame["recovered"].iloc[-1] - 1) < 1e-5
+    signed = frame["exact"] * (1 if float(result.gain.mean()) > 0 else -1)
+    assert signed.is_monotonic_decreasing
+    found = result.icl_heads(0.5)
+    assert found.recovered >= 0.5
+    assert found.heads == result.ranked(len(found.heads))
+    first = result.ranked(1)[0]
+    rest = [str(head) for head in result.ranked()[1:]]
+    with intervene(shared(name), KnockOut(prompts()[0], heads=rest)):
+        alone = on_the_host(shared(name), prompts()[0])
+    torch.testing.assert_close(result.added[0, 1], alone, rtol=0, atol=1e-5)
+    assert float(result.map[first.layer, first.head]) == pytest.approx(frame["exact"].iloc[0])
+
+
+def test_metrics_agree_with_each_other() -> None:
+    name = "bridge:gpt2"
+    log_prob, loss, own = effects(name), effects(name, "loss"), effects(name, third_token)
+    torch.testing.assert_close(loss.exact, -log_prob.exact)
+    torch.testing.assert_close(loss.first_order, -log_prob.first_order)
+    assert loss.ranked() == log_prob.ranked()  # by how much of the gain they give, whatever the metric's direction
+    assert own.metric == "third_token"
+    with torch.no_grad():
+        logits = shared(name)(torch.tensor([tokenized(shared(name), prompts()[2]).ids]))
+    assert float(own.in_context[2]) == pytest.approx(float(logits[0, -1, 33]), abs=1e-5)
+    difference = effects(name, "logit_difference")
+    assert float(difference.in_context[2]) == pytest.approx(
+        float(logits[0, -1, 40] - (logits[0, -1, 32] + logits[0, -1, 36]) / 2), abs=1e-5
+    )
+
+
+def test_the_bundled_model() -> None:
+    """First-order and exact effects correlate on the logit difference; a few heads are the ICL model."""
+    model = load_tiny()
+    demos = [Demo("apple", "dax"), Demo("hammer", "wug"), Demo("pear", "dax"), Demo("saw", "wug")]
+    texts = [
+        ICLPrompt(demos, query, label=label, candidates=("dax", "wug"))
+        for query, label in (("cherry", "dax"), ("drill", "wug"), ("plum", "dax"), ("wrench", "wug"))
+        if query in model.tokenizer.get_vocab()
+    ]
+    assert len(texts) >= 2
+    with left_as_it_was(model):
+        result = head_effects(model, texts)
+    assert result.correlation > 0.6
+    assert float(result.gain.mean()) > 5
+    found = result.icl_heads()
+    assert 1 <= len(found.heads) < 12
+    assert "heads recover 90 % of the gain" in repr(result)
+    assert len(result.demos_to_frame()) == 4
+    assert result.demo_correlation > 0
+
+
+def test_batch_size_changes_nothing() -> None:
+    one = head_effects(shared("bridge:gpt2"), prompts(), metric="label_log_prob", batch_size=1)
+    many = effects("bridge:gpt2")
+    torch.testing.assert_close(one.exact, many.exact, rtol=0, atol=1e-6)
+    torch.testing.assert_close(one.first_order, many.first_order, rtol=0, atol=1e-6)
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    result = effects("bridge:gpt2")
+    result.save(tmp_path / "effects")
+    loaded = HeadEffects.load(tmp_path / "effects")
+    assert torch.equal(loaded.exact, result.exact)
+    assert loaded.ranked() == result.ranked()
+    assert repr(loaded) == repr(result)
+
+
+def test_refusals() -> None:
+    model, texts = shared("bridge:gpt2"), prompts()
+    with pytest.raises(MetaoptLensError, match="no prompts"):
+        head_effects(model, [])
+    with pytest.raises(MetaoptLensError, match="metric must be"):
+        head_effects(model, texts, metric="accuracy")
+    unlabelled = ICLPrompt(DEMOS, "w16", instruction="w20")
+    with pytest.raises(MetaoptLensError, match="needs the label of query 'w16'"):
+        head_effects(model, [unlabelled])
+    with pytest.raises(MetaoptLensError, match="demos"):
+        head_effects(model, [texts[0], texts[1].without_demo(0)])
+    clash = ICLPrompt(DEMOS, "w16", instruction="w20", label="w36 w37", candidates=("w36 w37", "w36 w38"))
+    with pytest.raises(MetaoptLensError, match="candidates with another first token"):
+        head_effects(model, [clash])
+    with pytest.raises(MetaoptLensError, match="share must lie above 0"):
+        effects("bridge:gpt2").icl_heads(0.0)
