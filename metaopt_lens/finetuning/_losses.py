@@ -63,15 +63,17 @@ def layer_causal_losses(
 
         return use
 
-    own: list[Hook] = []
+    cuts: list[Hook] = []
+    reads: list[Hook] = []
     last: dict[int, Tensor] = {}
     n_layers = model.info.n_layers
     for layer in range(n_layers):
-        own.append((model.residual_hook("pre", layer), cut))
+        cuts.append((model.residual_hook("pre", layer), cut))
         name = model.residual_hook("post", layer) if readout == "block" else model.hook_name("attn_out", layer)
-        own.append((name, keep(read, layer)))
-    own.append((model.residual_hook("post", n_layers - 1), keep(last, n_layers - 1)))
-    logits = model.run(batch_tokens(examples), hooks=[*own, *hooks], grad=True)
+        reads.append((name, keep(read, layer)))
+    reads.append((model.residual_hook("post", n_layers - 1), keep(last, n_layers - 1)))
+    # What is read out must hold the change that `hooks` make at the same place, and what they see must be cut off.
+    logits = model.run(batch_tokens(examples), hooks=[*cuts, *hooks, *reads], grad=True)
     assert logits is not None
     with torch.no_grad():
         exit_logits = model.early_exit(last[n_layers - 1])
