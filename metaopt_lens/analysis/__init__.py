@@ -39,3 +39,6 @@ from metaopt_lens.analysis._training_attention import TrainingAttention as Train
 from metaopt_lens.analysis._training_attention import context_columns as context_columns
 from metaopt_lens.analysis._training_attention import finetuning_scores as finetuning_scores
 from metaopt_lens.analysis._training_attention import training_attention as training_attention
+from metaopt_lens.analysis._verdict import Finding as Finding
+from metaopt_lens.analysis._verdict import findings as findings
+from metaopt_lens.analysis._verdict import headline as headline

@@ -51,7 +51,7 @@ def predictions_section(comparison: Comparison, name: str = "Predictions") -> st
     return section(name, sortable_table(table), note)
 
 
-def summary_section(comparison: Comparison) -> str:
+def summary_section(comparison: Comparison, name: str = "Similarities and their nulls") -> str:
     """One row per statistic."""
     frame = comparison.summary()
     nulls = [c for c in frame.columns if c.startswith("null: ")]
@@ -63,23 +63,23 @@ def summary_section(comparison: Comparison) -> str:
         "finetuning update), else over the first null listed. <em>stand out</em>: heads or layers whose excess differs "
         "from 0 at 5 % after Benjamini-Hochberg."
     )
-    return section("Similarities and their nulls", sortable_table(frame), note)
+    return section(name, sortable_table(frame), note)
 
 
-def maps_sections(comparison: Comparison) -> list[str]:
-    """Layer x head maps and depth curves of the statistics there are."""
+def maps_sections(comparison: Comparison, *, prefix: str = "", label: str = "") -> list[str]:
+    """Layer x head maps and depth curves of the statistics there are; `prefix` keeps figure names apart on a page."""
     names = {s.name for s in comparison.statistics}
     maps = "".join(
-        figure(comparison_map(comparison, name), f"map-{i}", comparison[name].description)
+        figure(comparison_map(comparison, name), f"{prefix}map-{i}", comparison[name].description)
         for i, name in enumerate(n for n in _MAPS if n in names)
     )
     curves = "".join(
-        figure(comparison_map(comparison, name), f"curve-{i}", comparison[name].description)
+        figure(comparison_map(comparison, name), f"{prefix}curve-{i}", comparison[name].description)
         for i, name in enumerate(n for n in _CURVES if n in names)
     )
     return [
-        section("Head by head", f'<div class="ml-wide">{maps}</div>', "Value, null and excess on one colour scale."),
-        section("By depth", f'<div class="ml-maps">{curves}</div>', "Means over heads and queries, with their nulls."),
+        section(f"Head by head{label}", f'<div class="ml-wide">{maps}</div>', "Value, null and excess on one colour scale."),
+        section(f"By depth{label}", f'<div class="ml-maps">{curves}</div>', "Means over heads and queries, with their nulls."),
     ]
 
 
