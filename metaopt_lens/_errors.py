@@ -43,3 +43,11 @@ class FileFormatError(MetaoptLensError, ValueError):
 
 class UndefinedMetricError(MetaoptLensError, ArithmeticError):
     """A metric has no value on these data (for example a ratio with an empty denominator)."""
+
+
+class DataError(MetaoptLensError, ValueError):
+    """The rows of a task are missing, too few, or not what the task says."""
+
+
+class OutputError(MetaoptLensError, OSError):
+    """A directory cannot be written, or holds the results of something else."""

@@ -73,7 +73,7 @@ def compare_prompts(
         choice = _choose(wrapped, sets[0], finetuning or {}, allow_processed=allowed)
     rate = choice.lr if choice is not None else float(lr)
     updates = [finetune(wrapped, prompt, lr=rate, **settings) for prompt in sets]
-    texts = _texts(wrapped, sets[0]) if unrelated_texts is None else list(unrelated_texts)
+    texts = default_unrelated_texts(wrapped, sets[0]) if unrelated_texts is None else list(unrelated_texts)
     controls = {}
     if texts:
         controls["unrelated text"] = [unrelated_update(wrapped, texts, like=update) for update in updates]
@@ -102,7 +102,8 @@ def _choose(
     )
 
 
-def _texts(model: AttentionModel, prompt: ICLPrompt) -> list[str]:
+def default_unrelated_texts(model: AttentionModel, prompt: ICLPrompt) -> list[str]:
+    """Our own sentences, or words of the demonstrations in random order where the tokenizer does not know those."""
     try:
         for text in UNRELATED_TEXTS:
             tokenize_prompt(ICLPrompt((), text), model.tokenizer)

@@ -1,0 +1,67 @@
+"""One comparison out of several that were made one demonstration set at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from metaopt_lens._errors import ModelMismatchError, OptionError
+from metaopt_lens.analysis import Comparison, Statistic
+
+
+def join_comparisons(parts: Sequence[Comparison]) -> Comparison:
+    """The comparison over all demonstration sets of `parts`, in order.
+
+    Statistics and nulls that not every part has are left out. Predictions count candidates as in their own part.
+
+    Raises:
+        OptionError: no parts.
+        ModelMismatchError: parts of different models.
+    """
+    if not parts:
+        raise OptionError("there is no comparison to join.")
+    first = parts[0]
+    for part in parts[1:]:
+        if part.model != first.model:
+            raise ModelMismatchError(f"cannot join comparisons of {first.model.name} and {part.model.name}.")
+    offsets = [sum(len(p.n_demos) for p in parts[:i]) for i in range(len(parts))]
+
+    def joined(name: str) -> Tensor | None:
+        found = [getattr(part, name) for part in parts]
+        return None if any(t is None for t in found) else torch.cat(found)
+
+    settings = {**first.settings, "finetuning": [s for part in parts for s in part.settings["finetuning"]]}
+    if any(part.settings["candidates"] != first.settings["candidates"] for part in parts):
+        settings["candidates"] = None
+    return dataclasses.replace(
+        first,
+        statistics=tuple(s for name in _shared(parts) if (s := _statistic(parts, name)) is not None),
+        sets=torch.cat([part.sets + offset for part, offset in zip(parts, offsets, strict=True)]),
+        norms={name: torch.cat([part.norms[name] for part in parts]) for name in first.norms},
+        gold=joined("gold"),
+        zs=joined("zs"),
+        icl=joined("icl"),
+        ft=joined("ft"),
+        n_demos=tuple(n for part in parts for n in part.n_demos),
+        settings=settings,
+    )
+
+
+def _shared(parts: Sequence[Comparison]) -> list[str]:
+    names = [{s.name for s in part.statistics} for part in parts]
+    return [s.name for s in parts[0].statistics if all(s.name in there for there in names)]
+
+
+def _statistic(parts: Sequence[Comparison], name: str) -> Statistic | None:
+    found = [part[name] for part in parts]
+    nulls = [null for null in found[0].nulls if all(null in s.nulls for s in found)]
+    if not nulls:
+        return None
+    return dataclasses.replace(
+        found[0],
+        values=torch.cat([s.values for s in found]),
+        nulls={null: torch.cat([s.nulls[null] for s in found]) for null in nulls},
+    )

@@ -1,0 +1,266 @@
+"""The result of a run, read from its directory when asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metaopt_lens._errors import FileFormatError, OptionError, UndefinedMetricError
+from metaopt_lens.analysis import Comparison
+from metaopt_lens.experiments._attribution_stage import attribution_notes, attribution_tables, load_attribution
+from metaopt_lens.experiments._join import join_comparisons
+from metaopt_lens.experiments._prompt_set import PromptSet
+from metaopt_lens.experiments._run_config import Rule, RunConfig
+from metaopt_lens.experiments._run_store import RUN_FILE, RunStore
+from metaopt_lens.experiments._stages import load_comparison, load_learning_rate, read_json
+from metaopt_lens.finetuning import LearningRateChoice, WeightUpdate
+from metaopt_lens.interventions import HeadEffects
+from metaopt_lens.prompts.tasks import Task
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, repr=False)
+class ExperimentResult:
+    """A run's stored results. Nothing is read before it is asked for.
+
+    Attributes:
+        path: the directory.
+        config: what was run; task: on what (without the function of a task made by one).
+    """
+
+    path: Path
+    config: RunConfig
+    task: Task
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ExperimentResult:
+        """Open the directory of a run, finished or not.
+
+        Raises:
+            FileFormatError: it holds no run, or its description is damaged.
+        """
+        store = RunStore(path)
+        body = store.read(RUN_FILE)
+        if body is None:
+            raise FileFormatError(f"{path} holds no run: there is no {RUN_FILE} in it.")
+        try:
+            config = RunConfig.from_dict(body["config"], where=f"{store.folder / RUN_FILE}")
+            return cls(store.folder, config, Task.from_dict(body["task"], where=f"{store.folder / RUN_FILE}"))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise FileFormatError(f"{store.folder / RUN_FILE} is not the description of a run: {error!r}.") from None
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of the run."""
+        return self.config.seeds
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every piece is there, the tables included."""
+        return self._store.is_finished("tables")
+
+    # ---- pieces -------------------------------------------------------------------------------------------------
+
+    def prompts(self, seed: int) -> PromptSet:
+        """Demonstrations, queries and held-out rows of a seed."""
+        return PromptSet.from_dict(read_json(self._piece(seed, "prompts") / "prompts.json"))
+
+    def learning_rate(self, rule: Rule, seed: int) -> LearningRateChoice | None:
+        """How the learning rate was chosen; None if it was given."""
+        return load_learning_rate(self._piece(seed, f"lr-{rule}")) if self.config.lr == "auto" else None
+
+    def finetuning(self, rule: Rule, seed: int) -> dict[str, Any]:
+        """``lr``, ``losses`` (before every step) and ``notes``."""
+        found: dict[str, Any] = read_json(self._piece(seed, self._rule(rule)) / "finetuning.json")
+        return found
+
+    def update(self, rule: Rule, seed: int) -> WeightUpdate:
+        """The weight update, if the run was told to store it (``save_updates``)."""
+        if not self.config.save_updates:
+            raise OptionError(f"{self.path} stores no weight updates: run with save_updates (--save-updates).")
+        return WeightUpdate.load(self._piece(seed, self._rule(rule)) / "update")
+
+    def comparison(self, rule: Rule, seed: int | None = None) -> Comparison:
+        """In-context updates against those of finetuning by `rule`: of one seed, or of all together."""
+        if seed is not None:
+            return load_comparison(self._piece(seed, self._rule(rule)))
+        if rule not in self._joined:
+            self._joined[rule] = join_comparisons([self.comparison(rule, seed) for seed in self.seeds])
+        return self._joined[rule]
+
+    def attribution(self, seed: int) -> HeadEffects | None:
+        """Effects of every head's meta-gradient; None if the model's heads could not be knocked out."""
+        if not self.config.attribution:
+            raise OptionError(f"the run in {self.path} was told to leave the attribution to heads out.")
+        return load_attribution(self._piece(seed, "attribution"))
+
+    # ---- tables -------------------------------------------------------------------------------------------------
+
+    def table(self, name: str) -> pd.DataFrame:
+        """A stored table.
+
+        * ``summary``: `Comparison.summary` of all seeds, with a column ``rule``;
+        * ``heads``: `Comparison.to_frame`, likewise: every statistic at every layer and head, with nulls and intervals;
+        * ``accuracies``: accuracies and agreements, Rec2FTP and its base rate, likewise;
+        * ``predictions``: one row per rule, seed and query;
+        * ``learning_rates``: what was tried, where the rate was chosen; ``losses``: of every finetuning step;
+        * ``attributions``: effect of every head's meta-gradient over all seeds, with intervals; ``attribution_seeds``:
+          per seed, gain and the heads that make 90 percent of it.
+
+        Raises:
+            OptionError: there is no such table, or the run is not finished.
+        """
+        import pandas as pd
+
+        folder = self._store.path("tables")
+        if not self.is_complete:
+            raise OptionError(f"the run in {self.path} is not finished: run it again to go on.")
+        file = folder / f"{name}.parquet"
+        if not file.is_file():
+            names = ", ".join(sorted(p.stem for p in folder.glob("*.parquet")))
+            raise OptionError(f"there is no table {name!r}; this run has {names}.")
+        return pd.read_parquet(file)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What differs from what was asked for, in words."""
+        found = {f"seed {seed}: {note}": None for seed in self.seeds for note in self.prompts(seed).notes}
+        for rule in self.config.rules:
+            for seed in self.seeds:
+                found |= {f"seed {seed}, {rule}: {note}": None for note in self.finetuning(rule, seed)["notes"]}
+        if self.config.attribution:
+            for seed in self.seeds:
+                found |= {f"seed {seed}: {n}": None for n in attribution_notes(self._piece(seed, "attribution"))}
+        return tuple(found)
+
+    # ---- provenance ---------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """Name, sizes, revision and fingerprint of the model."""
+        return self._json("model.json")
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """Source, revision and fingerprints of the rows."""
+        return self._json("data.json")
+
+    @property
+    def provenance(self) -> list[dict[str, Any]]:
+        """One entry for each process that worked on the run: command, versions, times, pieces."""
+        return [read_json(file) for file in sorted((self.path / "provenance").glob("*.json"))]
+
+    # ---- helpers ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _store(self) -> RunStore:
+        return RunStore(self.path)
+
+    @cached_property
+    def _joined(self) -> dict[str, Comparison]:
+        return {}
+
+    def _json(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = read_json(self.path / name)
+        return found
+
+    def _rule(self, rule: Rule) -> Rule:
+        if rule not in self.config.rules:
+            raise OptionError(f"the run in {self.path} has the rules {', '.join(self.config.rules)}, not {rule!r}.")
+        return rule
+
+    def _piece(self, seed: int, stage: str) -> Path:
+        if seed not in self.seeds:
+            raise OptionError(f"the run in {self.path} has the seeds {list(self.seeds)}, not {seed}.")
+        name = f"seed-{seed}/{stage}"
+        if not self._store.is_finished(name):
+            raise FileFormatError(f"the run in {self.path} has no piece {name} (yet): run it again to go on.")
+        return self._store.path(name)
+
+    def __repr__(self) -> str:
+        c = self.config
+        state = "complete" if self.is_complete else "not finished"
+        return (
+            f"ExperimentResult of {c.model} on {c.task} in {self.path} ({state}; {c.shots} shots, "
+            f"{len(c.seeds)} seeds, {' and '.join(c.rules)})"
+        )
+
+
+def make_tables(result: ExperimentResult) -> dict[str, pd.DataFrame]:
+    """All tables of a run whose other pieces are finished."""
+    import pandas as pd
+
+    config = result.config
+    joined = {rule: result.comparison(rule) for rule in config.rules}
+    tables = {
+        "summary": _stack({rule: c.summary() for rule, c in joined.items()}),
+        "heads": _stack({rule: c.to_frame() for rule, c in joined.items()}),
+        "accuracies": _stack({rule: _accuracies(c) for rule, c in joined.items()}),
+        "predictions": _stack({rule: _predictions(result, rule, config.seeds) for rule in config.rules}),
+    }
+    rates, losses = [], []
+    for rule in config.rules:
+        for seed in config.seeds:
+            place = {"rule": rule, "seed": seed}
+            choice = result.learning_rate(rule, seed)
+            if choice is not None:
+                rates.append(choice.to_frame().assign(chosen=[r == choice.lr for r in choice.rates], **place))
+            found = result.finetuning(rule, seed)
+            losses.append(pd.DataFrame({**place, "step": range(len(found["losses"])), "loss": found["losses"]}))
+    if rates:
+        tables["learning_rates"] = pd.concat(rates, ignore_index=True)
+    tables["losses"] = pd.concat(losses, ignore_index=True)
+    if config.attribution:
+        effects = {seed: e for seed in config.seeds if (e := result.attribution(seed)) is not None}
+        tables |= attribution_tables(effects)
+    return tables
+
+
+def _stack(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.concat([frame.assign(rule=rule) for rule, frame in frames.items()], ignore_index=True)
+
+
+def _accuracies(comparison: Comparison) -> pd.DataFrame:
+    import pandas as pd
+
+    try:
+        table = comparison.accuracies()
+        recall = comparison.rec2ftp()
+    except UndefinedMetricError:  # a single candidate: nothing to predict
+        return pd.DataFrame({"quantity": [], "value": [], "low": [], "high": []})
+    undefined = float("nan")
+    rows = [
+        {"quantity": name, "value": undefined if value is None else value, "low": undefined, "high": undefined}
+        for name, value in (("Rec2FTP %", recall.value), ("Rec2FTP base rate %", recall.base_rate))
+    ]
+    return pd.concat([table, pd.DataFrame(rows)], ignore_index=True)
+
+
+def _predictions(result: ExperimentResult, rule: Rule, seeds: Sequence[int]) -> pd.DataFrame:
+    import pandas as pd
+
+    frames = []
+    for seed in seeds:
+        prompts, found = result.prompts(seed), result.comparison(rule, seed)
+        words = found.settings["candidates"] or ()
+        frame = pd.DataFrame(
+            {
+                "seed": seed,
+                "row": prompts.rows["queries"],
+                "query": [p.query for p in prompts.prompts],
+                "label": [p.label for p in prompts.prompts],
+            }
+        )
+        for name in ("zs", "icl", "ft"):
+            predicted = getattr(found, name)
+            frame[name] = None if predicted is None else [words[i] for i in predicted.tolist()]
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)

@@ -1,0 +1,152 @@
+"""What each piece of a run computes, and how it is stored."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from metaopt_lens._errors import FileFormatError, MetaoptLensError, NonFiniteError, OptionError, PromptError
+from metaopt_lens._storage import provenance, write_text
+from metaopt_lens.analysis import Comparison, compare, unrelated_update
+from metaopt_lens.experiments._prompt_comparison import default_unrelated_texts
+from metaopt_lens.experiments._prompt_set import PromptSet
+from metaopt_lens.experiments._run_config import Rule, RunConfig
+from metaopt_lens.finetuning import LearningRateChoice, WeightUpdate, choose_learning_rate, finetune
+from metaopt_lens.models import AttentionModel
+
+Save = Callable[[Path], None]
+
+UNRELATED = "unrelated text"
+
+
+def write_json(path: Path, body: Any) -> None:
+    """JSON in the one form used for pieces."""
+    write_text(path, json.dumps(body, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote.
+
+    Raises:
+        FileFormatError: the file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FileFormatError(f"{path} cannot be read ({error}).") from None
+
+
+def save_prompts(prompts: PromptSet) -> Save:
+    """The piece ``prompts``."""
+    return lambda folder: write_json(folder / "prompts.json", prompts.to_dict())
+
+
+def learning_rate(config: RunConfig, model: AttentionModel, prompts: PromptSet, rule: Rule) -> Save:
+    """The piece ``lr-RULE``: the learning rate with which finetuning does best on the held-out rows."""
+    choice = choose_learning_rate(
+        model,
+        prompts.prompts[0],
+        prompts.held_out,
+        candidates=prompts.words,
+        epochs=config.epochs,
+        layer_causal=rule == "lcgd",
+        prepend_bos=config.prepend_bos,
+        allow_processed=config.allow_processed,
+    )
+    return lambda folder: write_json(folder / "learning_rate.json", dataclasses.asdict(choice))
+
+
+def load_learning_rate(folder: Path) -> LearningRateChoice:
+    """Read a piece ``lr-RULE``."""
+    body = read_json(folder / "learning_rate.json")
+    for name in ("rates", "accuracy", "loss"):
+        body[name] = tuple(body[name])
+    return LearningRateChoice(**body)
+
+
+def comparison(config: RunConfig, model: AttentionModel, prompts: PromptSet, rule: Rule, lr: float, seed: int) -> Save:
+    """The piece ``RULE``: finetuning, and its comparison with the in-context runs."""
+    notes: list[str] = []
+    update = finetune(
+        model,
+        prompts.prompts[0],
+        lr=lr,
+        epochs=config.epochs,
+        layer_causal=rule == "lcgd",
+        prepend_bos=config.prepend_bos,
+        keep_factors=True,
+        allow_processed=config.allow_processed,
+        progress=False,
+    )
+    controls = _controls(config, model, prompts, update, notes)
+
+    def run(*, random_weights: bool) -> Comparison:
+        return compare(
+            model,
+            prompts.prompts,
+            update,
+            controls=controls,
+            random_weights=random_weights,
+            scoring=config.scoring,
+            subspace_dim=min(config.subspace_dim, model.info.d_head),
+            n_null_draws=config.n_null_draws,
+            batch_size=config.batch_size,
+            prepend_bos=config.prepend_bos,
+            reference=config.reference,
+            allow_processed=config.allow_processed,
+            seed=seed,
+            progress=False,
+        )
+
+    try:
+        found = run(random_weights=config.random_weights)
+    except NonFiniteError as error:
+        if not config.random_weights:
+            raise
+        found = run(random_weights=False)
+        notes.append(f"the runs on permuted weights are left out ({error})")
+    found = dataclasses.replace(found, provenance=versions())
+
+    def save(folder: Path) -> None:
+        found.save(folder / "comparison")
+        write_json(folder / "finetuning.json", {"lr": lr, "losses": list(update.losses), "notes": notes})
+        if config.save_updates:
+            untimed(update.save(folder / "update"))
+
+    return save
+
+
+def versions() -> dict[str, Any]:
+    """Versions without the time, so that equal runs give equal bytes."""
+    return {name: value for name, value in provenance().items() if name != "created"}
+
+
+def _controls(
+    config: RunConfig, model: AttentionModel, prompts: PromptSet, update: WeightUpdate, notes: list[str]
+) -> dict[str, WeightUpdate]:
+    if not config.unrelated:
+        return {}
+    texts = prompts.unrelated or default_unrelated_texts(model, prompts.prompts[0])
+    try:
+        return {UNRELATED: unrelated_update(model, texts, like=update)}
+    except (PromptError, OptionError, NonFiniteError) as error:
+        notes.append(f"the control run on unrelated texts is left out ({error})")
+        return {}
+
+
+def untimed(file: Path) -> None:
+    """Take the time out of a saved result's JSON file."""
+    write_json(file, {**read_json(file), "provenance": versions()})
+
+
+def load_comparison(folder: Path) -> Comparison:
+    """Read the comparison of a piece ``RULE``."""
+    return Comparison.load(folder / "comparison")
+
+
+def explain(error: MetaoptLensError, where: str) -> MetaoptLensError:
+    """The same error, saying where in the run it came up."""
+    return type(error)(f"{where}: {error}")

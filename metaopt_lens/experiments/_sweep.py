@@ -1,0 +1,266 @@
+"""Sweeps: every combination of models, tasks, shots and learning rates, each a run of its own, seeds side by side."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tqdm.auto import tqdm
+
+from metaopt_lens._errors import FileFormatError, MetaoptLensError, OptionError
+from metaopt_lens.experiments._run import find_run_task, run_experiment
+from metaopt_lens.experiments._run_config import RunConfig, read_settings
+from metaopt_lens.experiments._run_result import ExperimentResult
+from metaopt_lens.experiments._run_store import RunStore
+from metaopt_lens.experiments._workers import Workers
+from metaopt_lens.prompts.tasks import Task
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SWEEP_FILE = "sweep.json"
+_AXES = ("model", "task", "shots", "lr")
+_UNSAFE = re.compile(r"[^A-Za-z0-9.]+")
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """What a sweep goes over.
+
+    Attributes:
+        models, tasks, shots, lrs: every combination is a run.
+        seeds: of every run.
+        settings: further fields of every `RunConfig`.
+        data: local data by task, where they do not come from the hub.
+        workers: where the runs are made; does not decide the results.
+    """
+
+    models: tuple[str, ...]
+    tasks: tuple[str, ...]
+    shots: tuple[int, ...] = (32,)
+    lrs: tuple[float | Literal["auto"], ...] = ("auto",)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, str] = field(default_factory=dict)
+    workers: Workers = field(default_factory=Workers)
+
+    def __post_init__(self) -> None:
+        for name in ("models", "tasks", "shots", "lrs"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise OptionError(f"a sweep needs one or several different {name}, got {list(values)}.")
+        fixed = sorted({"model", "task", "shots", "lr", "seeds", "data"} & set(self.settings))
+        if fixed:
+            raise OptionError(
+                f"{', '.join(fixed)}: a sweep has a list of its own for this, it is not one of the settings."
+            )
+        strange = sorted(set(self.data) - set(self.tasks))
+        if strange:
+            raise OptionError(f"data are given for task {strange[0]!r}, which is not in the sweep.")
+
+    def runs(self) -> dict[str, RunConfig]:
+        """The configurations, by the names of their directories.
+
+        Raises:
+            OptionError: a value that makes no sense.
+        """
+        found: dict[str, RunConfig] = {}
+        for model, task, shots, lr in itertools.product(self.models, self.tasks, self.shots, self.lrs):
+            body = {"model": model, "task": task, "shots": shots, "lr": lr, "seeds": self.seeds, **self.settings}
+            if task in self.data:
+                body["data"] = self.data[task]
+            config = RunConfig.from_dict(body, where="the sweep")
+            name = f"{_slug(model)}-{_slug(task)}-{shots}-shots-lr-{_slug(str(lr))}"
+            found[name if name not in found else f"{name}-{config.fingerprint[:8]}"] = config
+        return found
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SweepConfig:
+        """Read a TOML (or JSON) file::
+
+            models = ["tiny"]
+            tasks = ["synthetic", "synthetic-3"]
+            shots = [4, 8]
+            lr = ["auto", 0.01]
+            seeds = 3
+
+            [settings]             # further settings of a run
+            queries = 24
+
+            [data]                 # local data by task
+            sst2 = "data/sst2.jsonl"
+
+            [workers]
+            n = 2
+            engine = "processes"   # or "dask", with cluster = "slurm", [workers.options] queue = "gpu", ...
+
+        Raises:
+            FileFormatError: the file is missing or not valid.
+            OptionError: an unknown field, or a value that makes no sense.
+        """
+        body = read_settings(path)
+        known = ("models", "tasks", "shots", "lr", "seeds", "settings", "data", "workers")
+        unknown = sorted(set(body) - set(known))
+        if unknown:
+            raise OptionError(
+                f"{path}: a sweep has no field {', '.join(map(repr, unknown))}; its fields are {', '.join(known)}."
+            )
+        try:
+            values: dict[str, Any] = {
+                "lrs" if name == "lr" else name: _tuple(body[name]) for name in known[:4] if name in body
+            }
+            if "seeds" in body:
+                seeds = body["seeds"]
+                values["seeds"] = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+            values |= {name: body[name] for name in ("settings", "data") if name in body}
+            return cls(**values, workers=Workers(**body.get("workers", {})))
+        except (TypeError, OptionError) as error:
+            raise OptionError(f"{path}: {error}") from error
+
+
+@dataclass(frozen=True, repr=False)
+class SweepResult:
+    """The stored results of a sweep.
+
+    Attributes:
+        path: its directory, with a directory for every run.
+        names: of the runs.
+    """
+
+    path: Path
+    names: tuple[str, ...]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SweepResult:
+        """Open the directory of a sweep, finished or not.
+
+        Raises:
+            FileFormatError: it holds no sweep.
+        """
+        body = RunStore(path).read(SWEEP_FILE)
+        if body is None or not isinstance(body.get("runs"), dict):
+            raise FileFormatError(f"{path} holds no sweep: there is no (valid) {SWEEP_FILE} in it.")
+        return cls(Path(path), tuple(body["runs"]))
+
+    @property
+    def runs(self) -> dict[str, ExperimentResult]:
+        """The results of all runs, by name."""
+        return {name: ExperimentResult.load(self.path / name) for name in self.names}
+
+    def table(self, name: str) -> pd.DataFrame:
+        """A table (see `ExperimentResult.table`) of all runs below each other, with columns model, task, shots, lr."""
+        import pandas as pd
+
+        frames = [
+            run.table(name).assign(**{axis: getattr(run.config, axis) for axis in _AXES}) for run in self.runs.values()
+        ]
+        return pd.concat(frames, ignore_index=True)
+
+    def __repr__(self) -> str:
+        return f"SweepResult of {len(self.names)} runs in {self.path}: {', '.join(self.names)}"
+
+
+def run_sweep(
+    config: SweepConfig, out: str | os.PathLike[str], *, recompute_damaged: bool = False, progress: bool = True
+) -> SweepResult:
+    """Make all runs of a sweep, each in a directory of its own; every seed of every run is a job.
+
+    Jobs are as safe against being killed as runs are: what is finished is kept, and a sweep that was stopped goes on.
+    On a Dask cluster the jobs of a lost worker are given to others.
+
+    Raises:
+        OptionError: a value that makes no sense, an unknown task.
+        OutputError: `out` cannot be written, or holds another sweep.
+        MetaoptLensError: some runs failed; all others are finished.
+    """
+    runs = config.runs()
+    tasks = {name: find_run_task(run) for name, run in runs.items()}
+    store = RunStore(out)
+    _prepare(store)
+    store.pin(
+        SWEEP_FILE,
+        {"kind": "metaopt-lens sweep", "runs": {name: run.fingerprint for name, run in runs.items()}},
+        what="sweep",
+    )
+    jobs = [
+        (name, run, tasks[name], str(store.folder / name), seed, config.workers.threads, recompute_damaged)
+        for name, run in runs.items()
+        for seed in run.seeds
+    ]
+    failed: dict[str, str] = {}
+    with tqdm(total=len(jobs), desc="sweep", unit="job", disable=None if progress else True) as bar:
+        for name, problem in config.workers.run(_job, jobs):
+            bar.update()
+            if problem is not None:
+                failed.setdefault(name, problem)
+    if failed:
+        first = next(iter(failed))
+        raise MetaoptLensError(
+            f"{len(failed)} of {len(runs)} runs failed, the others are finished. {first}: {failed[first]}"
+            + (f" Also failed: {', '.join(list(failed)[1:])}." if len(failed) > 1 else "")
+        )
+    return SweepResult(store.folder, tuple(runs))
+
+
+def _prepare(store: RunStore) -> None:
+    if store.read(SWEEP_FILE) is None:
+        store.prepare()
+    with store.writing():
+        store.folder.mkdir(parents=True, exist_ok=True)
+
+
+def _job(
+    name: str, config: RunConfig, task: Task, out: str, seed: int, threads: int, recompute_damaged: bool
+) -> tuple[str, str | None]:
+    """One seed of one run, in a worker."""
+    import torch
+
+    torch.set_num_threads(threads)
+    try:
+        run_experiment(
+            config,
+            out,
+            model=_model(
+                config.model, config.dtype, config.device, config.revision, config.n_devices, config.device_map
+            ),
+            task=task,
+            only_seeds=[seed],
+            recompute_damaged=recompute_damaged,
+            progress=False,
+        )
+    except MetaoptLensError as error:
+        return name, str(error)
+    return name, None
+
+
+@lru_cache(maxsize=1)
+def _model(
+    name: str,
+    dtype: str,
+    device: str | None,
+    revision: str | None,
+    n_devices: int | None,
+    device_map: str | None,
+) -> Any:
+    """The model of the last job, which is often that of the next."""
+    import torch
+
+    from metaopt_lens.models import load_model
+
+    return load_model(
+        name, dtype=getattr(torch, dtype), device=device, revision=revision, n_devices=n_devices, device_map=device_map
+    )
+
+
+def _slug(text: str) -> str:
+    return _UNSAFE.sub("-", Path(text).name if text.endswith(".toml") else text).strip("-") or "x"
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
