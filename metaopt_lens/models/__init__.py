@@ -7,6 +7,7 @@ from metaopt_lens.models._abstract import ModelInfo as ModelInfo
 from metaopt_lens.models._abstract import Prefix as Prefix
 from metaopt_lens.models._hooks import Hook as Hook
 from metaopt_lens.models._load import load_model as load_model
+from metaopt_lens.models._mlp import MlpSite as MlpSite
 from metaopt_lens.models._passes import HostPass as HostPass
 from metaopt_lens.models._passes import PlacedCall as PlacedCall
 from metaopt_lens.models._wrap import ProcessedWeightsWarning as ProcessedWeightsWarning

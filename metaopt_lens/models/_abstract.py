@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from metaopt_lens._errors import ContextWindowError, ModelMismatchError
+from metaopt_lens._errors import ContextWindowError, ModelMismatchError, UnsupportedModelError
 from metaopt_lens.dual import ScoreRule, attention_scores, softmax_with_sink, visible_sources
 from metaopt_lens.models._hooks import Hook, StopForward, attached, check_hook_names, inference_state
+from metaopt_lens.models._mlp import MlpSite
 from metaopt_lens.models._passes import PASS, HostPass, PlacedCall
 
 if TYPE_CHECKING:
@@ -195,6 +196,10 @@ class AttentionModel(ABC):
     @abstractmethod
     def early_exit(self, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         """Final norm, unembedding and soft-cap applied to any residual stream; after the last block, the logits."""
+
+    @abstractmethod
+    def mlp_site(self, layer: int) -> MlpSite:
+        """The MLP that follows the layer's attention; raises `UnsupportedModelError` outside pre-norm blocks."""
 
     @abstractmethod
     def attention_input_hook(self, layer: int, use: Callable[[Tensor], None]) -> Hook:
@@ -468,3 +473,13 @@ def _rebuilt_pattern(rule: ScoreRule, q: Tensor, k: Tensor, offset: int) -> Tens
 def dtype_name(dtype: Any) -> str:
     """`"float32"` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
+
+
+def refuse_blocks(name: str, reasons: Mapping[str, bool]) -> None:
+    """Raise `UnsupportedModelError` with the first reason why a block's MLP does not simply follow its attention."""
+    for reason, applies in reasons.items():
+        if applies:
+            raise UnsupportedModelError(
+                f"the implicit weight update of {name} is not defined: {reason}. It needs pre-norm blocks whose "
+                "plain or gated MLP follows attention."
+            )

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from metaopt_lens._errors import OptionError, UnsupportedModelError
 from metaopt_lens.dual import ScoreRule
-from metaopt_lens.models._abstract import AttentionModel, ModelInfo, Prefix, dtype_name
+from metaopt_lens.models._abstract import AttentionModel, ModelInfo, Prefix, dtype_name, refuse_blocks
 from metaopt_lens.models._hooks import Hook, StopForward, check_hook_names
+from metaopt_lens.models._mlp import MlpSite
 from metaopt_lens.models._passes import HostPass, PastKeysValues
 from metaopt_lens.models._processing import processing_of
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 # Rotary types whose angles depend on how long the sequence is: nothing cached stays valid.
 _LENGTH_DEPENDENT_ROTARY = {"dynamic", "longrope"}
+_POST_NORM = {"Olmo2ForCausalLM", "Olmo3ForCausalLM"}
 
 
 class BridgeModel(AttentionModel):
@@ -120,6 +122,35 @@ class BridgeModel(AttentionModel):
     def hook_name(self, kind: str, layer: int) -> str:
         suffix = "o.hook_out" if kind == "attn_out" else f"hook_{kind}"
         return f"blocks.{layer}.attn.{suffix}"
+
+    def mlp_site(self, layer: int) -> MlpSite:
+        from transformer_lens.model_bridge.generalized_components.block import ParallelBlockBridge
+        from transformer_lens.model_bridge.generalized_components.bloom_mlp import BloomMLPBridge
+        from transformer_lens.model_bridge.generalized_components.gated_mlp import GatedMLPBridge
+        from transformer_lens.model_bridge.generalized_components.mlp import MLPBridge
+        from transformer_lens.model_bridge.generalized_components.moe import MoEBridge
+
+        block = self.host.blocks[layer]
+        mlp, at = block._modules.get("mlp"), f"blocks.{layer}.mlp"
+        refuse_blocks(
+            self.info.name,
+            {
+                "it is attention-only": mlp is None,
+                "attention and MLP run in parallel": isinstance(block, ParallelBlockBridge),
+                "the MLP is a mixture of experts": isinstance(mlp, MoEBridge),
+                "the MLP's output is normalised": "ln2_post" in block._modules
+                or self.info.architecture in _POST_NORM,
+                f"its MLP is of an unknown kind ({type(mlp).__name__})": type(mlp)
+                not in {MLPBridge, GatedMLPBridge, BloomMLPBridge},
+            },
+        )
+        names = ("gate", "in") if type(mlp) is GatedMLPBridge else ("in",)  # in the order they are computed
+        return MlpSite(
+            input_hook=lambda use: (f"{at}.{names[0]}.hook_in", use),
+            matrices={name: getattr(mlp, f"W_{name}").mT for name in names},
+            products={name: f"{at}.{name}.hook_out" for name in names},
+            out_name=f"{at}.out.hook_out",
+        )
 
     def attention_input_hook(self, layer: int, use: Callable[[Tensor], None]) -> Hook:
         return f"blocks.{layer}.attn.hook_in", use

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from metaopt_lens._errors import UnsupportedModelError
 from metaopt_lens.dual import ScoreRule
-from metaopt_lens.models._abstract import AttentionModel, ModelInfo, Prefix, dtype_name
+from metaopt_lens.models._abstract import AttentionModel, ModelInfo, Prefix, dtype_name, refuse_blocks
 from metaopt_lens.models._hooks import Hook, StopForward
+from metaopt_lens.models._mlp import MlpSite
 from metaopt_lens.models._passes import HostPass
 from metaopt_lens.models._processing import processing_of
 
@@ -117,20 +118,51 @@ class HookedModel(AttentionModel):
 
     def attention_input_hook(self, layer: int, use: Callable[[Tensor], None]) -> Hook:
         # ln1 runs once each for q, k and v, so its hook fires three times with the same value.
-        ln1 = self.host.blocks[layer].ln1
-        kind = self.host.cfg.normalization_type
-        if kind is None or self.info.architecture in _POST_NORM:
+        if self.info.architecture in _POST_NORM:
             return f"blocks.{layer}.hook_resid_pre", use
+        return self._normed_hook(layer, "ln1", "pre", use)
+
+    def _normed_hook(self, layer: int, norm: str, residual: str, use: Callable[[Tensor], None]) -> Hook:
+        """A hook on the output of a norm, which HookedTransformer shows before its weight and bias only."""
+        module = getattr(self.host.blocks[layer], norm)
+        kind = self.host.cfg.normalization_type
+        if kind is None:
+            return f"blocks.{layer}.hook_resid_{residual}", use
 
         def scaled(normalized: Tensor) -> None:
             x = normalized
             if kind in {"LN", "RMS"}:
-                x = x * ln1.w
+                x = x * module.w
             if kind == "LN":
-                x = x + ln1.b
+                x = x + module.b
             use(x)
 
-        return f"blocks.{layer}.ln1.hook_normalized", scaled
+        return f"blocks.{layer}.{norm}.hook_normalized", scaled
+
+    def mlp_site(self, layer: int) -> MlpSite:
+        cfg = self.host.cfg
+        refuse_blocks(
+            self.info.name,
+            {
+                "it is attention-only": cfg.attn_only,
+                "attention and MLP run in parallel": cfg.parallel_attn_mlp,
+                "the MLP is a mixture of experts": cfg.num_experts is not None,
+                "the MLP's output is normalised": cfg.use_normalization_before_and_after
+                or self.info.architecture in _POST_NORM,
+            },
+        )
+        mlp, at = self.host.blocks[layer].mlp, f"blocks.{layer}.mlp"
+        if cfg.gated_mlp:
+            matrices = {"in": mlp.W_in.mT, "gate": mlp.W_gate.mT}
+            products = {"in": f"{at}.hook_pre_linear", "gate": f"{at}.hook_pre"}
+        else:
+            matrices, products = {"in": mlp.W_in.mT}, {"in": f"{at}.hook_pre"}
+        return MlpSite(
+            input_hook=lambda use: self._normed_hook(layer, "ln2", "mid", use),
+            matrices=matrices,
+            products=products,
+            out_name=f"blocks.{layer}.hook_mlp_out",
+        )
 
     def query_key_hooks(
         self,
