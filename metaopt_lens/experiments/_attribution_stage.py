@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from metaopt_lens.experiments._run_config import RunConfig
 from metaopt_lens.experiments._stages import Save, read_json, untimed, write_json
 from metaopt_lens.interventions import HeadEffects, head_effects
 from metaopt_lens.models import AttentionModel
+from metaopt_lens.prompts import ICLPrompt, tokenize_label
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +30,7 @@ def attribution(config: RunConfig, model: AttentionModel, prompts: PromptSet) ->
         effects = head_effects(
             model,
             chosen,
-            metric=config.attribution_metric,
+            metric=_metric(config, model, chosen),
             prepend_bos=config.prepend_bos,
             batch_size=config.batch_size,
         )
@@ -42,6 +43,18 @@ def attribution(config: RunConfig, model: AttentionModel, prompts: PromptSet) ->
             untimed(effects.save(folder / "effects"))
 
     return save
+
+
+def _metric(config: RunConfig, model: AttentionModel, prompts: Sequence[ICLPrompt]) -> str:
+    """The logit difference cannot saturate, but needs label words with different first tokens."""
+    if config.attribution_metric != "auto":
+        return config.attribution_metric
+    template = prompts[0].template
+    for words in {prompt.candidates or () for prompt in prompts}:
+        firsts = [tokenize_label(word, template, model.tokenizer)[0] for word in words]
+        if len(firsts) < 2 or len(set(firsts)) < len(firsts):
+            return "label_log_prob"
+    return "logit_difference"
 
 
 def load_attribution(folder: Path) -> HeadEffects | None:
@@ -61,7 +74,17 @@ def attribution_tables(found: Mapping[int, HeadEffects]) -> dict[str, pd.DataFra
 
     if not found:
         return {}
-    effects = list(found.values())
+    metrics = dict.fromkeys(e.metric for e in found.values())
+    frames = [_heads(metric, [e for e in found.values() if e.metric == metric]) for metric in metrics]
+    return {
+        "attributions": pd.concat(frames, ignore_index=True),
+        "attribution_seeds": pd.DataFrame([_seed_row(seed, e) for seed, e in found.items()]),
+    }
+
+
+def _heads(metric: str, effects: Sequence[HeadEffects]) -> pd.DataFrame:
+    import pandas as pd
+
     sets = torch.cat([torch.full((len(e.in_context),), i) for i, e in enumerate(effects)])
     exact = hierarchical_bootstrap(torch.cat([e.exact for e in effects]).double(), sets=sets, seed=0)
     estimate = torch.stack([e.first_order.double().mean(0) for e in effects]).mean(0)
@@ -75,10 +98,7 @@ def attribution_tables(found: Mapping[int, HeadEffects]) -> dict[str, pd.DataFra
         "high": exact.high,
         "first_order": estimate,
     }
-    return {
-        "attributions": pd.DataFrame({name: t.flatten().numpy() for name, t in columns.items()}),
-        "attribution_seeds": pd.DataFrame([_seed_row(seed, e) for seed, e in found.items()]),
-    }
+    return pd.DataFrame({name: t.flatten().numpy() for name, t in columns.items()}).assign(metric=metric)
 
 
 def _seed_row(seed: int, effects: HeadEffects) -> dict[str, Any]:

@@ -37,7 +37,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "variant": ("published", "one-line"),
     "selection": SELECTIONS,
     "scoring": ("mean", "first"),
-    "attribution_metric": ("logit_difference", "label_log_prob"),
+    "attribution_metric": ("auto", "logit_difference", "label_log_prob"),
     "dtype": DTYPES,
 }
 _PLACE = {"place": True}  # where and with what it runs; does not decide the result
@@ -64,7 +64,8 @@ class RunConfig:
         random_weights: also run on permuted weights (costs the model's memory once more and about doubles the time).
         unrelated: also finetune on unrelated texts.
         attribution: also measure what every head's meta-gradient does to the answers, on the first
-            `attribution_queries` queries; attribution_metric: see `head_effects`.
+            `attribution_queries` queries; attribution_metric: see `head_effects` (``"auto"``: the logit difference
+            where the label words differ in their first token, else the log-probability).
         n_null_draws, subspace_dim, reference: see `compare`.
         prepend_bos: None for the tokenizer's habit.
         dtype: floating-point type of the weights; revision: of a model on the hub.
@@ -93,7 +94,7 @@ class RunConfig:
     unrelated: bool = True
     attribution: bool = True
     attribution_queries: int = 16
-    attribution_metric: Literal["logit_difference", "label_log_prob"] = "label_log_prob"
+    attribution_metric: Literal["auto", "logit_difference", "label_log_prob"] = "auto"
     n_null_draws: int = 20
     subspace_dim: int = 4
     reference: bool = False
