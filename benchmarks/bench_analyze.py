@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -131,11 +132,13 @@ def ours(directory: Path) -> dict[str, Any]:
 
 
 def measure(name: str, directory: Path) -> tuple[float, int, dict[str, Any]]:
-    """Seconds, peak bytes (all processes together) and result of a fresh process."""
+    """Seconds, peak bytes (all processes together) and result of a fresh process, printed."""
     start = time.perf_counter()
     done = subprocess.run([sys.executable, __file__, "--run", name, str(directory)], stdout=subprocess.PIPE, check=True)
     seconds = time.perf_counter() - start
     report = json.loads(done.stdout)
+    # the processor time tells how far other work on the machine has disturbed the measurement
+    print(f"  {name:16} {seconds:7.2f} s  (CPU {report['cpu']:6.2f} s)  {report['peak'] / 2**30:5.2f} GiB", flush=True)
     return seconds, report["peak"], report["result"]
 
 
@@ -143,17 +146,11 @@ def run(name: str, directory: Path) -> None:
     """In the fresh process: work, then print result and peak memory."""
     result = {"straightforward": straightforward, "ours": ours}[name](directory)
     unit = 1 if sys.platform == "darwin" else 1024
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     # the largest of the parsing processes, as if all had been as large at the same moment
-    workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * min(os_cores(), 4)
-    print(json.dumps({"peak": (own + workers) * unit, "result": result}))
-
-
-def os_cores() -> int:
-    """Cores of this machine."""
-    import os
-
-    return os.cpu_count() or 1
+    peak = own.ru_maxrss + children.ru_maxrss * min(os.cpu_count() or 1, 4)
+    cpu = own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+    print(json.dumps({"peak": peak * unit, "cpu": cpu, "result": result}))
 
 
 def compare(directory: Path, repeat: int) -> bool:
@@ -164,7 +161,6 @@ def compare(directory: Path, repeat: int) -> bool:
     for _ in range(repeat):
         for name in ("straightforward", "ours"):
             got = measure(name, directory)
-            print(f"  {name:16} {got[0]:7.2f} s  {got[1] / 2**30:6.2f} GiB", flush=True)
             if name not in best or got[0] < best[name][0]:
                 best[name] = got
     base, mine = best["straightforward"], best["ours"]

@@ -33,10 +33,11 @@ from metaopt_lens.analysis import (
     unit,
 )
 from metaopt_lens.experiments._analysis_result import LayerMetric, RecordAnalysis, RecordShapes
-from metaopt_lens.experiments._records import Fields, RecordIndex, index_records, open_lines
+from metaopt_lens.experiments._records import Fields, RecordIndex, open_recording
 
 _SETTINGS = ("zs", "icl", "ftzs")
 _CHUNK = 16  # queries worked on together
+_TRAINING_CHUNK = 48  # the same where every chunk goes once over all demonstration tokens
 _PUBLISHED_LIMIT = 100  # queries read by the published training-attention program
 _TOP_K = {"example": 5, "token": 100}
 
@@ -98,25 +99,30 @@ def analyze_records(
         workers: processes that parse the files; by the files' size if not given, 0 for none.
     """
     _check_options(top_k or {}, null_draws=null_draws, n_resamples=n_resamples, level=level)
-    index = index_records(directory)
     generator = torch.Generator().manual_seed(seed)
     options = _Options(reference, {**_TOP_K, **(top_k or {})}, null_draws, generator)
-    n = index.n_queries
-    query_lines = [index.lines[kind][i] for i in range(n) for kind in _SETTINGS]
     found: dict[str, list[QueryStatistic | str]] = {}
     labels: list[list[int]] = []
-    longest = 0
-    with _one_thread(), open_lines(index, workers) as parse:
+    waiting: list[tuple[Tensor, Tensor]] = []
+    longest = compared = 0
+    with _one_thread(), open_recording(directory, workers) as (index, parse):
+        n = index.n_queries
         (first,) = parse(index.lines["icl"][:1])
         demos = _stack_demos(index, parse(index.lines["ft"]), first)
-        queries = _checked(index, parse(query_lines), first)
+        lines = [index.lines[kind][i] for i in range(n) for kind in _SETTINGS]
+        queries = _checked(index, parse(lines), first)
         for start, size in _chunk_sizes(n):
             records = list(islice(queries, size))
             chunk = _stack(records)
             metrics = _similarities(chunk, options)
-            limit = max(0, _PUBLISHED_LIMIT - start) if reference else size
-            if limit:
-                metrics |= _training_metrics(chunk, demos, limit, options)
+            waiting.append((chunk.context, chunk.attn_q))
+            if sum(len(context) for context, _ in waiting) >= _TRAINING_CHUNK or start + size == n:
+                limit = max(0, _PUBLISHED_LIMIT - compared) if reference else n
+                context, attn_q = (torch.cat(parts)[:limit] for parts in zip(*waiting, strict=True))
+                compared += len(context)
+                waiting.clear()
+                if len(context):
+                    metrics |= _training_metrics(context, attn_q, demos, options)
             for name, statistic in metrics.items():
                 found.setdefault(name, []).append(statistic)
             labels += [[r["zs"]["gold_label"], *(r[kind]["pred_label"] for kind in _SETTINGS)] for r in records]
@@ -200,12 +206,10 @@ def _similarities(chunk: _Chunk, options: _Options) -> _Found:
     return found
 
 
-def _training_metrics(chunk: _Chunk, demos: _Demos, limit: int, options: _Options) -> _Found:
-    columns = context_columns(demos.lengths)
-    scores = finetuning_scores(demos.attn_q, chunk.attn_q[:limit])
-    attention = training_attention(
-        chunk.context[:limit, :, columns], scores, demos.lengths, reference=options.reference
-    )
+def _training_metrics(context: Tensor, attn_q: Tensor, demos: _Demos, options: _Options) -> _Found:
+    scores = finetuning_scores(demos.attn_q, attn_q)
+    kept = context[:, :, context_columns(demos.lengths)]
+    attention = training_attention(kept, scores, demos.lengths, reference=options.reference)
     found: _Found = {}
     levels = {
         "example": (attention.icl_example, attention.ft_example),
@@ -345,7 +349,8 @@ def _chunk_sizes(n: int) -> Iterator[tuple[int, int]]:
 def _stack(records: list[dict[str, Fields]]) -> _Chunk:
     def stacked(kind: str, field: str) -> Tensor:
         arrays = [torch.from_numpy(record[kind][field]) for record in records]
-        return torch.stack([array.double() for array in arrays])
+        same = len({array.dtype for array in arrays}) == 1  # float32 unless a record needs float64
+        return torch.stack(arrays if same else [array.double() for array in arrays])
 
     lengths = [record["zs"]["attn_map"].shape[2] for record in records]
     maps = {}

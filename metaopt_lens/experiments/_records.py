@@ -93,13 +93,7 @@ class RecordIndex:
 
 def index_records(directory: str | os.PathLike[str]) -> RecordIndex:
     """Find the lines of a recording; `FileFormatError` for a missing, empty, cut or unequal file."""
-    root = Path(directory)
-    missing = [kind for kind in KINDS if not (root / kind / FILE).is_file()]
-    if missing:
-        raise FileFormatError(
-            f"{root / missing[0] / FILE} does not exist: a recording needs {FILE} in each of the folders zs, icl, "
-            f"ftzs and ft (missing: {', '.join(missing)}). Record the missing settings, or name another folder."
-        )
+    root = _require_files(directory)
     lines = {kind: tuple(_find_lines(root / kind / FILE, kind)) for kind in KINDS}
     counts = {kind: len(lines[kind]) for kind in KINDS if kind != "ft"}
     if len(set(counts.values())) > 1:
@@ -111,25 +105,39 @@ def index_records(directory: str | os.PathLike[str]) -> RecordIndex:
     return RecordIndex(root, lines)
 
 
+def _require_files(directory: str | os.PathLike[str]) -> Path:
+    root = Path(directory)
+    missing = [kind for kind in KINDS if not (root / kind / FILE).is_file()]
+    if missing:
+        raise FileFormatError(
+            f"{root / missing[0] / FILE} does not exist: a recording needs {FILE} in each of the folders zs, icl, "
+            f"ftzs and ft (missing: {', '.join(missing)}). Record the missing settings, or name another folder."
+        )
+    return root
+
+
 Fields = dict[str, Any]  # arrays and labels of one record by field name
 ParseLines = Callable[[Iterable[Line]], Iterator[Fields]]
 
 
 @contextmanager
-def open_lines(index: RecordIndex, workers: int | None) -> Iterator[ParseLines]:
-    """A function that parses lines, by `workers` processes (None: as many as there are cores, up to 4).
+def open_recording(directory: str | os.PathLike[str], workers: int | None) -> Iterator[tuple[RecordIndex, ParseLines]]:
+    """The index of a recording, and a function that parses lines of it.
 
-    Small recordings are parsed in this process. An error names file and line.
+    Parsing is done by `workers` processes (None: as many as there are cores, up to 4; 0 and small
+    recordings: in this process). An error names file and line.
     """
+    root = _require_files(directory)
     if workers is None:
-        big = sum(line.length for lines in index.lines.values() for line in lines) >= _WORTH_WORKERS
+        big = sum((root / kind / FILE).stat().st_size for kind in KINDS) >= _WORTH_WORKERS
         workers = min(os.cpu_count() or 1, 4) if big and sys.executable else 0
     if workers < 0:
         raise OptionError(f"workers must be 0 (this process) or more, got {workers}.")
     with ExitStack() as stack:
         idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
         for _ in range(workers):
-            idle.put(stack.enter_context(_worker(index)))
+            idle.put(stack.enter_context(_worker(root)))
+        index = index_records(root)  # while the workers start
 
         def fetch(line: Line) -> Fields:
             try:
@@ -148,17 +156,16 @@ def open_lines(index: RecordIndex, workers: int | None) -> Iterator[ParseLines]:
                 ) from None
 
         if not workers:
-            yield partial(map, fetch)
+            yield index, partial(map, fetch)
             return
         pool = stack.enter_context(ThreadPoolExecutor(workers))
         stack.callback(pool.shutdown, cancel_futures=True)
-        yield partial(_ahead, pool, fetch, 2 * workers)
+        yield index, partial(_ahead, pool, fetch, 2 * workers)
 
 
 def read_queries(directory: str | os.PathLike[str], setting: QuerySetting) -> Iterator[QueryRecord]:
     """The records of one query setting, one at a time."""
-    index = index_records(directory)
-    with open_lines(index, workers=0) as parse:
+    with open_recording(directory, workers=0) as (index, parse):
         for number, fields in enumerate(parse(index.lines[setting]), 1):
             arrays = {name: torch.from_numpy(fields[name]) for name in fields if name.startswith(("self", "attn"))}
             out = arrays["self_attn_out_hiddens"]
@@ -175,8 +182,7 @@ def read_queries(directory: str | os.PathLike[str], setting: QuerySetting) -> It
 
 def read_demos(directory: str | os.PathLike[str]) -> Iterator[DemoRecord]:
     """The records of the finetuning pass, one demonstration at a time."""
-    index = index_records(directory)
-    with open_lines(index, workers=0) as parse:
+    with open_recording(directory, workers=0) as (index, parse):
         for fields in parse(index.lines["ft"]):
             yield DemoRecord(torch.from_numpy(fields["attn_q"]))
 
@@ -272,8 +278,8 @@ def _read(index: RecordIndex, line: Line) -> bytes:
 
 
 @contextmanager
-def _worker(index: RecordIndex) -> Iterator[subprocess.Popen[bytes]]:
-    files = [str(index.directory / kind / FILE) for kind in KINDS]
+def _worker(root: Path) -> Iterator[subprocess.Popen[bytes]]:
+    files = [str(root / kind / FILE) for kind in KINDS]
     # -P keeps this package's folder off the worker's search path; where the C library is glibc, its memory
     # is kept between lines, as giving tens of megabytes back and taking them anew costs a third of the time
     command = [sys.executable, "-P", _record_lines.__file__, *files]
