@@ -8,23 +8,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from metaopt_lens._errors import ModelMismatchError, OptionError, PromptError
 from metaopt_lens._storage import provenance
+from metaopt_lens.analysis._checks import check_positive
 from metaopt_lens.analysis._comparison import Comparison, Statistic
-from metaopt_lens.analysis._controls import randomized_copy, shuffle_labels
-from metaopt_lens.analysis._matrices import random_subspace_angles
-from metaopt_lens.analysis._nulls import derangement, random_like
-from metaopt_lens.analysis._rank import kendall_tau
-from metaopt_lens.analysis._recall import topk_recall
+from metaopt_lens.analysis._controls import finetune_arguments, randomized_copy, shuffle_labels
 from metaopt_lens.analysis._record import SetRecord, record_set
-from metaopt_lens.analysis._similarity import cosine, sim_am, sim_aou
-from metaopt_lens.analysis._training_attention import finetuning_scores, training_attention
+from metaopt_lens.analysis._set_statistics import (
+    set_statistics,
+    similarities,
+    training_attention_statistics,
+    usable_factors,
+    with_null,
+)
 from metaopt_lens.decomposition import prompt_groups
-from metaopt_lens.extraction import Scoring, check_candidates, run_shared_prefix, score_candidates
+from metaopt_lens.extraction import Scoring, candidate_labels, check_candidates, run_shared_prefix, score_candidates
 from metaopt_lens.finetuning import WeightUpdate, finetune, require_raw_weights
 from metaopt_lens.models import AttentionModel, wrap
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_label, tokenize_prompt
@@ -32,8 +34,9 @@ from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_label, tok
 
 @dataclass(frozen=True)
 class _Set:
-    """One demonstration set: its prompts, its update and the controls for them."""
+    """One demonstration set: its prompts (and where they stood), its update and the controls for them."""
 
+    indices: list[int]
     prompts: list[ICLPrompt]
     tokenized: list[TokenizedPrompt]
     update: WeightUpdate
@@ -81,62 +84,76 @@ def compare(
         controls: further updates by name, shaped like `update`, whose similarity to the ICL update is a null.
         label_shuffled: also run the demonstrations with shuffled labels.
         random_weights: also run everything on copies of the model with permuted weights (finetuned anew).
-        candidates: label words to choose from; by default the prompts' own, else all labels of their demonstrations.
+        candidates: label words to choose from; by default each prompt's own, else the labels of its demonstrations.
         scoring: ``"mean"`` log-probability of the label's tokens, or that of the ``"first"`` token.
         subspace_dim: dimension of the singular subspaces.
         n_null_draws: draws of the random and shuffled nulls per query.
-        top_k: k of the token-level recall (default: 100, or half the tokens if there are fewer than 200).
+        top_k: k of the token-level recall (default: 100, or half the tokens of the smallest set if that is less).
         reference: the published code's choices in SimAOU, SimAM, Kendall and recall.
         allow_processed: accept a model with folded norms or biases.
         seed: of shuffles, random draws and bootstrap.
 
     Returns:
-        A `Comparison`.
+        A `Comparison`, its queries in the order of `prompts`.
 
     Raises:
-        PromptError: prompts without demonstrations, labels that cannot be told apart, a gold label that is no candidate.
-        OptionError: as many updates as demonstration sets are needed.
+        PromptError: prompts without demonstrations, labels that cannot be told apart, a gold label that is no
+            candidate.
+        OptionError: as many updates as demonstration sets are needed; `top_k` beyond the tokens there are.
         ModelMismatchError: an update of another model, or processed weights without `allow_processed`.
         NonFiniteError: NaN or infinity in the activations.
     """
     wrapped = wrap(model)
     require_raw_weights(wrapped, allow_processed=allow_processed)
     sets = _sets(wrapped, prompts, update, dict(controls or {}), prepend_bos)
-    words = _candidates(sets, candidates)
-    labels = None if words is None else _label_ids(wrapped, sets, words, scoring)
-    if n_null_draws < 1:
-        raise OptionError(f"n_null_draws must be at least 1, got {n_null_draws}.")
+    words = _candidates(wrapped, sets, prompts, candidates, scoring)
+    k = _top_k(sets, top_k)
+    check_positive(n_null_draws=n_null_draws, subspace_dim=subspace_dim)
+    recording: dict[str, Any] = {"subspace_dim": subspace_dim, "batch_size": batch_size}
     generator = torch.Generator().manual_seed(seed)
     records, collected, predictions = [], [], []
     for number, group in enumerate(tqdm(sets, desc="comparing", unit="set", disable=None if progress else True)):
-        record = record_set(wrapped, group.tokenized, group.update, subspace_dim=subspace_dim, batch_size=batch_size)
-        statistics = _statistics(
-            wrapped, record, group, generator, n_null_draws, subspace_dim=subspace_dim, top_k=top_k, reference=reference
+        record = record_set(wrapped, group.tokenized, group.update, **recording)
+        statistics = set_statistics(
+            wrapped, record, generator, n_draws=n_null_draws, subspace_dim=subspace_dim, reference=reference
         )
-        _add_control_nulls(wrapped, statistics, record, group, batch_size, subspace_dim)
-        if label_shuffled and len({demo.label for demo in group.prompts[0].demos}) > 1:
-            _add_label_shuffled_null(wrapped, statistics, record, group, seed + number, prepend_bos, batch_size)
-        if random_weights:
-            _add_random_weight_nulls(wrapped, statistics, group, seed, subspace_dim, batch_size)
+        for null, (host, other) in _further_records(
+            wrapped,
+            group,
+            label_shuffled=seed + number if label_shuffled else None,
+            random_weights=seed if random_weights else None,
+            prepend_bos=prepend_bos,
+            **recording,
+        ).items():
+            statistics = with_null(statistics, null, similarities(host, other, reference=reference))
+        statistics += training_attention_statistics(
+            wrapped,
+            record,
+            group.tokenized[0],
+            group.update,
+            generator,
+            n_draws=n_null_draws,
+            top_k=k,
+            reference=reference,
+        )
         records.append(record)
         collected.append(statistics)
-        if labels is not None:
-            allowed = _allowed(group, words or (), own=candidates is None)
-            predictions.append(_predict(wrapped, group, labels, allowed, scoring, batch_size))
-    gold = None if words is None else torch.tensor([_gold(p, words) for group in sets for p in group.prompts])
+        if words is not None:
+            predictions.append(_predict(wrapped, group, words, scoring, batch_size))
+    order = torch.tensor([index for group in sets for index in group.indices]).argsort()
     return Comparison(
         model=wrapped.info,
-        statistics=_join(collected),
-        sets=torch.cat([torch.full((len(group.prompts),), i) for i, group in enumerate(sets)]),
-        norms=_norms(records),
-        gold=gold,
-        zs=_column(predictions, 0),
-        icl=_column(predictions, 1),
-        ft=_column(predictions, 2),
+        statistics=_join(collected, order),
+        sets=torch.cat([torch.full((len(group.prompts),), i) for i, group in enumerate(sets)])[order],
+        norms={name: tensor[order] for name, tensor in _norms(records).items()},
+        gold=None if words is None else torch.tensor([_gold(p, words.names) for p in prompts]),
+        zs=_column(predictions, 0, order),
+        icl=_column(predictions, 1, order),
+        ft=_column(predictions, 2, order),
         n_demos=tuple(len(group.prompts[0].demos) for group in sets),
         settings={
             "seed": seed,
-            "candidates": None if words is None else list(words),
+            "candidates": None if words is None else list(words.names),
             "scoring": scoring,
             "subspace_dim": subspace_dim,
             "n_null_draws": n_null_draws,
@@ -180,6 +197,7 @@ def _sets(
                 raise ModelMismatchError(f"the {name} changes neither keys nor values, which the linear form compares.")
     return [
         _Set(
+            indices=group,
             prompts=[prompts[i] for i in group],
             tokenized=[tokenized[i] for i in group],
             update=updates[number],
@@ -199,378 +217,89 @@ def _per_set(value: WeightUpdate | Sequence[WeightUpdate], n_sets: int, what: st
     return found
 
 
-def _candidates(sets: list[_Set], given: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The label words, the same for all queries of a set; None if there is only one."""
-    prompts = [p for group in sets for p in group.prompts]
-    own = {p.candidates for p in prompts}
-    if given is not None:
-        words = tuple(given)
-    elif None not in own:
-        words = tuple(dict.fromkeys(word for p in prompts for word in (p.candidates or ())))
-    else:
-        words = tuple(dict.fromkeys(demo.label for p in prompts for demo in p.demos))
-    if len(words) < 2:
-        return None
-    for index, prompt in enumerate(prompts):
-        allowed = words if given is not None or prompt.candidates is None else prompt.candidates
-        if prompt.label is not None and prompt.label not in allowed:
-            raise PromptError(
-                f"the gold label {prompt.label!r} of query {index} is not among its candidates {list(allowed)}."
-            )
-    return words
+@dataclass(frozen=True)
+class _Words:
+    """The label words of all prompts, and which of them each prompt chooses among."""
+
+    names: tuple[str, ...]
+    own: tuple[tuple[str, ...], ...]
 
 
-def _label_ids(
-    model: AttentionModel, sets: list[_Set], words: Sequence[str], scoring: Scoring
-) -> list[tuple[int, ...]]:
-    template = sets[0].prompts[0].template
-    ids = [tokenize_label(word, template, model.tokenizer) for word in words]
-    check_candidates(ids, words, scoring=scoring)
-    return ids
-
-
-def _gold(prompt: ICLPrompt, words: Sequence[str]) -> int:
-    return -1 if prompt.label is None else words.index(prompt.label)
-
-
-# ---- statistics ---------------------------------------------------------------------------------------------------
-
-
-def _statistics(
+def _candidates(
     model: AttentionModel,
-    r: SetRecord,
-    group: _Set,
-    generator: torch.Generator,
-    n_draws: int,
-    *,
-    subspace_dim: int,
-    top_k: int | None,
-    reference: bool,
-) -> list[Statistic]:
-    total, ft = r.z_icl - r.z_zs, r.z_ft - r.z_zs
-    w_o = torch.stack([model.w_o(layer).detach().to("cpu", r.z_icl.dtype) for layer in range(model.info.n_layers)])
-
-    def through(z: Tensor) -> Tensor:
-        return torch.einsum("qlhd,lhdm->qlhm", z, w_o)
-
-    pairs = [
-        ("z total", "z^ICL - z^ZS against z^FT - z^ZS, in d_head", total, ft),
-        ("z total, after W_O", "the same in the residual stream", through(total), through(ft)),
-        (
-            "z total, position-matched",
-            "z^ICL - z^ZSm against z^FTm - z^ZSm (zero-shot runs at in-context positions), in d_head",
-            r.z_icl - r.z_zsm,
-            r.z_ftm - r.z_zsm,
-        ),
-        ("z direct", "z^ICL - z_without against z^FT - z^ZS, in d_head", r.direct, ft),
-        ("z meta-gradient", "sum_D a v against z^FT - z^ZS, in d_head", r.meta_gradient, ft),
-        ("linear", "dW_ICL q against dW_FT q (first-order in depth), in d_head", r.linear_icl, r.linear_ft),
-    ]
-    found = [_cosine_statistic(*pair, generator, n_draws) for pair in pairs]
-    found += _matrix_statistics(model, r, generator, n_draws, subspace_dim)
-    found += _layer_statistics(r, generator, n_draws, reference)
-    found += _training_attention_statistics(r, group, generator, n_draws, top_k, reference)
-    return found
-
-
-def _cosine_statistic(
-    name: str, description: str, icl: Tensor, ft: Tensor, generator: torch.Generator, n_draws: int
-) -> Statistic:
-    return Statistic(
-        name=name,
-        description=description,
-        level="head",
-        values=cosine(icl, ft).float(),
-        nulls={
-            "shuffled": _shuffled(lambda a, b: cosine(a, b), icl, ft, generator, n_draws),
-            "random": _mean_of(lambda: cosine(icl, random_like(ft, seed=generator)), n_draws),
-        },
-    )
-
-
-def _mean_of(draw: Any, n_draws: int) -> Tensor:
-    """Mean of draws of a null, per query."""
-    return torch.stack([draw() for _ in range(n_draws)]).nanmean(0).float()
-
-
-def _shuffled(similarity: Any, icl: Tensor, ft: Tensor, generator: torch.Generator, n_draws: int) -> Tensor:
-    """Null (b): every query's ICL update against another query's FT update."""
-
-    def draw() -> Tensor:
-        order = derangement(len(icl), seed=generator)
-        return similarity(icl, ft[order])  # type: ignore[no-any-return]
-
-    return _mean_of(draw, n_draws)
-
-
-def _matrix_statistics(
-    model: AttentionModel, r: SetRecord, generator: torch.Generator, n_draws: int, k: int
-) -> list[Statistic]:
-    # A random matrix of equal norm has an expected Frobenius cosine of exactly 0 with anything.
-    zero = torch.zeros_like(r.frobenius)
-    d_head = model.info.d_head
-    chance = torch.tensor(float("nan"))
-    if k <= d_head:
-        angles = random_subspace_angles(d_head, k, n_draws=max(200, n_draws), seed=generator)
-        chance = angles.cos().square().mean()
-    overlap = torch.full_like(r.subspace_left, float(chance))
-    described = "mean squared cosine of the principal angles between the leading singular subspaces of dW_ICL and dW_FT"
-    return [
-        Statistic("matrices", "Frobenius cosine of dW_ICL and dW_FT", "head", r.frobenius, {"random": zero}),
-        Statistic("subspaces left", f"{described}, output side, k = {k}", "head", r.subspace_left, {"random": overlap}),
-        Statistic(
-            "subspaces right", f"{described}, input side, k = {k}", "head", r.subspace_right, {"random": overlap}
-        ),
-    ]
-
-
-def _layer_statistics(r: SetRecord, generator: torch.Generator, n_draws: int, reference: bool) -> list[Statistic]:
-    aou = sim_aou(r.hidden_icl, r.hidden_zs, r.hidden_ft, reference=reference)
-
-    def shuffled_aou(kind: str) -> Tensor:
-        def draw() -> Tensor:
-            order = derangement(len(r.hidden_icl), seed=generator)
-            # Another query's update, put on this query's baseline.
-            moved = r.hidden_zs + (r.hidden_ft - r.hidden_zs)[order]
-            return getattr(sim_aou(r.hidden_icl, r.hidden_zs, moved, reference=reference), kind).values  # type: ignore[no-any-return]
-
-        return _mean_of(draw, n_draws)
-
-    def random_aou() -> Tensor:
-        moved = r.hidden_zs + random_like(r.hidden_ft - r.hidden_zs, seed=generator, reference=reference)
-        return sim_aou(r.hidden_icl, r.hidden_zs, moved, reference=reference).plain.values
-
-    found = [
-        _layer_statistic(
-            "SimAOU",
-            "attention outputs after W_O, each normalised to unit length before the differences (the published form)",
-            aou.normalised.values,
-            {"analytic": aou.null.values, "shuffled": shuffled_aou("normalised")},
-        ),
-        _layer_statistic(
-            "SimAOU unnormalised",
-            "attention outputs after W_O",
-            aou.plain.values,
-            {"shuffled": shuffled_aou("plain"), "random": _mean_of(random_aou, n_draws)},
-        ),
-    ]
-    maps = {name: torch.nan_to_num(s) for name, s in (("icl", r.scores_icl), ("zs", r.scores_zs), ("ft", r.scores_ft))}
-    mask = ~torch.isnan(r.scores_icl)
-    for name, first, second, baseline in (
-        ("SimAM ICL-FT", "icl", "ft", None),
-        ("SimAM ICL-ZS", "icl", "zs", None),
-        ("SimAM difference", "icl", "ft", "zs"),
-    ):
-        found.append(_sim_am_statistic(name, maps, first, second, baseline, r, mask, generator, n_draws, reference))
-    return found
-
-
-def _sim_am_statistic(
-    name: str,
-    maps: dict[str, Tensor],
-    first: str,
-    second: str,
-    baseline: str | None,
-    r: SetRecord,
-    mask: Tensor,
-    generator: torch.Generator,
-    n_draws: int,
-    reference: bool,
-) -> Statistic:
-    base = None if baseline is None else maps[baseline]
-
-    def similarity(other: Tensor) -> Tensor:
-        return sim_am(maps[first], other, lengths=r.lengths, baseline=base, reference=reference).per_query.values
-
-    def random_map() -> Tensor:
-        reached = maps[second] if base is None else maps[second] - base
-        drawn = random_like(reached, seed=generator) * mask
-        return similarity(drawn if base is None else base + drawn)
-
-    def shuffled_map() -> Tensor:
-        partner = _same_length_partner(r.lengths, generator)
-        value = similarity(maps[second][partner])
-        # Only a query of the same length can stand in; one that has none is left out.
-        alone = partner == torch.arange(len(partner))
-        value[alone] = torch.nan
-        return value
-
-    nulls = {"random": _mean_of(random_map, n_draws)}
-    shuffled = _mean_of(shuffled_map, n_draws)
-    if not bool(shuffled.isnan().all()) and baseline is None:
-        nulls = {"shuffled": shuffled, **nulls}
-    what = "difference mode (both minus zero-shot)" if baseline else "maps"
-    return _layer_statistic(
-        name,
-        f"scores before the softmax over the query's tokens, {what}, mean over heads",
-        similarity(maps[second]),
-        nulls,
-    )
-
-
-def _same_length_partner(lengths: Int[Tensor, " query"], generator: torch.Generator) -> Int[Tensor, " query"]:
-    partner = torch.arange(len(lengths))
-    for length in lengths.unique().tolist():
-        members = (lengths == length).nonzero()[:, 0]
-        if len(members) > 1:
-            partner[members] = members[derangement(len(members), seed=generator)]
-    return partner
-
-
-def _layer_statistic(name: str, description: str, values: Tensor, nulls: dict[str, Tensor]) -> Statistic:
-    return Statistic(
-        name, description, "layer", values[..., None].float(), {n: t[..., None].float() for n, t in nulls.items()}
-    )
-
-
-def _training_attention_statistics(
-    r: SetRecord, group: _Set, generator: torch.Generator, n_draws: int, top_k: int | None, reference: bool
-) -> list[Statistic]:
-    """Kendall's tau and top-k recall of the attention to training tokens, where finetuning kept its queries."""
-    factors = group.update.factors
-    settings = group.update.settings
-    if (
-        factors is None
-        or settings is None
-        or settings.batch_size != 1
-        or settings.epochs != 1
-        or settings.order != "given"
-    ):
-        return []
-    prompt = group.tokenized[0]
-    bos = 0 if prompt.bos is None else len(prompt.bos)
-    scale = r.queries_ft.new_ones(())  # queries_ft carries the score scale already, as the published records do
-    tokens = [step.q[:, 0, bos:n].flatten(2).transpose(0, 1) for step in factors for n in step.n_tokens]
-    ft_scores = finetuning_scores(torch.cat(tokens).cpu() * scale, r.queries_ft)
-    lengths = torch.tensor([len(t) for t in tokens])
-    maps = training_attention(r.context_scores.double(), ft_scores, lengths, reference=reference)
-    found = []
-    for level, icl, ft in (("token", maps.icl_token, maps.ft_token), ("example", maps.icl_example, maps.ft_example)):
-        n = icl.shape[-1]
-        k = min(top_k or 100, max(1, n // 2)) if level == "token" else min(5, max(1, n // 2))
-
-        def tau(a: Tensor, b: Tensor) -> Tensor:
-            return kendall_tau(a, b, reference=reference).values
-
-        def recall(a: Tensor, b: Tensor, k: int = k) -> Tensor:
-            return topk_recall(a, b, k=k, reference=reference).per_query.values
-
-        found.append(
-            _layer_statistic(
-                f"Kendall, {level} level",
-                "rank correlation of the attention to the demonstrations in context and in finetuning",
-                tau(icl, ft),
-                {
-                    "shuffled": _shuffled(tau, icl, ft, generator, max(1, n_draws // 4)),
-                    "chance": torch.zeros(icl.shape[:2]),
-                },
+    sets: list[_Set],
+    prompts: Sequence[ICLPrompt],
+    given: Sequence[str] | None,
+    scoring: Scoring,
+) -> _Words | None:
+    """None if there is only one label word."""
+    own = tuple(candidate_labels(p) if given is None else tuple(given) for p in prompts)
+    names = tuple(dict.fromkeys(word for words in own for word in words))
+    if given is None and len(names) < 2:
+        return None
+    for index, (prompt, words) in enumerate(zip(prompts, own, strict=True)):
+        if prompt.label is not None and prompt.label not in words:
+            raise PromptError(
+                f"the gold label {prompt.label!r} of query {index} is not among its candidates {list(words)}."
             )
-        )
-        found.append(
-            _layer_statistic(
-                f"top-{k} recall, {level} level",
-                f"share of the {k} most attended in finetuning that are among the {k} most attended in context",
-                recall(icl, ft),
-                {
-                    "shuffled": _shuffled(recall, icl, ft, generator, max(1, n_draws // 4)),
-                    "chance": torch.full(icl.shape[:2], k / n),
-                },
-            )
-        )
-    return found
+    for group in sets:
+        check_candidates(_label_ids(model, group, names), names, scoring=scoring)
+    return _Words(names, own)
+
+
+def _label_ids(model: AttentionModel, group: _Set, names: Sequence[str]) -> list[tuple[int, ...]]:
+    return [tokenize_label(name, group.prompts[0].template, model.tokenizer) for name in names]
+
+
+def _gold(prompt: ICLPrompt, names: Sequence[str]) -> int:
+    return -1 if prompt.label is None else names.index(prompt.label)
+
+
+def _top_k(sets: list[_Set], given: int | None) -> dict[str, int]:
+    """How many entries count as top, the same for all sets; half of what the smallest set has where that is less."""
+    firsts = [group.tokenized[0] for group in sets]
+    spans = [zip(t.demos, t.labels, strict=True) for t in firsts]  # separators are not counted
+    tokens = min(sum(label.stop - demo.start for demo, label in pairs) for pairs in spans)
+    if given is not None and any(usable_factors(group.update) for group in sets) and not 1 <= given <= tokens:
+        raise OptionError(f"top_k must be from 1 to the {tokens} demonstration tokens there are, got {given}.")
+    demos = min(len(t.demos) for t in firsts)
+    return {"token": given or min(100, max(1, tokens // 2)), "example": min(5, max(1, demos // 2))}
 
 
 # ---- nulls that need further runs ---------------------------------------------------------------------------------
 
 
-def _with_null(statistics: list[Statistic], name: str, label: str, values: Tensor) -> None:
-    for index, statistic in enumerate(statistics):
-        if statistic.name == name:
-            statistics[index] = dataclasses.replace(statistic, nulls={**statistic.nulls, label: values.float()})
-
-
-def _add_control_nulls(
+def _further_records(
     model: AttentionModel,
-    statistics: list[Statistic],
-    record: SetRecord,
     group: _Set,
-    batch_size: int | None,
-    subspace_dim: int,
-) -> None:
-    """Null (e): the same ICL update against what another finetuning of equal norm does."""
-    for label, update in group.controls.items():
-        other = record_set(model, group.tokenized, update, subspace_dim=subspace_dim, batch_size=batch_size)
-        ft = other.z_ft - other.z_zs
-        _with_null(statistics, "z total", label, cosine(record.z_icl - record.z_zs, ft))
-        _with_null(statistics, "z direct", label, cosine(record.direct, ft))
-        _with_null(statistics, "z meta-gradient", label, cosine(record.meta_gradient, ft))
-        _with_null(statistics, "linear", label, cosine(record.linear_icl, other.linear_ft))
-        _with_null(statistics, "matrices", label, other.frobenius)
-        aou = sim_aou(record.hidden_icl, record.hidden_zs, other.hidden_ft)
-        _with_null(statistics, "SimAOU", label, aou.normalised.values[..., None])
-        _with_null(statistics, "SimAOU unnormalised", label, aou.plain.values[..., None])
-
-
-def _add_label_shuffled_null(
-    model: AttentionModel,
-    statistics: list[Statistic],
-    record: SetRecord,
-    group: _Set,
-    seed: int,
+    *,
+    label_shuffled: int | None,
+    random_weights: int | None,
     prepend_bos: bool | None,
-    batch_size: int | None,
-) -> None:
-    """Null (d): the ICL update of demonstrations with shuffled labels against the same FT update."""
-    shuffled = shuffle_labels(group.prompts[0], seed=seed)
-    tokenized = [
-        tokenize_prompt(p.with_demos(shuffled.demos), model.tokenizer, prepend_bos=prepend_bos) for p in group.prompts
-    ]
-    other = record_set(model, tokenized, group.update, subspace_dim=1, batch_size=batch_size)
-    ft = record.z_ft - record.z_zs
-    label = "label-shuffled"
-    _with_null(statistics, "z total", label, cosine(other.z_icl - record.z_zs, ft))
-    _with_null(statistics, "z direct", label, cosine(other.direct, ft))
-    _with_null(statistics, "z meta-gradient", label, cosine(other.meta_gradient, ft))
-    _with_null(statistics, "linear", label, cosine(other.linear_icl, record.linear_ft))
-    aou = sim_aou(other.hidden_icl, record.hidden_zs, record.hidden_ft)
-    _with_null(statistics, "SimAOU", label, aou.normalised.values[..., None])
-    _with_null(statistics, "SimAOU unnormalised", label, aou.plain.values[..., None])
-
-
-def _add_random_weight_nulls(
-    model: AttentionModel,
-    statistics: list[Statistic],
-    group: _Set,
-    seed: int,
-    subspace_dim: int,
-    batch_size: int | None,
-) -> None:
-    """Null (c): the same pipeline on permuted weights, finetuned with the same settings."""
-    settings = group.update.settings
-    if settings is None:
-        raise OptionError("random_weights finetunes anew and needs an update made by finetune, not a sum.")
-    for label, keep in (("random weights", False), ("random weights, trained embeddings", True)):
-        twin = wrap(randomized_copy(model.host, seed=seed, keep_embeddings=keep))
-        update = finetune(
-            twin,
-            group.prompts[0],
-            progress=False,
-            allow_processed=True,
-            **{
-                **{f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)},
-                "optimizer": getattr(torch.optim, settings.optimizer),
-            },
-        )
-        other = record_set(twin, group.tokenized, update, subspace_dim=subspace_dim, batch_size=batch_size)
-        ft = other.z_ft - other.z_zs
-        _with_null(statistics, "z total", label, cosine(other.z_icl - other.z_zs, ft))
-        _with_null(statistics, "z direct", label, cosine(other.direct, ft))
-        _with_null(statistics, "z meta-gradient", label, cosine(other.meta_gradient, ft))
-        _with_null(statistics, "linear", label, cosine(other.linear_icl, other.linear_ft))
-        _with_null(statistics, "matrices", label, other.frobenius)
-        aou = sim_aou(other.hidden_icl, other.hidden_zs, other.hidden_ft)
-        _with_null(statistics, "SimAOU", label, aou.normalised.values[..., None])
-        _with_null(statistics, "SimAOU unnormalised", label, aou.plain.values[..., None])
+    **recording: Any,
+) -> dict[str, tuple[AttentionModel, SetRecord]]:
+    """Records whose similarities are nulls: (e) other updates, (d) shuffled labels, (c) permuted weights."""
+    records = {
+        name: (model, record_set(model, group.tokenized, update, **recording))
+        for name, update in group.controls.items()
+    }
+    if label_shuffled is not None and len({demo.label for demo in group.prompts[0].demos}) > 1:
+        demos = shuffle_labels(group.prompts[0], seed=label_shuffled).demos
+        moved = [tokenize_prompt(p.with_demos(demos), model.tokenizer, prepend_bos=prepend_bos) for p in group.prompts]
+        records["label-shuffled"] = model, record_set(model, moved, group.update, **recording)
+    if random_weights is not None:
+        for name, keep in (("random weights", False), ("random weights, trained embeddings", True)):
+            twin = wrap(randomized_copy(model.host, seed=random_weights, keep_embeddings=keep))
+            update = finetune(
+                twin,
+                group.prompts[0],
+                prepend_bos=prepend_bos,
+                progress=False,
+                allow_processed=True,
+                **finetune_arguments(group.update),
+            )
+            records[name] = twin, record_set(twin, group.tokenized, update, **recording)
+    return records
 
 
 # ---- predictions and joining --------------------------------------------------------------------------------------
@@ -579,13 +308,13 @@ def _add_random_weight_nulls(
 def _predict(
     model: AttentionModel,
     group: _Set,
-    labels: list[tuple[int, ...]],
-    allowed: Bool[Tensor, "query candidate"],
+    words: _Words,
     scoring: Scoring,
     batch_size: int | None,
 ) -> Int[Tensor, "setting query"]:
     """Predicted candidate zero-shot, in context and finetuned; demonstrations run once."""
-    prompt = group.tokenized[0]
+    prompt, labels = group.tokenized[0], _label_ids(model, group, words.names)
+    allowed = torch.tensor([[name in words.own[index] for name in words.names] for index in group.indices])
     queries = [t.ids[t.query.start :] for t in group.tokenized]
     shared = run_shared_prefix(model, prompt.ids[: prompt.query.start])
     assert shared is not None
@@ -601,19 +330,12 @@ def _predict(
     return torch.stack([zs, icl, ft])
 
 
-def _allowed(group: _Set, words: Sequence[str], *, own: bool) -> Bool[Tensor, "query candidate"]:
-    """Which label words each query chooses among: its own candidates, where it names them."""
-    return torch.tensor(
-        [[not own or p.candidates is None or word in p.candidates for word in words] for p in group.prompts]
-    )
+def _column(predictions: list[Tensor], setting: int, order: Tensor) -> Tensor | None:
+    return torch.cat([p[setting] for p in predictions])[order] if predictions else None
 
 
-def _column(predictions: list[Tensor], setting: int) -> Tensor | None:
-    return torch.cat([p[setting] for p in predictions]) if predictions else None
-
-
-def _join(collected: list[list[Statistic]]) -> tuple[Statistic, ...]:
-    """Concatenate the sets' statistics; nulls that not every set has are dropped."""
+def _join(collected: list[list[Statistic]], order: Tensor) -> tuple[Statistic, ...]:
+    """Concatenate the sets' statistics, in the order of the prompts; nulls that not every set has are dropped."""
     joined = []
     names = [s.name for s in collected[0] if all(any(s.name == t.name for t in other) for other in collected)]
     for name in names:
@@ -622,8 +344,8 @@ def _join(collected: list[list[Statistic]]) -> tuple[Statistic, ...]:
         joined.append(
             dataclasses.replace(
                 parts[0],
-                values=torch.cat([part.values.float() for part in parts]),
-                nulls={null: torch.cat([part.nulls[null].float() for part in parts]) for null in shared},
+                values=torch.cat([part.values for part in parts])[order],
+                nulls={null: torch.cat([part.nulls[null] for part in parts])[order] for null in shared},
             )
         )
     return tuple(joined)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from metaopt_lens._errors import FileFormatError, OptionError, UndefinedMetricError
@@ -128,9 +128,17 @@ class Comparison:
         Raises:
             UndefinedMetricError: no candidates, or no gold labels.
         """
-        gold, predictions = self._predictions()
-        right = {name: predicted == gold for name, predicted in predictions.items()}
+        right = self.correct()
         return rec2ftp(right["ZS"], right["ICL"], right["FT"])
+
+    def correct(self) -> dict[str, Bool[Tensor, " query"]]:
+        """Whether each query is answered correctly in the settings ``ZS``, ``ICL`` and ``FT``.
+
+        Raises:
+            UndefinedMetricError: no candidates, or no gold labels.
+        """
+        gold, predictions = self._predictions()
+        return {name: predicted == gold for name, predicted in predictions.items()}
 
     def _predictions(self) -> tuple[Tensor, dict[str, Tensor]]:
         if self.zs is None or self.icl is None or self.ft is None or self.gold is None:
@@ -349,4 +357,6 @@ def _nanmean(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, n
     defined = ~np.isnan(values)
     count = defined.sum(0)
     total = np.where(defined, values, 0.0).sum(0)
-    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    mean: np.ndarray[Any, np.dtype[np.float64]] = np.full(total.shape, np.nan)
+    np.divide(total, count, out=mean, where=count > 0)
+    return mean

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -39,31 +40,34 @@ def unrelated_update(model: Any, texts: Sequence[str], *, like: WeightUpdate, pr
     Raises:
         OptionError: `like` does not say how it was made, or the update on `texts` is zero.
     """
-    settings = like.settings
-    if settings is None:
-        raise OptionError("this update does not say how it was made (it is a sum): make the control by finetune.")
-    per_step = settings.batch_size or len(texts)
-    wanted = max(1, len(like.losses) // settings.epochs) * per_step
+    settings = finetune_arguments(like)
+    per_step = settings["batch_size"] or len(texts)
+    wanted = max(1, len(like.losses) // settings["epochs"]) * per_step
     repeated = [texts[i % len(texts)] for i in range(wanted)]
-    update = finetune(
-        model,
-        repeated,
-        lr=settings.lr,
-        epochs=settings.epochs,
-        projections=settings.projections,
-        bias=settings.bias,
-        optimizer=getattr(torch.optim, settings.optimizer),
-        optimizer_options=settings.optimizer_options,
-        batch_size=settings.batch_size,
-        layer_causal=settings.layer_causal,
-        readout=settings.readout,
-        allow_processed=True,
-        progress=progress,
-    )
+    settings |= {"loss": "all", "order": "given"}  # texts have no labels, and are not the demonstrations
+    update = finetune(model, repeated, allow_processed=True, progress=progress, **settings)
     size = update.norm()
     if size == 0:
         raise OptionError("finetuning on the unrelated texts changed nothing, so it cannot be scaled.")
     return like.norm() / size * update
+
+
+def finetune_arguments(update: WeightUpdate) -> dict[str, Any]:
+    """The settings of an update as arguments of `finetune`, to make another one in the same way.
+
+    Raises:
+        OptionError: the update does not say how it was made, or its optimizer is not of ``torch.optim``.
+    """
+    settings = update.settings
+    if settings is None:
+        raise OptionError("this update does not say how it was made (it is a sum): give one made by finetune.")
+    optimizer = getattr(torch.optim, settings.optimizer, None)
+    if optimizer is None:
+        raise OptionError(
+            f"the update was made with {settings.optimizer}, which is not in torch.optim to be used again."
+        )
+    fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    return fields | {"optimizer": optimizer}
 
 
 def randomized_copy(model: Any, *, seed: int, keep_embeddings: bool = False) -> Any:

@@ -272,10 +272,18 @@ def _heads_first(tensor: Float[Tensor, "src kv_head d_head"]) -> Float[Tensor, "
 
 
 def _mean_squared_cosines(first: Factors, second: Factors, k: int) -> tuple[Tensor, Tensor]:
-    """Overlap of the leading k-dimensional singular subspaces; NaN where a matrix has rank below k."""
+    """Overlap of the leading k-dimensional singular subspaces; NaN where a head's matrix has rank below k."""
     try:
         angles = principal_angles(first, second, k=k)
     except UndefinedMetricError:
-        undefined = torch.full(first.left.shape[:1], torch.nan, dtype=torch.float64)
-        return undefined, undefined
+        n_heads = len(first.left)
+        if n_heads == 1:
+            undefined = torch.full((1,), torch.nan, dtype=torch.float64, device=first.left.device)
+            return undefined, undefined
+        single = [_mean_squared_cosines(_head(first, i), _head(second, i), k) for i in range(n_heads)]
+        return torch.cat([left for left, _ in single]), torch.cat([right for _, right in single])
     return angles.left.cos().square().mean(-1), angles.right.cos().square().mean(-1)
+
+
+def _head(matrices: Factors, index: int) -> Factors:
+    return Factors(matrices.left[index : index + 1], matrices.right[index : index + 1])

@@ -44,12 +44,10 @@ def findings(comparison: Comparison, statistic: str = "z total") -> tuple[Findin
     """
     found = []
     try:
-        gold, predictions = comparison.gold, {"ZS": comparison.zs, "ICL": comparison.icl, "FT": comparison.ft}
-        comparison.accuracies()
+        right = {name: hits.double() for name, hits in comparison.correct().items()}
     except UndefinedMetricError:
         pass
     else:
-        right = {name: (p == gold).double() for name, p in predictions.items()}
         found.append(
             _finding(
                 comparison,
