@@ -13,6 +13,7 @@ from hosts import HOOKED_NAMES, HOST_NAMES, build, left_as_it_was, prompt, share
 from torch import Tensor
 
 from metaopt_lens import ICLPrompt, KnockOut, MetaGradient, MetaoptLensError, Template, intervene, meta_gradient, wrap
+from metaopt_lens.extraction import score_candidates
 from metaopt_lens.finetuning import WeightUpdate
 from metaopt_lens.models.tiny import load_tiny
 
@@ -390,3 +391,40 @@ def test_refuses_a_host_whose_tokens_cannot_be_moved() -> None:
     ):
         pass
     assert mg.run(model, torch.tensor([[16, 3]])) is not None
+
+
+# ---- shared prefixes, half precision ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_behind_a_shared_s(name: str) -> None:
+    """Zero-shot queries behind S, run once: the batched evaluation of the library takes a meta-gradient as hooks."""
+    model, mg = shared(name), made(name)
+    wrapped = wrap(model)
+    start = mg.tokens.start
+    before = wrapped.run_prefix(torch.tensor(mg.tokens.ids[:start]))
+    queries = [ids(name, query)[1][start:] for query in QUERIES]
+    labels = [(32,), (36, 37), (40,)]
+    found = score_candidates(wrapped, before, queries, labels, hooks=mg.hooks(wrapped))
+    expected = score_candidates(wrapped, mg.prefix, queries, labels)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", SOME)
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    model = shared(name, dtype)
+    mg = meta_gradient(model, prompt())
+    full, zero_shot = ids(name, QUERIES[0])
+    expected = logits(model, [full])[0, -1].float()
+    with intervene(model, mg):
+        merged = logits(model, [zero_shot])[0, -1]
+    assert merged.dtype == dtype
+    with intervene(model, mg, form="linear", heads=["L0H0"]):
+        assert torch.isfinite(logits(model, [zero_shot])).all()
+    rounding = 2e-2 if dtype == torch.bfloat16 else 3e-3
+    torch.testing.assert_close(merged.float(), expected, rtol=0, atol=rounding * float(expected.abs().max()))
+    with intervene(model, KnockOut(mg)):
+        without = logits(model, [full])[0, -1].float()
+    assert torch.isfinite(without).all()
+    assert (without - expected).abs().max() > 5 * (merged.float() - expected).abs().max()
