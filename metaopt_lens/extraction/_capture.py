@@ -78,14 +78,17 @@ def capture_queries(
     def keep(call: AttentionCall) -> Tensor | None:
         edited = edit(call) if edit is not None else None
         z = call.z if edited is None else edited
-        sink = None
-        if call.rule.sinks is not None:
-            sink = softmax_with_sink(call.scores(), call.rule.sinks)[1]
+        whole, sink = call.pattern, None
+        # float16 has no room for small probabilities (below 6e-5 it loses digits, below 6e-8 everything).
+        too_coarse = whole.dtype == torch.float16
+        if too_coarse or call.rule.sinks is not None:
+            rebuilt, sink = softmax_with_sink(call.scores(), call.rule.sinks)
+            whole = rebuilt if too_coarse else whole
         rows = []
         for row, query in enumerate(queries):
             at = torch.as_tensor(destinations[row], device=z.device)
             n_src = offset + len(query)
-            pattern = call.pattern[row][:, at, :n_src].transpose(0, 1)
+            pattern = whole[row][:, at, :n_src].transpose(0, 1)
             own = slice(offset, n_src)
             # Copies, so that nothing keeps the whole batch's tensors alive.
             rows.append(
