@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
@@ -79,7 +82,7 @@ app.command()(analyze)
 def _options(
     show_version: Annotated[
         bool,
-        typer.Option("--version", is_eager=True, callback=lambda value: _version(value), help="Print the version."),
+        typer.Option("--version", is_eager=True, callback=lambda wanted: _version(wanted), help="Print the version."),
     ] = False,
 ) -> None:
     pass
@@ -96,16 +99,17 @@ def demo(out: Out = Path("metaopt-lens-out"), top: Top = 12) -> None:
     from metaopt_lens.prompts import ICLPrompt
     from metaopt_lens.viz import write_comparison_outputs
 
-    episode = sample_episode(random.Random(3), n_demos=8, n_categories=2)
-    prompt = ICLPrompt(episode.demos, episode.query, label=episode.answer, candidates=episode.candidates)
-    model = load_model("tiny")
-    result, answers = _run(model, [prompt], position="last", prepend_bos=None, heads=None)
-    _show(result, answers, heads=None, top=top)
-    found = compare_prompts(model, episode_prompts(episode), lr=_DEMO_LR, progress=False)
-    show_comparison(found)
-    _write(result, answers, out, heads=None)
-    for path in write_comparison_outputs(found.comparison, out).values():
-        _say(f"wrote {path}", to_stderr=False)
+    with _one_thread():
+        episode = sample_episode(random.Random(3), n_demos=8, n_categories=2)
+        prompt = ICLPrompt(episode.demos, episode.query, label=episode.answer, candidates=episode.candidates)
+        model = load_model("tiny")
+        result, answers = _run(model, [prompt], position="last", prepend_bos=None, heads=None)
+        _show(result, answers, heads=None, top=top)
+        found = compare_prompts(model, episode_prompts(episode), lr=_DEMO_LR, progress=False)
+        show_comparison(found)
+        _write(result, answers, out, heads=None)
+        for path in write_comparison_outputs(found.comparison, out).values():
+            _say(f"wrote {path}", to_stderr=False)
 
 
 @app.command()
@@ -135,9 +139,14 @@ def decompose(
     prompts = load_prompts(prompt)  # before the model, which takes longer
 
     import torch
+    from huggingface_hub.utils import logging as hub_logging
 
     from metaopt_lens.models import load_model
 
+    # A hub that cannot be reached is one error at the end, not a line for every retry.
+    hub_logging.set_verbosity_error()
+    if sys.stderr.isatty():
+        _say(f"loading {model} ...", to_stderr=True)
     loaded = load_model(model, dtype=getattr(torch, dtype.value), device=device)
     result, answers = _run(loaded, prompts, position=where, prepend_bos=prepend_bos, heads=chosen)
     if form is Format.json:
@@ -203,6 +212,19 @@ def _write(
         _say(f"wrote {path}", to_stderr=to_stderr)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The bundled model is so small that more threads only wait for each other, the longer the busier the machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _position(text: str) -> Any:
     if text in {"last", "all"}:
         return text
@@ -212,10 +234,11 @@ def _position(text: str) -> Any:
         raise OptionError(f"--position must be last, all or a token index, got {text!r}.") from None
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"metaopt-lens {version('metaopt-lens')}")
         raise typer.Exit
+    return wanted
 
 
 def _say(text: str, *, to_stderr: bool) -> None:

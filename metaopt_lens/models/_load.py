@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,7 +18,15 @@ _WEIGHTS = ("*.safetensors", "*.bin")
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken")
 
 
-def load_model(name_or_dir: str, *, dtype: torch.dtype = torch.float32, device: str | None = None) -> TransformerBridge:
+def load_model(
+    name_or_dir: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | None = None,
+    revision: str | None = None,
+    n_devices: int | None = None,
+    device_map: str | None = None,
+) -> TransformerBridge:
     """A TransformerBridge with unprocessed weights.
 
     Args:
@@ -26,15 +35,24 @@ def load_model(name_or_dir: str, *, dtype: torch.dtype = torch.float32, device: 
         dtype: floating-point type of the weights.
         device: where to put the model; by default the bundled model goes to the CPU, any other where TransformerLens
             puts it.
+        revision: branch, tag or commit of a model on the hub.
+        n_devices, device_map: spread a model over several devices; passed to TransformerLens.
 
     Raises:
-        OptionError: `device` cannot be used here.
+        OptionError: `device` cannot be used here, or the bundled model is asked to spread.
         FileFormatError: a folder that does not exist, or lacks a file.
         UnsupportedModelError: a name that nobody knows, a hub that cannot be reached, an architecture that
             TransformerLens cannot load.
     """
     _check_device(device)
+    spread = {
+        name: value
+        for name, value in (("revision", revision), ("n_devices", n_devices), ("device_map", device_map))
+        if value is not None
+    }
     if name_or_dir == TINY:
+        if spread:
+            raise OptionError(f"the bundled model has no {' or '.join(spread)}: leave it out.")
         from metaopt_lens.models.tiny import load_tiny
 
         return load_tiny(dtype=dtype, device=device)
@@ -47,15 +65,16 @@ def load_model(name_or_dir: str, *, dtype: torch.dtype = torch.float32, device: 
             f"there is no folder {name_or_dir}: give a folder with config.json, weights and tokenizer, a model's "
             f"name on the hub, or {TINY!r} for the bundled model."
         )
-    return _boot(str(folder) if is_folder else name_or_dir, is_folder, dtype, device)
+    return _boot(str(folder) if is_folder else name_or_dir, is_folder, dtype=dtype, device=device, **spread)
 
 
-def _boot(name: str, is_folder: bool, dtype: torch.dtype, device: str | None) -> TransformerBridge:
+def _boot(name: str, is_folder: bool, **options: Any) -> TransformerBridge:
+    from safetensors import SafetensorError
     from transformer_lens.model_bridge import TransformerBridge
 
     try:
-        bridge = TransformerBridge.boot_transformers(name, dtype=dtype, device=device)
-    except OSError as error:
+        bridge = TransformerBridge.boot_transformers(name, **options)
+    except (OSError, SafetensorError, UnpicklingError, EOFError) as error:
         if is_folder:
             raise FileFormatError(f"the model in {name} cannot be read ({_first_line(error)}).") from error
         raise UnsupportedModelError(

@@ -107,8 +107,8 @@ def _lead(heading: str) -> str:
         f"<header><h1>{escape(heading)}</h1>"
         "<p>The output z of an attention head is a weighted sum over the tokens it attends to, so it splits exactly "
         "into a part read from the query (with what stands before the demonstrations) and a part read from the "
-        "demonstrations. That second part, the <em>meta-gradient</em>, is what the demonstrations add at this head, "
-        "as a step of gradient descent would.</p>"
+        "demonstrations. That second part, the <em>meta-gradient</em>, is what the demonstrations add at this head; "
+        "whether it acts like a step of gradient descent (arXiv:2212.10559) is the question.</p>"
         '<div class="ml-formula">z = zero_shot + meta_gradient</div></header>'
     )
 

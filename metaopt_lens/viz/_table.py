@@ -48,6 +48,7 @@ MEASURES: dict[str, Measure] = {
 
 def head_table(result: Decomposition | DecompositionSet) -> pd.DataFrame:
     """`to_frame()` with one more column: `meta_gradient_share`, the meta-gradient's norm over that of the output."""
+    decompositions(result)  # refuses an empty set
     frame = result.to_frame()
     z_norm = frame["z_norm"].clip(lower=float(np.finfo(np.float32).tiny))
     frame["meta_gradient_share"] = frame["meta_gradient_norm"] / z_norm

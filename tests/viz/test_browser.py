@@ -1,0 +1,118 @@
+"""A real browser, cut off from the network, draws the page."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metaopt_lens import Decomposition
+from metaopt_lens.viz import token_view, write_page
+
+pytestmark = pytest.mark.browser
+_NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+@dataclass
+class Visit:
+    """A page in the browser, what it complained about and what it asked for."""
+
+    page: Any
+    problems: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+
+    def open(self, path: Path) -> None:
+        self.page.on("console", lambda m: self.problems.append(m.text) if m.type in ("error", "warning") else None)
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(path.as_uri())
+        self.page.wait_for_function("[...document.querySelectorAll('.ml-cv')].every((el) => el.dataset.ready)")
+        self.page.wait_for_selector(".ml-cv .colored-tokens", state="attached")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    found = next((path for name in _NAMES if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip(f"no browser found: none of {', '.join(_NAMES)} is installed")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    options = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+    with playwright.sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=found, args=options)
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Visit]:
+    context = browser.new_context(offline=True, viewport={"width": 1280, "height": 900})
+    yield Visit(context.new_page())
+    context.close()
+
+
+def test_maps_and_views_are_drawn_without_network(result: Decomposition, visit: Visit, tmp_path: Path) -> None:
+    path = write_page(result, tmp_path / "page.html")
+    visit.open(path)
+    page = visit.page
+    page.wait_for_function("document.querySelectorAll('.js-plotly-plot .hm image, .js-plotly-plot .hm').length >= 9")
+    assert page.locator(".js-plotly-plot").count() == 9
+    for plot in page.locator(".js-plotly-plot").all():
+        box, column = plot.locator("svg.main-svg").first.bounding_box(), plot.bounding_box()
+        assert box["height"] > 100
+        assert box["width"] <= column["width"] + 1, "the plot is wider than its column"
+    # Every root has become tokens that can be read, the whole prompt in each attention card.
+    roots = page.locator(".ml-cv")
+    assert roots.count() == 4 * 6 + 4 * 4
+    assert page.locator(".ml-cv .colored-tokens").count() == roots.count()
+    first = page.locator(".ml-card").first
+    words = "".join(first.locator(".ml-cv").all_inner_texts()).replace("\u200b", "").replace("\xa0", "")
+    assert words == "".join(result.tokenized.tokens).replace("\n", "⏎")
+    assert "<bos>" in words
+    assert visit.problems == []
+    assert visit.requests == [path.as_uri()]
+
+
+def test_colours_follow_the_numbers(result: Decomposition, visit: Visit, tmp_path: Path) -> None:
+    visit.open(token_view(result, ["L1H1"]).save(tmp_path / "view.html"))
+    shares = result.token_shares(1, 1)[result.demonstrations.slice]
+    spans = visit.page.locator(".colored-tokens > span > span")
+    assert spans.count() == len(shares)
+    colours = spans.evaluate_all("(all) => all.map((el) => getComputedStyle(el).backgroundColor)")
+    assert colours[int(shares.abs().argmax())] in ("rgb(29, 95, 191)", "rgb(194, 65, 12)")
+    assert visit.problems == []
+    assert len(visit.requests) == 1
+
+
+def test_tabs_and_sorting_work(everywhere: Decomposition, visit: Visit, tmp_path: Path) -> None:
+    visit.open(write_page(everywhere, tmp_path / "page.html", heads=["L1H1"]))
+    card = visit.page.locator(".ml-card").first
+    panels = card.locator(".ml-panel")
+    assert [panels.nth(i).is_visible() for i in range(2)] == [False, True]
+    card.locator(".ml-tabs button").first.click()
+    assert [panels.nth(i).is_visible() for i in range(2)] == [True, False]
+
+    visit.page.locator("table.ml-sortable th", has_text="mass").first.click()
+    cells = visit.page.locator("table.ml-sortable tbody tr td:nth-child(2)")
+    values = [float(v) for v in cells.evaluate_all("(all) => all.map((el) => el.dataset.order)")]
+    assert values == sorted(values, reverse=True)
+    assert len(values) == 12
+    visit.page.locator("table.ml-sortable th", has_text="mass").first.click()
+    values = [float(v) for v in cells.evaluate_all("(all) => all.map((el) => el.dataset.order)")]
+    assert values == sorted(values)
+    assert visit.problems == []
+
+
+def test_a_request_would_have_been_noticed(visit: Visit, tmp_path: Path) -> None:
+    """The check above can fail: a page that does load something is caught, by its request and by its error."""
+    page = tmp_path / "loads.html"
+    page.write_text(
+        "<div class='ml-cv' data-ready='1'><div class='colored-tokens'></div></div>"
+        "<script src='https://example.invalid/x.js'></script>"
+    )
+    visit.open(page)
+    assert "https://example.invalid/x.js" in visit.requests
+    assert visit.problems

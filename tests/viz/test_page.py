@@ -1,0 +1,132 @@
+"""The page is one file that carries everything, and says what the result says."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from shown import cards, prompt
+
+from metaopt_lens import Decomposition, DecompositionSet, ICLPrompt, decompose
+from metaopt_lens._errors import HeadError, OptionError
+from metaopt_lens.extraction import predict_labels
+from metaopt_lens.viz import write_page
+
+
+def _markup(path: Path) -> str:
+    """The page without scripts and style sheets."""
+    text = path.read_text(encoding="utf-8")
+    return re.sub(r"<(script|style)\b.*?</\1>", "", text, flags=re.DOTALL)
+
+
+def test_both_libraries_are_inlined_once(result: Decomposition, tmp_path: Path) -> None:
+    path = write_page(result, tmp_path / "page.html")
+    text = path.read_text(encoding="utf-8")
+    assert text.count("var CircuitsVis=") == 1
+    assert len(re.findall(r"plotly\.js v\d", text)) == 1
+    assert path.stat().st_size < 8_000_000
+
+
+def test_nothing_is_loaded_from_elsewhere(result: Decomposition, tmp_path: Path) -> None:
+    path = write_page(result, tmp_path / "page.html")
+    markup = _markup(path)
+    assert not re.search(r"<(link|iframe|img|object|embed)\b", markup)
+    assert not re.search(r"""\b(src|href)\s*=""", markup)
+    assert not re.search(r"<script[^>]+src", path.read_text(encoding="utf-8")[:2000])
+    assert "default-src 'none'" in markup
+    assert "sourceMappingURL" not in path.read_text(encoding="utf-8")
+
+
+def test_the_page_says_what_was_decomposed(result: Decomposition, tmp_path: Path) -> None:
+    markup = _markup(write_page(result, tmp_path / "page.html"))
+    assert "z = zero_shot + meta_gradient" in markup
+    assert "metaopt-lens-tiny" in markup
+    assert "3 layers × 4 heads" in markup
+    assert "as trained" in markup
+    assert "Processed weights" not in markup
+    for demo in result.prompt.demos:
+        assert f"<pre>{demo.input} : <mark>{demo.label}</mark></pre>" in markup
+    assert "<span>query</span><pre>plum :</pre>" in markup
+    for name, value in result.provenance.items():
+        assert name in markup
+        assert str(value) in markup
+
+
+def test_every_head_is_in_the_table_with_its_numbers(result: Decomposition, tmp_path: Path) -> None:
+    markup = _markup(write_page(result, tmp_path / "page.html"))
+    frame = result.to_frame().set_index("name")
+    rows = dict(re.findall(r'<tr><td data-order="\d+">(L\dH\d)</td>(.*?)</tr>', markup))
+    assert list(rows) == list(frame.index)
+    for name, cells in rows.items():
+        values = [float(v) for v in re.findall(r'data-order="([^"]+)"', cells)]
+        assert values[0] == pytest.approx(frame.loc[name, "mass"])
+        assert values[2] == pytest.approx(frame.loc[name, "fidelity"])
+
+
+def test_maps_of_mass_norms_fidelity_and_effects(tiny: Any, result: Decomposition, tmp_path: Path) -> None:
+    always = ["mass", "meta_gradient_share", "fidelity", "zero_shot_norm", "meta_gradient_norm"]
+    both = [*always, "total_effect_norm", "direct_effect_norm", "indirect_effect_norm", "position_effect_norm"]
+    plain = [*always, "total_effect_norm", "direct_effect_norm", "indirect_and_position_norm"]
+    for runs, expected in (("both", both), ("plain", plain), ("none", always)):
+        found = result if runs == "both" else decompose(tiny, prompt(), zero_shot_runs=runs)
+        markup = _markup(write_page(found, tmp_path / f"{runs}.html"))
+        assert re.findall(r'id="ml-map-(\w+)"', markup) == expected
+
+
+def test_the_views_show_the_heads_asked_for(result: Decomposition, tmp_path: Path) -> None:
+    markup = _markup(write_page(result, tmp_path / "page.html", heads=["L0H1", "L2H3"], title="Two <heads>"))
+    assert [card.head for card in cards(markup)] == ["L0H1", "L2H3"] * 2
+    assert "<h1>Two &lt;heads&gt;</h1>" in markup
+    with pytest.raises(HeadError, match="no head L9H9"):
+        write_page(result, tmp_path / "none.html", heads=["L9H9"])
+    assert not (tmp_path / "none.html").exists()
+
+
+def test_processed_weights_are_noted(result: Decomposition, tmp_path: Path) -> None:
+    folded = replace(result, model=replace(result.model, processing=("folded norms",)))
+    markup = _markup(write_page(folded, tmp_path / "page.html"))
+    assert "<b>Processed weights:</b> folded norms" in markup
+
+
+def test_prompt_text_is_escaped(result: Decomposition, tmp_path: Path) -> None:
+    nasty = ICLPrompt([("<script>alert(1)</script>", "a & b")] * 4, "</pre><b>")
+    path = write_page(replace(result, prompt=nasty), tmp_path / "page.html")
+    markup = _markup(path)
+    assert "<script>alert" not in path.read_text(encoding="utf-8")
+    assert "</pre><b>" not in markup
+    assert "<span>query</span><pre>&lt;/pre&gt;&lt;b&gt; :</pre>" in markup
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; : <mark>a &amp; b</mark>" in markup
+
+
+def test_a_machine_path_is_not_shown(result: Decomposition, tmp_path: Path) -> None:
+    local = replace(result, model=replace(result.model, name=str(tmp_path / "my-model")))
+    markup = _markup(write_page(local, tmp_path / "page.html"))
+    assert "my-model" in markup
+    assert str(tmp_path) not in markup
+
+
+def test_answers_of_the_model_are_shown(tiny: Any, result: Decomposition, tmp_path: Path) -> None:
+    answer = predict_labels(tiny, result.prompt, result.tokenized)
+    markup = _markup(write_page(result, tmp_path / "page.html", predictions=[answer]))
+    assert "<th>dax ✓</th><th>wug</th>" in markup
+    assert f"{float(answer.in_context_shares[0]):.1%}" in markup
+    with pytest.raises(OptionError, match="one for each of the 1 prompts, got 2"):
+        write_page(result, tmp_path / "page.html", predictions=[answer, answer])
+
+
+def test_a_set_shows_its_first_prompts_and_says_how_many_it_leaves_out(
+    several: DecompositionSet, tmp_path: Path
+) -> None:
+    markup = _markup(write_page(several, tmp_path / "page.html", heads=["L1H1"], max_prompts=2))
+    assert "Prompt 1 of 3" in markup
+    assert "Prompt 2 of 3" in markup
+    assert "1 more prompts are not shown" in markup
+    assert len(cards(markup)) == 2 * 2
+    assert "Means over 3 prompts or positions" in markup
+    with pytest.raises(OptionError, match="max_prompts must be at least 1"):
+        write_page(several, tmp_path / "page.html", max_prompts=0)
+    with pytest.raises(OptionError, match="empty"):
+        write_page(DecompositionSet(()), tmp_path / "page.html")
