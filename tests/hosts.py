@@ -82,6 +82,11 @@ def sizes(model: Any) -> tuple[int, int]:
     return int(model.cfg.n_layers), int(model.cfg.n_heads)
 
 
+def device_of(model: Any) -> torch.device:
+    device: torch.device = next(model.parameters()).device
+    return device
+
+
 def host_values(
     model: Any, ids: Sequence[int], hook: str, *, edits: Sequence[tuple[str, Callable[..., Any]]] = ()
 ) -> list[Tensor]:
@@ -97,7 +102,7 @@ def host_values(
 
     reads = [(f"blocks.{layer}.{hook}", keep(layer)) for layer in range(n_layers)]
     with torch.no_grad():
-        model.run_with_hooks(torch.tensor([list(ids)]), fwd_hooks=[*edits, *reads])
+        model.run_with_hooks(torch.tensor([list(ids)], device=device_of(model)), fwd_hooks=[*edits, *reads])
     return [seen[layer] for layer in range(n_layers)]
 
 
