@@ -138,13 +138,15 @@ def decompose(
 
     prompts = load_prompts(prompt)  # before the model, which takes longer
 
+    import logging
+
     import torch
-    from huggingface_hub.utils import logging as hub_logging
+    from huggingface_hub.utils.logging import set_verbosity
 
     from metaopt_lens.models import load_model
 
     # A hub that cannot be reached is one error at the end, not a line for every retry.
-    hub_logging.set_verbosity_error()
+    set_verbosity(logging.ERROR)
     if sys.stderr.isatty():
         _say(f"loading {model} ...", to_stderr=True)
     loaded = load_model(model, dtype=getattr(torch, dtype.value), device=device)

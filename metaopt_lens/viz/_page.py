@@ -18,6 +18,7 @@ from metaopt_lens.extraction import LabelPrediction
 from metaopt_lens.models import ModelInfo
 from metaopt_lens.viz._assets import page
 from metaopt_lens.viz._heads import choose_heads
+from metaopt_lens.viz._html import facts, figure, section
 from metaopt_lens.viz._maps import head_map
 from metaopt_lens.viz._segments import demo_colour
 from metaopt_lens.viz._table import decompositions, head_means, measure, measures, n_averaged, number
@@ -36,7 +37,6 @@ _MAPS = (
     "indirect_and_position_norm",
 )
 _MANY_DEMOS = 6
-_PLOT_OPTIONS = {"displaylogo": False, "displayModeBar": False, "responsive": True}
 
 
 def write_page(
@@ -97,11 +97,6 @@ def model_name(info: ModelInfo) -> str:
     return Path(info.name).name if Path(info.name).is_absolute() else info.name
 
 
-def _section(title: str, body: str, note: str = "") -> str:
-    quiet = f'<p class="ml-quiet">{note}</p>' if note else ""
-    return f"<section><h2>{title}</h2>{quiet}{body}</section>"
-
-
 def _lead(heading: str) -> str:
     return (
         f"<header><h1>{escape(heading)}</h1>"
@@ -116,7 +111,7 @@ def _lead(heading: str) -> str:
 def _model(item: Decomposition) -> str:
     info = item.model
     grouped = f" ({info.n_kv_heads} key-value heads)" if info.n_kv_heads != info.n_heads else ""
-    facts = {
+    about = {
         "model": escape(model_name(info)),
         "architecture": f"{escape(info.architecture)}, seen through {escape(info.host)}",
         "attention heads": f"{info.n_layers} layers × {info.n_heads} heads{grouped}",
@@ -132,11 +127,7 @@ def _model(item: Decomposition) -> str:
             "and meta-gradient parts shown here are those of the folded weights, not of the original "
             "parametrisation.</p>"
         )
-    return _section("Model", _facts(facts) + notice)
-
-
-def _facts(facts: dict[str, str]) -> str:
-    return "<dl>" + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items()) + "</dl>"
+    return section("Model", facts(about) + notice)
 
 
 def _prompt(item: Decomposition, answer: LabelPrediction | None, title: str) -> str:
@@ -168,7 +159,7 @@ def _prompt(item: Decomposition, answer: LabelPrediction | None, title: str) -> 
         f"query of {len(tokenized.query)}.{bos} Heads are read at {where}."
     )
     body = f'<div class="ml-prompt{many}">{blocks}</div><div class="ml-prompt">{query}</div>'
-    return _section(title, body + ("" if answer is None else _answer(answer)), note)
+    return section(title, body + ("" if answer is None else _answer(answer)), note)
 
 
 def _piece(kind: str, colour: str, name: str, text: str) -> str:
@@ -198,25 +189,24 @@ def _maps(result: Decomposition | DecompositionSet) -> str:
     available = measures(head_means(result))
     if "indirect_effect_norm" in available:
         available.remove("indirect_and_position_norm")  # shown apart
-    figures = []
-    for column in (c for c in _MAPS if c in available):
-        plot = head_map(result, column).to_html(
-            full_html=False, include_plotlyjs=False, div_id=f"ml-map-{column}", config=_PLOT_OPTIONS
-        )
-        figures.append(f"<figure>{plot}<figcaption>{escape(measure(column).meaning)}</figcaption></figure>")
+    figures = [
+        figure(head_map(result, column), f"map-{column}", measure(column).meaning)
+        for column in _MAPS
+        if column in available
+    ]
     n = n_averaged(result)
     mean = f" Means over {n} prompts or positions." if n > 1 else ""
-    return _section("All heads", f'<div class="ml-maps">{"".join(figures)}</div>', f"Hover for the number.{mean}")
+    return section("All heads", f'<div class="ml-maps">{"".join(figures)}</div>', f"Hover for the number.{mean}")
 
 
 def _views(item: Decomposition, refs: list[HeadRef]) -> str:
-    attention = _section(
+    attention = section(
         "Attention",
         attention_view(item, refs).html,
         "What a head attends to from the query: darkest is the head's largest value, hover for the number. At the "
         "right, the sum over each row.",
     )
-    shares = _section(
+    shares = section(
         "Where the meta-gradient comes from",
         token_view(item, refs).html,
         "Each token's signed share of the head's meta-gradient (its part projected on the whole): blue for, "
@@ -234,7 +224,7 @@ def _table(result: Decomposition | DecompositionSet) -> str:
     rows = "".join(_table_row(row, columns) for _, row in means.iterrows())
     n = n_averaged(result)
     mean = f" Means over {n} prompts or positions." if n > 1 else ""
-    return _section(
+    return section(
         "Table",
         f'<div class="ml-scroll"><table class="ml-sortable"><thead><tr><th>head</th>{titles}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>",
@@ -249,4 +239,4 @@ def _table_row(row: pd.Series[Any], columns: list[str]) -> str:
 
 
 def _provenance(item: Decomposition) -> str:
-    return _section("Made with", _facts({escape(k): escape(str(v)) for k, v in item.provenance.items()}))
+    return section("Made with", facts({escape(k): escape(str(v)) for k, v in item.provenance.items()}))

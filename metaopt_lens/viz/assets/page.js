@@ -30,7 +30,9 @@
   for (const table of fresh("table.ml-sortable")) {
     const key = (row, column) => {
       const cell = row.cells[column];
-      return "order" in cell.dataset ? Number(cell.dataset.order) : cell.textContent;
+      const text = cell.dataset.order ?? cell.textContent;
+      if (text === "-inf") return -Infinity; // no value
+      return text === "" || Number.isNaN(Number(text)) ? text : Number(text);
     };
     for (const header of table.tHead.rows[0].cells)
       header.addEventListener("click", () => {
