@@ -15,6 +15,8 @@ import typer
 from rich.console import Console
 
 from metaopt_lens._cli_compare import analyze, compare, show_comparison
+from metaopt_lens._cli_experiments import run, sweep
+from metaopt_lens._cli_report import report
 from metaopt_lens._errors import MetaoptLensError, OptionError
 from metaopt_lens._types import HeadRef
 
@@ -76,6 +78,9 @@ Top = Annotated[int, typer.Option("--top", min=1, help="How many heads the table
 
 app.command()(compare)
 app.command()(analyze)
+app.command()(run)
+app.command()(sweep)
+app.command()(report)
 
 
 @app.callback()

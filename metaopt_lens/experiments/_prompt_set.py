@@ -13,7 +13,7 @@ from metaopt_lens.experiments._run_config import RunConfig
 from metaopt_lens.extraction import check_candidates
 from metaopt_lens.models import AttentionModel
 from metaopt_lens.prompts import Demo, ICLPrompt, Template, tokenize_label, tokenize_prompt
-from metaopt_lens.prompts.tasks import Row, Selection, Task, TaskRows, select_demos
+from metaopt_lens.prompts.tasks import Row, Task, TaskRows, select_demos
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def make_prompts(config: RunConfig, task: Task, rows: TaskRows, model: Attention
         )
     # Outputs of an open vocabulary are no classes that could be balanced.
     is_open = task.labels is None and task.make_rows is None
-    selection: Selection = "random" if config.selection == "balanced" and is_open else config.selection
+    selection = "random" if config.selection == "balanced" and is_open else config.selection
     demos = select_demos(
         rows.train,
         config.shots,

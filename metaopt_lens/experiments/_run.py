@@ -25,14 +25,28 @@ from metaopt_lens.experiments._prompt_set import PromptSet, make_prompts
 from metaopt_lens.experiments._run_config import RunConfig, deciding_fields
 from metaopt_lens.experiments._run_result import ExperimentResult, make_tables
 from metaopt_lens.experiments._run_store import RUN_FILE, RunStore
-from metaopt_lens.experiments._stages import Save, comparison, explain, learning_rate, save_prompts, write_json
+from metaopt_lens.experiments._stages import (
+    Save,
+    comparison,
+    example,
+    explain,
+    learning_rate,
+    save_prompts,
+    write_json,
+)
 from metaopt_lens.experiments._synthetic import register_synthetic_tasks
 from metaopt_lens.finetuning import require_raw_weights
 from metaopt_lens.models import AttentionModel, load_model, wrap
 from metaopt_lens.prompts.tasks import Task, TaskRows, find_task, load_rows
 
 _WAIT_S = 0.2  # between looks at a piece that another process works on
-_SHARES = {"prompts": 1, "lr": 5, "attribution": 6, "tables": 2}  # of the work, roughly, for the time left
+_SHARES = {
+    "prompts": 1,
+    "lr": 5,
+    "attribution": 6,
+    "example": 1,
+    "tables": 2,
+}  # of the work, roughly, for the time left
 _COMPARISON_SHARE = 8
 
 
@@ -170,6 +184,7 @@ class _Run:
                 plan += [_Piece(seed, f"lr-{rule}")] if self.config.lr == "auto" else []
                 plan.append(_Piece(seed, rule))
             plan += [_Piece(seed, "attribution")] if self.config.attribution else []
+            plan += [_Piece(seed, "example")] if seed == self.config.seeds[0] else []
         return [*plan, _Piece(None, "tables")]
 
     def _ready(self, todo: list[_Piece], done: Callable[[_Piece], Any]) -> Iterator[_Piece]:
@@ -270,6 +285,8 @@ class _Run:
         if piece.stage == "prompts":
             return save_prompts(self._prompts_of(piece.seed))
         prompts = result.prompts(piece.seed)
+        if piece.stage == "example":
+            return example(self.config, self.model, prompts)
         if piece.stage == "attribution":
             return attribution(self.config, self.model, prompts)
         for rule in self.config.rules:

@@ -110,19 +110,7 @@ class RunConfig:
     device_map: str | None = field(default=None, metadata=_PLACE)
 
     def __post_init__(self) -> None:
-        for name, smallest in _SMALLEST.items():
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < smallest):
-                raise OptionError(f"{name} must be a whole number of at least {smallest}, got {value!r}.")
-        if self.lr != "auto" and not (isinstance(self.lr, (int, float)) and math.isfinite(self.lr) and self.lr > 0):
-            raise OptionError(f"lr must be 'auto' or a positive, finite number, got {self.lr!r}.")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or any(s < 0 for s in self.seeds):
-            raise OptionError(f"seeds must be one or several different numbers from 0 on, got {list(self.seeds)}.")
-        if not self.rules or len(set(self.rules)) < len(self.rules) or not set(self.rules) <= set(RULES):
-            raise OptionError(f"rules must be 'gd', 'lcgd' or both, got {list(self.rules)}.")
-        for name, allowed in _ALLOWED.items():
-            if getattr(self, name) not in allowed:
-                raise OptionError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        _check({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
 
     @property
     def fingerprint(self) -> str:
@@ -158,6 +146,7 @@ class RunConfig:
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
         try:
+            _check(values)
             return cls(**values)
         except (OptionError, TypeError) as error:
             raise OptionError(f"{where}: {error}") from error
@@ -178,6 +167,24 @@ class RunConfig:
         # A JSON string, number, boolean or list of them is also TOML.
         lines = [f"{name} = {json.dumps(value)}" for name, value in self.to_dict().items() if value is not None]
         return "\n".join(lines) + "\n"
+
+
+def _check(values: Mapping[str, Any]) -> None:
+    """Raise `OptionError` for values that make no sense; fields that are missing are not looked at."""
+    for name, smallest in _SMALLEST.items():
+        value = values.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < smallest):
+            raise OptionError(f"{name} must be a whole number of at least {smallest}, got {value!r}.")
+    lr, seeds, rules = values.get("lr", "auto"), values.get("seeds", (0,)), values.get("rules", RULES)
+    if lr != "auto" and not (isinstance(lr, (int, float)) and math.isfinite(lr) and lr > 0):
+        raise OptionError(f"lr must be 'auto' or a positive, finite number, got {lr!r}.")
+    if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(s, int) and s >= 0 for s in seeds):
+        raise OptionError(f"seeds must be one or several different numbers from 0 on, got {list(seeds)}.")
+    if not rules or len(set(rules)) < len(rules) or not set(rules) <= set(RULES):
+        raise OptionError(f"rules must be 'gd', 'lcgd' or both, got {list(rules)}.")
+    for name, allowed in _ALLOWED.items():
+        if values.get(name, allowed[0]) not in allowed:
+            raise OptionError(f"{name} must be one of {', '.join(allowed)}, got {values[name]!r}.")
 
 
 def deciding_fields() -> tuple[str, ...]:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from metaopt_lens._errors import FileFormatError, OptionError, UndefinedMetricError
 from metaopt_lens.analysis import Comparison
+from metaopt_lens.decomposition import Decomposition
 from metaopt_lens.experiments._attribution_stage import attribution_notes, attribution_tables, load_attribution
 from metaopt_lens.experiments._join import join_comparisons
 from metaopt_lens.experiments._prompt_set import PromptSet
 from metaopt_lens.experiments._run_config import Rule, RunConfig
 from metaopt_lens.experiments._run_store import RUN_FILE, RunStore
-from metaopt_lens.experiments._stages import load_comparison, load_learning_rate, read_json
+from metaopt_lens.experiments._stages import load_comparison, load_example, load_learning_rate, read_json
 from metaopt_lens.finetuning import LearningRateChoice, WeightUpdate
 from metaopt_lens.interventions import HeadEffects
 from metaopt_lens.prompts.tasks import Task
@@ -100,6 +101,10 @@ class ExperimentResult:
             raise OptionError(f"the run in {self.path} was told to leave the attribution to heads out.")
         return load_attribution(self._piece(seed, "attribution"))
 
+    def example(self) -> Decomposition | None:
+        """The first prompt of the first seed, decomposed (without its model); None if it was too large to store."""
+        return load_example(self._piece(self.seeds[0], "example"))
+
     # ---- tables -------------------------------------------------------------------------------------------------
 
     def table(self, name: str) -> pd.DataFrame:
@@ -123,9 +128,13 @@ class ExperimentResult:
             raise OptionError(f"the run in {self.path} is not finished: run it again to go on.")
         file = folder / f"{name}.parquet"
         if not file.is_file():
-            names = ", ".join(sorted(p.stem for p in folder.glob("*.parquet")))
-            raise OptionError(f"there is no table {name!r}; this run has {names}.")
+            raise OptionError(f"there is no table {name!r}; this run has {', '.join(self.table_names)}.")
         return pd.read_parquet(file)
+
+    @property
+    def table_names(self) -> tuple[str, ...]:
+        """Names of the stored tables."""
+        return tuple(sorted(p.stem for p in self._store.path("tables").glob("*.parquet")))
 
     @property
     def notes(self) -> tuple[str, ...]:

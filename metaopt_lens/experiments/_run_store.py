@@ -79,11 +79,14 @@ class RunStore:
         return body
 
     def check(self, name: str, body: Mapping[str, Any], *, what: str) -> None:
-        """Raise `OutputError` if the JSON file is there and differs from `body`; the message names the field."""
+        """Raise `OutputError` if the JSON file is there and differs from `body`; the message names the field.
+
+        The field ``name`` may differ: a folder can be called by many names.
+        """
         found = self.read(name)
         if found is None:
             return
-        difference = _difference(found, body)
+        difference = _difference(found, {**body, "name": found.get("name")})
         if difference is not None:
             field, theirs, ours = difference
             raise OutputError(

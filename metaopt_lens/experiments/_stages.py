@@ -11,11 +11,13 @@ from typing import Any
 from metaopt_lens._errors import FileFormatError, MetaoptLensError, NonFiniteError, OptionError, PromptError
 from metaopt_lens._storage import provenance, write_text
 from metaopt_lens.analysis import Comparison, compare, unrelated_update
+from metaopt_lens.decomposition import Decomposition, decompose
 from metaopt_lens.experiments._prompt_comparison import default_unrelated_texts
 from metaopt_lens.experiments._prompt_set import PromptSet
 from metaopt_lens.experiments._run_config import Rule, RunConfig
 from metaopt_lens.finetuning import LearningRateChoice, WeightUpdate, choose_learning_rate, finetune
 from metaopt_lens.models import AttentionModel
+from metaopt_lens.prompts import tokenize_prompt
 
 Save = Callable[[Path], None]
 
@@ -150,3 +152,27 @@ def load_comparison(folder: Path) -> Comparison:
 def explain(error: MetaoptLensError, where: str) -> MetaoptLensError:
     """The same error, saying where in the run it came up."""
     return type(error)(f"{where}: {error}")
+
+
+_EXAMPLE_BYTES = 64 * 2**20  # keys and values of a long prompt in a large model are not worth storing for a picture
+
+
+def example(config: RunConfig, model: AttentionModel, prompts: PromptSet) -> Save:
+    """The piece ``example``: the first prompt decomposed, for the report's views; nothing if it is too large."""
+    first = prompts.prompts[0]
+    n_tokens = tokenize_prompt(first, model.tokenizer, prepend_bos=config.prepend_bos).n_tokens
+    info = model.info
+    size = 2 * 4 * info.n_layers * n_tokens * info.n_kv_heads * info.d_head
+    if size > _EXAMPLE_BYTES:
+        return lambda folder: write_json(folder / "example.json", {"left_out": f"about {size >> 20} MiB"})
+    found = decompose(model, first, prepend_bos=config.prepend_bos)
+
+    def save(folder: Path) -> None:
+        untimed(found.save(folder / "decomposition"))
+
+    return save
+
+
+def load_example(folder: Path) -> Decomposition | None:
+    """Read a piece ``example``; None if it was left out."""
+    return Decomposition.load(folder / "decomposition") if (folder / "decomposition.json").is_file() else None

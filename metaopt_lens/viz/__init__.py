@@ -12,6 +12,7 @@ from metaopt_lens.viz._heads import choose_heads as choose_heads
 from metaopt_lens.viz._maps import head_map as head_map
 from metaopt_lens.viz._output import write_outputs as write_outputs
 from metaopt_lens.viz._page import write_page as write_page
+from metaopt_lens.viz._report import write_report as write_report
 from metaopt_lens.viz._table import decompositions as decompositions
 from metaopt_lens.viz._table import head_means as head_means
 from metaopt_lens.viz._table import head_table as head_table
