@@ -203,14 +203,15 @@ class Decomposition:
         zero_shot = torch.stack([self._through_w_o(self.softmax.zero_shot, i) for i in range(model.info.n_layers)], -3)
         meta = torch.stack([self._through_w_o(self.softmax.meta_gradient, i) for i in range(model.info.n_layers)], -3)
         biases = [model.b_o(layer) for layer in range(model.info.n_layers)]
-        bias = torch.stack([zero_shot.new_zeros(zero_shot.shape[-1]) if b is None else b.to(zero_shot) for b in biases])
+        none = zero_shot.new_zeros(zero_shot.shape[-1])
+        bias = torch.stack([none if b is None else self._weight(b, zero_shot) for b in biases])
         return ResidualParts(zero_shot=zero_shot, meta_gradient=meta, bias=bias)
 
     def residual_per_token(self, layer: int, head: int, form: Form = "softmax") -> Float[Tensor, "*dst src d_model"]:
         """`per_token` through W_O."""
         parts = self.per_token(layer, head, form)
         w_o = self._source("the parts in the residual stream").w_o(layer)[head]
-        return parts @ w_o.to(parts)
+        return parts @ self._weight(w_o, parts)
 
     # ---- the matrices -------------------------------------------------------------------------------------------
 
@@ -389,8 +390,12 @@ class Decomposition:
 
     def _through_w_o(self, parts: Tensor, layer: int) -> Tensor:
         assert self.source is not None
-        w_o = self.source.w_o(layer).to(parts)
+        w_o = self._weight(self.source.w_o(layer), parts)
         return torch.einsum("...hd,hdm->...hm", parts[..., layer, :, :], w_o)
+
+    def _weight(self, weight: Tensor, like: Tensor) -> Tensor:
+        """A weight of the model, with a graph only if this result was made with one."""
+        return (weight if self.z.requires_grad else weight.detach()).to(like)
 
     def _source(self, what: str) -> AttentionModel:
         if self.source is None:

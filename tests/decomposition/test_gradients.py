@@ -77,6 +77,8 @@ def test_graphs_are_kept_only_when_asked_for(name: str) -> None:
             if isinstance(value := getattr(result, f.name), Tensor) and value.is_floating_point()
         }
         tensors |= {"softmax": result.softmax.meta_gradient, "linear": result.linear.zero_shot}
+        tensors |= {"residual": result.residual.meta_gradient, "per token": result.residual_per_token(1, 1)}
+        assert grad or not result.residual.bias.requires_grad
         for key, tensor in tensors.items():
             if key != "sink":
                 assert tensor.requires_grad is grad, key
