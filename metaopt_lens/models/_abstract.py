@@ -147,6 +147,7 @@ class AttentionModel(ABC):
 
     info: ModelInfo
     host: Any  # TransformerLens's own class; only the two adapters look inside
+    _moves: bool = False  # whether `check_movable` has passed
 
     @property
     @abstractmethod
@@ -236,8 +237,8 @@ class AttentionModel(ABC):
         """Prepare a forward pass that fills a host cache; see `run_prefix`."""
 
     @abstractmethod
-    def check_movable(self) -> None:
-        """Raise `UnsupportedModelError` if the host cannot be told that its tokens stand elsewhere."""
+    def _refuse_immovable(self) -> None:
+        """Raise `UnsupportedModelError` if the host takes no positions."""
 
     @abstractmethod
     def _watching(self, begin: Callable[[HostPass], Tensor | None]) -> AbstractContextManager[None]:
@@ -296,6 +297,38 @@ class AttentionModel(ABC):
         if self.pattern_before_z:
             hooks.append((self.hook_name("pattern", layer), keep("pattern")))
         return [*hooks, (self.hook_name("z", layer), at_z)]
+
+    def check_movable(self) -> None:
+        """Require that moved tokens have the queries and keys they have where they are moved to; raises
+        `UnsupportedModelError` otherwise.
+
+        Tried once, on the first layer, whose queries and keys depend on token and position alone.
+        """
+        if self._moves:
+            return
+        self._refuse_immovable()
+        n, gap = 6, 3
+        tokens = (torch.arange(n) * 7919 + 5) % self.info.d_vocab
+        found = []
+        for kept in (range(n), [0, *range(1 + gap, n)]):
+            moved = torch.tensor(kept)
+            calls: list[PlacedCall] = []
+
+            def place(host_pass: HostPass, moved: Tensor = moved) -> Tensor | None:
+                return None if len(moved) == n else moved[None].to(host_pass.valid.device)
+
+            hooks = self.placed_hooks(place, calls.append, layers=[0])
+            self.run(tokens[moved][None], hooks=hooks, stop_after_attention=True)
+            found.append([calls[0].q[0, 1 - n + gap :], calls[0].k[0, 1 - n + gap :]])
+        for there, here in zip(*found, strict=True):
+            error = (there - here).abs().max() / there.abs().max().clamp_min(1e-30)
+            if error > (1e-4 if self.info.dtype in {"float32", "float64"} else 5e-2):
+                raise UnsupportedModelError(
+                    f"{self.info.name} ({self.info.architecture}) does not compute with the positions it is given (off "
+                    f"by {float(error):.0e}): a zero-shot prompt cannot be put where it stands in context. Run it "
+                    "behind the demonstrations' cache instead: MetaGradient.run(model, tokens)."
+                )
+        self._moves = True
 
     def placed_hooks(
         self,

@@ -199,7 +199,7 @@ class BridgeModel(AttentionModel):
             self.host(tokens)
         return tuple  # the host's cache holds keys as the scores see them: nothing else to keep
 
-    def check_movable(self) -> None:
+    def _refuse_immovable(self) -> None:
         hf = self.host.original_model
         if self.info.positions not in {"alibi", "none"} and "position_ids" not in signature(hf.forward).parameters:
             raise UnsupportedModelError(

@@ -215,7 +215,7 @@ class HookedModel(AttentionModel):
             self._run_host(tokens, cache)
         return lambda: tuple(entry.past_keys[0] for entry in cache.entries)
 
-    def check_movable(self) -> None:
+    def _refuse_immovable(self) -> None:
         pass  # learned positions and rotations are replaced at their hooks; ALiBi scores are computed anew
 
     @contextmanager

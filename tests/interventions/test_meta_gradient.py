@@ -393,6 +393,23 @@ def test_refuses_a_host_whose_tokens_cannot_be_moved() -> None:
     assert mg.run(model, torch.tensor([[16, 3]])) is not None
 
 
+def test_refuses_a_host_that_ignores_the_positions_it_is_given() -> None:
+    model = build("bridge:llama")
+    mg = meta_gradient(model, prompt())
+    rotary = model.original_model.model.rotary_emb
+
+    def forward(self: Any, x: Tensor, position_ids: Tensor) -> Any:
+        return type(self).forward(self, x, torch.arange(x.shape[1])[None])
+
+    component = rotary.original_component if "original_component" in dir(rotary) else rotary
+    component.forward = types.MethodType(forward, component)
+    with (
+        pytest.raises(MetaoptLensError, match=r"does not compute with the positions.*MetaGradient\.run\(model, tokens"),
+        intervene(model, mg),
+    ):
+        pass
+
+
 # ---- shared prefixes, half precision ----------------------------------------------------------------------------
 
 
