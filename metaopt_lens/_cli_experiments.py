@@ -109,8 +109,12 @@ def run(
     }
     options = {name: str(v) if isinstance(v, StrEnum) else v for name, v in given.items() if v is not None}
 
+    import logging
+
     from metaopt_lens.experiments import RunConfig, run_experiment
 
+    # A hub that cannot be reached is one error at the end, not a line for every retry.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     base = {} if config is None else RunConfig.load(config).to_dict()
     body = {**base, **options}
     for name in ("model", "task"):

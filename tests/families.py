@@ -150,7 +150,7 @@ def make_bridge(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float3
     return bridge_of(make_hf(family, seed=seed, dtype=dtype, **overrides))
 
 
-def bridge_of(hf_model: Any) -> Any:
+def bridge_of(hf_model: Any, own_tokenizer: Any = None) -> Any:
     """A TransformerBridge over this transformers model, built without any hub."""
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -160,7 +160,7 @@ def bridge_of(hf_model: Any) -> Any:
         bridge = TransformerBridge.boot_transformers(
             folder,
             hf_model=hf_model,
-            tokenizer=tokenizer(),
+            tokenizer=own_tokenizer or tokenizer(),
             dtype=hf_model.dtype,
             device="cpu",
         )

@@ -24,7 +24,7 @@ def select_demos(
     n: int,
     *,
     seed: int,
-    selection: Selection = "balanced",
+    selection: str = "balanced",
     permutation: int = 0,
     queries: Sequence[str] = (),
 ) -> tuple[Row, ...]:
