@@ -109,6 +109,9 @@ def compare(
     words = _candidates(wrapped, sets, prompts, candidates, scoring)
     k = _top_k(sets, top_k)
     check_positive(n_null_draws=n_null_draws, subspace_dim=subspace_dim)
+    if random_weights:
+        for group in sets:
+            finetune_arguments(group.update)  # an update that cannot be made again is refused before any run
     recording: dict[str, Any] = {"subspace_dim": subspace_dim, "batch_size": batch_size}
     generator = torch.Generator().manual_seed(seed)
     records, collected, predictions = [], [], []

@@ -76,7 +76,9 @@ def randomized_copy(model: Any, *, seed: int, keep_embeddings: bool = False) -> 
     Norms and biases (one-dimensional parameters) are permuted too; with `keep_embeddings`, token and position
     embeddings and the unembedding stay as they are. Costs the model's memory once more.
     """
-    twin = copy.deepcopy(model)
+    # Some hosts keep tensors of their last pass; with its graph they could not be copied.
+    kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
+    twin = copy.deepcopy(model, {id(t): t.detach() for t in kept if t.grad_fn is not None})
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in twin.named_parameters():

@@ -250,10 +250,11 @@ def _linear_part(
         everything = torch.ones(1, len(keys), dtype=torch.bool, device=keys.device)
         return weighted_values(linear_weights(q, keys, everything), values)[0]
 
-    before, after = (memory.k[layer][z], memory.v[layer][z]), (memory.k_updated[layer][z], memory.v_updated[layer][z])
+    # (v + dv)(k + dk) - v k = dv (k + dk) + v dk: nothing large cancels.
+    k_old, k_new, v_old, v_new = (t[layer][z] for t in (memory.k, memory.k_updated, memory.v, memory.v_updated))
+    ft_keys, ft_values = torch.cat([k_new, k_new - k_old]), torch.cat([v_new - v_old, v_old])
     icl = Factors(_heads_first(v[d]).mT, _heads_first(k[d]))
-    left = torch.cat([_heads_first(after[1]), -_heads_first(before[1])], dim=1).mT
-    ft = Factors(left, torch.cat([_heads_first(after[0]), _heads_first(before[0])], dim=1))
+    ft = Factors(_heads_first(ft_values).mT, _heads_first(ft_keys))
     angles_left, angles_right = _mean_squared_cosines(icl, ft, subspace_dim)
     matrices = {
         "frobenius": frobenius_cosine(icl, ft),
@@ -264,7 +265,7 @@ def _linear_part(
     }
     group = model.info.n_heads // model.info.n_kv_heads
     per_head = {name: t.to(k.device).repeat_interleave(group) for name, t in matrices.items()}
-    return {"linear_icl": applied(k[d], v[d]), "linear_ft": applied(*after) - applied(*before), **per_head}
+    return {"linear_icl": applied(k[d], v[d]), "linear_ft": applied(ft_keys, ft_values), **per_head}
 
 
 def _heads_first(tensor: Float[Tensor, "src kv_head d_head"]) -> Float[Tensor, "kv_head src d_head"]:

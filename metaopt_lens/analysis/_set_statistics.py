@@ -237,9 +237,11 @@ def training_attention_statistics(
         return []
     bos = 0 if prompt.bos is None else len(prompt.bos)
     tokens = [queries[bos:] for queries in demonstration_queries(model, factors)]
-    ft_scores = finetuning_scores(torch.cat(tokens), r.queries_ft)
+    scores = r.context_scores.double(), finetuning_scores(torch.cat(tokens), r.queries_ft)
+    if not reference:
+        scores = _merge_ties(scores[0], r.context_scores.dtype), _merge_ties(scores[1], r.queries_ft.dtype)
     lengths = torch.tensor([len(t) for t in tokens])
-    maps = training_attention(r.context_scores.double(), ft_scores, lengths, reference=reference)
+    maps = training_attention(*scores, lengths, reference=reference)
     found = []
     for level, icl, ft in (("token", maps.icl_token, maps.ft_token), ("example", maps.icl_example, maps.ft_example)):
         k = top_k[level]
@@ -269,3 +271,17 @@ def training_attention_statistics(
             nulls = {"shuffled": shuffled, "chance": torch.full_like(values, chance)}
             found.append(Statistic(name, description, "layer", values, nulls))
     return found
+
+
+def _merge_ties(scores: Float[Tensor, "query layer src"], dtype: torch.dtype) -> Float[Tensor, "query layer src"]:
+    """Scores that differ by rounding alone made equal.
+
+    The same word in several demonstrations has one query vector in the lowest layer: the order that rounding gives such
+    ties is no ranking.
+    """
+    tolerance = 16 * torch.finfo(dtype).eps * scores.abs().amax(-1, keepdim=True)
+    ordered, order = scores.sort(-1)
+    place = torch.arange(scores.shape[-1]).expand_as(order)
+    starts = torch.where(ordered.diff(dim=-1, prepend=ordered[..., :1] - 2 * tolerance - 1) > tolerance, place, 0)
+    merged = ordered.gather(-1, starts.cummax(-1).values)
+    return torch.empty_like(scores).scatter_(-1, order, merged)
