@@ -99,7 +99,10 @@ def _layer_curves(comparison: Comparison, statistic: Statistic) -> go.Figure:
         figure.add_trace(go.Scatter(x=depth, y=curve, mode="lines", line=line, name=f"{name} null"))
     figure.update_xaxes(title={"text": "layer", "standoff": 4}, dtick=max(1, len(depth) // 12))
     figure.update_layout(
-        height=320, legend={"orientation": "h", "y": -0.25}, font={"family": _FONT, "size": 12}, plot_bgcolor="#eef1f4"
+        height=380,
+        legend={"orientation": "h", "y": -0.22, "font": {"size": 10}},
+        font={"family": _FONT, "size": 12},
+        plot_bgcolor="#eef1f4",
     )
     return figure
 

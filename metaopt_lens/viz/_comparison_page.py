@@ -78,8 +78,14 @@ def maps_sections(comparison: Comparison, *, prefix: str = "", label: str = "") 
         for i, name in enumerate(n for n in _CURVES if n in names)
     )
     return [
-        section(f"Head by head{label}", f'<div class="ml-wide">{maps}</div>', "Value, null and excess on one colour scale."),
-        section(f"By depth{label}", f'<div class="ml-maps">{curves}</div>', "Means over heads and queries, with their nulls."),
+        section(
+            f"Head by head{label}", f'<div class="ml-wide">{maps}</div>', "Value, null and excess on one colour scale."
+        ),
+        section(
+            f"By depth{label}",
+            f'<div class="ml-cards">{curves}</div>',
+            "Means over heads and queries, with their nulls.",
+        ),
     ]
 
 
