@@ -11,6 +11,7 @@ The targets are meant for the full size: at small sizes the imports weigh more.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import resource
@@ -147,8 +148,9 @@ def run(name: str, directory: Path) -> None:
     result = {"straightforward": straightforward, "ours": ours}[name](directory)
     unit = 1 if sys.platform == "darwin" else 1024
     own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    n_workers = 1 if importlib.util.find_spec("simdjson") else min(os.cpu_count() or 1, 4)
     # the largest of the parsing processes, as if all had been as large at the same moment
-    peak = own.ru_maxrss + children.ru_maxrss * min(os.cpu_count() or 1, 4)
+    peak = own.ru_maxrss + children.ru_maxrss * n_workers
     cpu = own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
     print(json.dumps({"peak": peak * unit, "cpu": cpu, "result": result}))
 

@@ -124,13 +124,15 @@ ParseLines = Callable[[Iterable[Line]], Iterator[Fields]]
 def open_recording(directory: str | os.PathLike[str], workers: int | None) -> Iterator[tuple[RecordIndex, ParseLines]]:
     """The index of a recording, and a function that parses lines of it.
 
-    Parsing is done by `workers` processes (None: as many as there are cores, up to 4; 0 and small
-    recordings: in this process). An error names file and line.
+    Parsing is done by `workers` processes (None: one, or without simdjson as many as there are cores, up to 4;
+    0 and small recordings: in this process). An error names file and line.
     """
     root = _require_files(directory)
     if workers is None:
         big = sum((root / kind / FILE).stat().st_size for kind in KINDS) >= _WORTH_WORKERS
-        workers = min(os.cpu_count() or 1, 4) if big and sys.executable else 0
+        # simdjson keeps up with the analysis from one process; orjson needs all the help there is
+        enough = 1 if _record_lines.simdjson is not None else 4
+        workers = min(os.cpu_count() or 1, enough) if big and sys.executable else 0
     if workers < 0:
         raise OptionError(f"workers must be 0 (this process) or more, got {workers}.")
     with ExitStack() as stack:

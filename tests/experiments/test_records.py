@@ -13,6 +13,7 @@ from metaopt_lens._errors import FileFormatError, OptionError, UndefinedMetricEr
 from metaopt_lens.experiments import (
     DemoRecord,
     QueryRecord,
+    _record_lines,
     analyze_records,
     read_demos,
     read_queries,
@@ -84,8 +85,33 @@ def compare(got, expected, where=""):
         assert got == pytest.approx(expected, abs=tolerance, rel=0), where
 
 
+@pytest.fixture(params=["simdjson", "orjson"])
+def parser(request, monkeypatch):
+    """Both parsers, where the optional one is installed."""
+    if request.param == "orjson":
+        monkeypatch.setattr(_record_lines, "simdjson", None)
+    elif _record_lines.simdjson is None:
+        pytest.skip("pysimdjson is not installed")
+    return request.param
+
+
+def test_parsers_agree(records, recording, parser):
+    """On real numbers, on whole numbers among them, and on numbers that only float64 holds."""
+    line = (recording / "icl" / "record_info.jsonl").read_bytes().splitlines()[5]
+    parsed = _record_lines.parse_line(line, "icl")
+    wanted = records["icl"][5]
+    assert np.array_equal(parsed["self_attn_out_hiddens"], wanted.attn_out)
+    assert np.array_equal(parsed["attn_map"], wanted.attn_map)
+    assert np.array_equal(parsed["attn_map_ctx"], wanted.attn_map_ctx)
+    assert "attn_q" not in parsed
+    small = _record_lines.parse_line(b'{"x": 1, "attn_q": [[[1, 2.5], [-3, 1e-3]]]}', "ft")["attn_q"]
+    assert small.dtype == np.float64
+    assert small.tolist() == [[[1.0, 2.5], [-3.0, 1e-3]]]
+    assert _record_lines.parse_line(b'{"attn_q": [[[1, 2.5]]]}', "ft")["attn_q"].dtype == np.float32
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_reference_reproduces_the_golden_numbers(recording, workers):
+def test_reference_reproduces_the_golden_numbers(recording, workers, parser):
     analysis = analyze_records(recording, reference=True, workers=workers)
     result = json.loads(json.dumps(analysis.to_dict(), allow_nan=False))
     for block in ("dai2022", "deutch2024"):
@@ -276,7 +302,7 @@ def test_blank_lines_and_a_missing_last_newline_are_fine(copy):
         ("ft", lambda _: '{"attn_q": [[1, 2]]}\n', r"line 2 needs 3 levels of non-empty lists in 'attn_q', level 3"),
     ],
 )
-def test_damaged_line_is_named(copy, kind, change, message, workers):
+def test_damaged_line_is_named(copy, kind, change, message, workers, parser):
     edit(copy / kind / "record_info.jsonl", 2, change)
     with pytest.raises(FileFormatError, match=message):
         analyze_records(copy, workers=workers)
