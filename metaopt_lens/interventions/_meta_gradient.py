@@ -295,5 +295,7 @@ def _stack(layers: Sequence[Tensor]) -> Tensor:
 
 def _fingerprint(model: AttentionModel) -> tuple[float, ...]:
     """Two numbers of every layer's W_O, in float64: enough to tell two models apart."""
-    weights = [model.w_o(layer).detach().double() for layer in range(model.info.n_layers)]
-    return tuple(float(value) for w in weights for value in (w.sum(), w.square().sum()))
+    weights = [model.w_o(layer).detach() for layer in range(model.info.n_layers)]
+    some = [w.flatten()[::7].double().square().sum() for w in weights]
+    whole = [w.sum(dtype=torch.float64) for w in weights]
+    return tuple(float(value) for pair in zip(whole, some, strict=True) for value in pair)

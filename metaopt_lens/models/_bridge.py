@@ -180,12 +180,16 @@ class BridgeModel(AttentionModel):
 
     def _cache(self, batch: int, prefix: Prefix | None) -> Any:
         from transformers import DynamicCache
+        from transformers.cache_utils import DynamicLayer
 
         cache = DynamicCache()  # without a config: with one, sliding layers drop keys
         if prefix is not None:
-            for layer, (k, v) in enumerate(zip(prefix.k, prefix.v, strict=True)):
-                expanded = (t.transpose(0, 1).expand(batch, -1, -1, -1) for t in (k, v))
-                cache.update(*expanded, layer)
+            for layer in zip(prefix.k, prefix.v, strict=True):
+                k, v = (t.transpose(0, 1).expand(batch, -1, -1, -1) for t in layer)
+                held = DynamicLayer()
+                held.lazy_initialization(k, v)
+                held.keys, held.values = k, v  # views: `update` would copy them for every sequence
+                cache.layers.append(held)
         return cache
 
     def _forward(self, tokens: Tensor, prefix: Prefix | None) -> Tensor:
