@@ -36,7 +36,8 @@ def load_model(
         device: where to put the model; by default the bundled model goes to the CPU, any other where TransformerLens
             puts it.
         revision: branch, tag or commit of a model on the hub.
-        n_devices, device_map: spread a model over several devices; passed to TransformerLens.
+        n_devices: spread the model over this many devices; passed to TransformerLens.
+        device_map: which module goes to which device, such as ``"auto"``; likewise.
 
     Raises:
         OptionError: `device` cannot be used here, or the bundled model is asked to spread.
