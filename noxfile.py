@@ -1,16 +1,20 @@
 """All checks: ``pip install -c constraints.txt nox && nox``. Every session installs what it needs.
 
-``nox -s newest`` (not among the defaults) runs the suite on whatever is newest, without constraints.
+Not among the defaults: ``nox -s tutorials`` executes the notebooks alone; ``nox -s newest`` runs the suite on whatever is
+newest, without constraints.
 """
+
+import zipfile
+from pathlib import Path
 
 import nox
 
-nox.options.sessions = ["lint", "tests"]
+nox.options.sessions = ["lint", "tests", "docs", "package"]
 nox.options.error_on_missing_interpreters = False
 nox.options.reuse_existing_virtualenvs = True
 
 CONSTRAINTS = {"3.9": "constraints.txt", "4.3": "constraints-4x.txt"}
-CODE = ("metaopt_lens", "tests", "benchmarks", "noxfile.py")
+CODE = ("metaopt_lens", "tests", "benchmarks", "tutorials", "docs", "noxfile.py")
 
 
 @nox.session
@@ -26,9 +30,55 @@ def lint(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("lens", list(CONSTRAINTS))
 def tests(session: nox.Session, lens: str) -> None:
-    """The whole suite on one TransformerLens version."""
-    session.install("-c", CONSTRAINTS[lens], ".[test]")
+    """The whole suite and all tutorials on one TransformerLens version.
+
+    The tutorials are run here because a session has its own environment, and installing PyTorch and TransformerLens
+    twice more would take longer than executing the notebooks. With arguments (``nox -s tests -- -k viz``) only pytest.
+    """
+    session.install("-c", CONSTRAINTS[lens], ".[test,tutorials]")
     session.run("pytest", "-n", "2", *session.posargs)
+    if not session.posargs:
+        session.run("python", "tutorials/execute.py")
+
+
+@nox.session(default=False)
+@nox.parametrize("lens", list(CONSTRAINTS))
+def tutorials(session: nox.Session, lens: str) -> None:
+    """The tutorials alone, each from a clean kernel; ``-- 03`` for those that begin so."""
+    session.install("-c", CONSTRAINTS[lens], ".[tutorials]")
+    session.run("python", "tutorials/execute.py", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The site, in ``site/``: warnings are errors. Docstrings are read without importing, so nothing else is needed."""
+    extras = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]
+    session.install("-c", CONSTRAINTS["3.9"], *extras["docs"])
+    session.run("mkdocs", "build", "--strict", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session(reuse_venv=False)
+def package(session: nox.Session) -> None:
+    """Wheel and sdist: the sdist builds the same wheel, and the wheel alone runs the demo."""
+    session.install("-c", CONSTRAINTS["3.9"], "build")
+    here, tmp = Path.cwd(), Path(session.create_tmp())
+    for folder, what in (("tree", ["--wheel"]), ("sdist", [])):  # without options: an sdist, and a wheel from it
+        session.run("python", "-m", "build", *what, "--outdir", str(tmp / folder), str(here), silent=True)
+    wheel, twin = (next((tmp / folder).glob("*.whl")) for folder in ("tree", "sdist"))
+    if wheel.read_bytes() != twin.read_bytes():
+        session.error("the wheel built from the sdist differs from the one built from the working tree.")
+    names = zipfile.ZipFile(wheel).namelist()
+    needed = ("py.typed", "data/model.safetensors", "data/tokenizer.json", "assets/page.css", "assets/page.js")
+    missing = [name for name in needed if not any(found.endswith(name) for found in names)]
+    extra = [name for name in names if not name.startswith("metaopt_lens")]
+    if missing or extra:
+        session.error(f"the wheel lacks {missing}, and should not have {extra}.")
+    session.install("-c", CONSTRAINTS["3.9"], str(wheel))
+    session.chdir(tmp)  # not where the working tree could be imported
+    session.run("metaopt-lens", "demo", "--out", "demo", silent=True)
+    if not list(Path("demo").glob("*.html")):
+        session.error("the demo of the installed wheel wrote no page.")
+    session.log(f"wheel {wheel.stat().st_size / 1e6:.1f} MB")
 
 
 @nox.session(default=False)

@@ -1,0 +1,144 @@
+"""Pages of the site that are made from something else: README, notebooks, docstrings. Formulas become MathML."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "metaopt_lens"
+NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
+PAGES = {"theory.md": "Theory", "results.md": "Results"}
+MODULES = (
+    "prompts",
+    "prompts.tasks",
+    "models",
+    "models.tiny",
+    "decomposition",
+    "finetuning",
+    "interventions",
+    "analysis",
+    "experiments",
+    "viz",
+    "extraction",
+    "dual",
+)
+
+_LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#|mailto:)([^)\s]+)\)")
+_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+_STYLE = re.compile(r"<style.*?</style>", re.DOTALL)
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """The navigation, of what there is."""
+    pages = [{title: name} for name, title in PAGES.items() if (ROOT / "docs" / name).is_file()]
+    tutorials = [{_title(path): f"tutorials/{path.stem}.md"} for path in NOTEBOOKS]
+    api: list[Any] = ["api/index.md", *({f"metaopt_lens.{m}": f"api/{m}.md"} for m in MODULES)]
+    config.nav = [{"Home": "index.md"}, *pages, {"Tutorials": tutorials}, {"API": api}]
+
+
+def on_files(files: Files, config: MkDocsConfig) -> None:
+    """Add the generated pages."""
+
+    def add(name: str, content: str | bytes) -> None:
+        files.append(File.generated(config, name, content=content))
+
+    known = {file.src_uri for file in files}
+    add("index.md", _relink((ROOT / "README.md").read_text(encoding="utf-8"), known))
+    for path in NOTEBOOKS:
+        text, pictures = _notebook(path)
+        add(f"tutorials/{path.stem}.md", text)
+        add(f"tutorials/{path.name}", path.read_bytes())
+        for name, png in pictures.items():
+            add(f"tutorials/{name}", png)
+    add("api/index.md", _api("metaopt_lens", _top_level_names()))
+    for module in MODULES:
+        add(f"api/{module}.md", _api(f"metaopt_lens.{module}", _exported_names(module)))
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """LaTeX to MathML, which browsers draw without any script."""
+
+    def formula(match: re.Match[str]) -> str:
+        display = match[2] == "["
+        markup = convert(html.unescape(match[3]).strip(), display="block" if display else "inline")
+        return f'<div class="formula">{markup}</div>' if display else markup
+
+    return _FORMULA.sub(formula, content)
+
+
+def _relink(text: str, known: set[str]) -> str:
+    """Links of the repository's front page as links of the site; what the site does not have stays as text."""
+
+    def link(match: re.Match[str]) -> str:
+        bang, label, target = match.groups()
+        path, mark, anchor = target.removeprefix("./").partition("#")
+        if path.startswith("tutorials/"):
+            path = "tutorials/" + (Path(path).stem if path.endswith(".ipynb") else NOTEBOOKS[0].stem) + ".md"
+            return f"{bang}[{label}]({path})"
+        path = path.removeprefix("docs/")
+        if path in known:
+            return f"{bang}[{label}]({path}{mark}{anchor})"
+        return "" if bang else label
+
+    return _LINK.sub(link, text)
+
+
+def _title(path: Path) -> str:
+    first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]
+    return "".join(first).partition("\n")[0].lstrip("# ").replace(" · ", ". ")
+
+
+def _notebook(path: Path) -> tuple[str, dict[str, bytes]]:
+    """A notebook with its stored outputs, as Markdown and pictures."""
+    parts, pictures = [], {}
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            # Python-Markdown wants an empty line before a list.
+            parts.append(re.sub(r"(?m)^(?!\s*(?:[-*]|\d+\.)\s|\s{2,}|$)(.*)\n(?=(?:[-*]|\d+\.)\s)", r"\1\n\n", source))
+            continue
+        parts.append(f"```python\n{source}\n```")
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            if "image/png" in data:
+                name = f"{path.stem[:2]}-{len(pictures)}.png"
+                pictures[name] = base64.b64decode("".join(data["image/png"]))
+                parts.append(f"![output]({name})")
+            elif "text/html" in data:
+                parts.append(f'<div class="output">{_STYLE.sub("", "".join(data["text/html"]))}</div>')
+            else:
+                text = "".join(output.get("text", data.get("text/plain", ""))).rstrip("\n")
+                parts.append(f'<div class="output"><pre><code>{html.escape(text)}</code></pre></div>')
+    parts.insert(1, f"[Download this notebook]({path.name}){{ download }}")
+    return "\n\n".join(parts) + "\n", pictures
+
+
+def _exported_names(module: str) -> list[str]:
+    tree = ast.parse((PACKAGE / module.replace(".", "/") / "__init__.py").read_text(encoding="utf-8"))
+    return [name.asname for node in tree.body if isinstance(node, ast.ImportFrom) for name in node.names if name.asname]
+
+
+def _top_level_names() -> list[str]:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    guarded = next(node for node in tree.body if isinstance(node, ast.If))
+    return [
+        name.asname for node in guarded.body if isinstance(node, ast.ImportFrom) for name in node.names if name.asname
+    ]
+
+
+def _api(module: str, names: list[str]) -> str:
+    members = "".join(f"        - {name}\n" for name in names)
+    return (
+        f"# {module}\n\n::: {module}\n    options:\n      show_root_heading: false\n      show_root_toc_entry: false\n"
+        f"      members:\n{members}"
+    )
