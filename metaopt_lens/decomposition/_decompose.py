@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, overload
 
 import torch
@@ -13,7 +14,7 @@ from metaopt_lens._storage import provenance
 from metaopt_lens.decomposition._result import Decomposition, DecompositionSet
 from metaopt_lens.decomposition._runs import ZeroShotRuns, run_settings
 from metaopt_lens.extraction import QueryCapture, run_shared_prefix
-from metaopt_lens.models import AttentionModel, Prefix, wrap
+from metaopt_lens.models import AttentionModel, MomentumTerm, Prefix, active_momentum, announced_momentum, wrap
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_prompt
 
 Position = int | Literal["last", "all"]
@@ -28,6 +29,7 @@ def decompose(
     position: Position = "last",
     zero_shot_runs: ZeroShotRuns = "both",
     prepend_bos: bool | None = None,
+    momentum: MomentumTerm | None = None,
     grad: bool = False,
     batch_size: int = 8,
 ) -> Decomposition: ...
@@ -41,6 +43,7 @@ def decompose(
     position: Position = "last",
     zero_shot_runs: ZeroShotRuns = "both",
     prepend_bos: bool | None = None,
+    momentum: MomentumTerm | None = None,
     grad: bool = False,
     batch_size: int = 8,
 ) -> DecompositionSet: ...
@@ -53,6 +56,7 @@ def decompose(
     position: Position = "last",
     zero_shot_runs: ZeroShotRuns = "both",
     prepend_bos: bool | None = None,
+    momentum: MomentumTerm | None = None,
     grad: bool = False,
     batch_size: int = 8,
 ) -> Decomposition | DecompositionSet:
@@ -70,6 +74,9 @@ def decompose(
         zero_shot_runs: ``"both"`` also runs the prompt without demonstrations, plainly and position-matched;
             ``"plain"`` only plainly (then indirect and position effect are one number); ``"none"`` neither.
         prepend_bos: put BOS first; by default if the tokenizer has one.
+        momentum: run with this `MomentumAttention` too. Its part of z is then a third one, and split over the
+            demonstrations: `Decomposition.momentum` and `momentum_meta_gradient`. Momentum attention that is on already
+            (``with intervene(model, ...)``) is seen by itself.
         grad: keep the graph, so that gradients flow from every part to the model's weights.
         batch_size: queries run together.
 
@@ -102,28 +109,40 @@ def decompose(
     _check_vocabulary(wrapped, tokenized)
     rows = [_destinations(t, position) for t in tokenized]
     results: list[Decomposition | None] = [None] * len(prompts)
-    for group in prompt_groups(tokenized):
-        shared = run_shared_prefix(wrapped, tokenized[group[0]].ids[: tokenized[group[0]].query.start], grad=grad)
-        assert shared is not None  # require_demos
-        for start in range(0, len(group), batch_size):
-            batch = group[start : start + batch_size]
-            for index, result in zip(
-                batch,
-                _decompose_batch(
-                    wrapped,
-                    [parsed[i] for i in batch],
-                    [tokenized[i] for i in batch],
-                    [rows[i] for i in batch],
-                    shared,
-                    zero_shot_runs=zero_shot_runs,
-                    keep_position_axis=position == "all",
-                    grad=grad,
-                ),
-                strict=True,
-            ):
-                results[index] = result
+    with _momentum_on(wrapped, momentum):
+        for group in prompt_groups(tokenized):
+            shared = run_shared_prefix(wrapped, tokenized[group[0]].ids[: tokenized[group[0]].query.start], grad=grad)
+            assert shared is not None  # require_demos
+            for start in range(0, len(group), batch_size):
+                batch = group[start : start + batch_size]
+                for index, result in zip(
+                    batch,
+                    _decompose_batch(
+                        wrapped,
+                        [parsed[i] for i in batch],
+                        [tokenized[i] for i in batch],
+                        [rows[i] for i in batch],
+                        shared,
+                        zero_shot_runs=zero_shot_runs,
+                        keep_position_axis=position == "all",
+                        grad=grad,
+                    ),
+                    strict=True,
+                ):
+                    results[index] = result
     finished = tuple(result for result in results if result is not None)
     return finished[0] if single else DecompositionSet(finished)
+
+
+@contextmanager
+def _momentum_on(model: AttentionModel, momentum: MomentumTerm | None) -> Iterator[None]:
+    if momentum is None:
+        yield
+        return
+    eta = momentum.etas(model)
+    with model.hooked(momentum.hooks(model)), announced_momentum(model, eta):
+        active_momentum(model)  # refuses a head that has momentum already
+        yield
 
 
 def _decompose_batch(
@@ -138,6 +157,7 @@ def _decompose_batch(
     grad: bool,
 ) -> list[Decomposition]:
     runs = run_settings(model, shared, tokenized, destinations, zero_shot_runs=zero_shot_runs, grad=grad)
+    eta = active_momentum(model)
     info = provenance() | {"zero_shot_runs": zero_shot_runs}
     prefix_k, prefix_v = torch.stack(shared.k), torch.stack(shared.v)
     window = torch.tensor([model.score_rule(layer).window or model.info.n_ctx for layer in range(model.info.n_layers)])
@@ -160,6 +180,7 @@ def _decompose_batch(
             z_zero_shot=_z(runs.zero_shot, i),
             z_position_matched=_z(runs.position_matched, i),
             provenance=info,
+            eta=eta if eta is None or grad else eta.detach(),
             source=model,
         )
         for i in range(len(tokenized))

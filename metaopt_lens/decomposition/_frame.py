@@ -39,7 +39,7 @@ def _values(result: Decomposition) -> dict[str, Tensor]:
     softmax, linear = result.softmax, result.linear
     values = {
         "mass": softmax.mass,
-        "z_norm": softmax.z.norm(dim=-1),
+        "z_norm": softmax.z.norm(dim=-1) if result.eta is None else (softmax.z + result.momentum).norm(dim=-1),
         "zero_shot_norm": softmax.zero_shot.norm(dim=-1),
         "meta_gradient_norm": softmax.meta_gradient.norm(dim=-1),
         "update_norm": softmax.update.norm(dim=-1),
@@ -47,6 +47,10 @@ def _values(result: Decomposition) -> dict[str, Tensor]:
         "linear_zero_shot_norm": linear.zero_shot.norm(dim=-1),
         "linear_meta_gradient_norm": linear.meta_gradient.norm(dim=-1),
     }
+    if result.eta is not None:
+        values["eta"] = result.eta.expand(len(result.positions), *result.eta.shape)
+        values["momentum_norm"] = result.momentum.norm(dim=-1)
+        values["momentum_meta_gradient_norm"] = result.momentum_meta_gradient.norm(dim=-1)
     if result.z_zero_shot is not None:
         effects = result.effects
         values["total_effect_norm"] = effects.total.norm(dim=-1)

@@ -26,6 +26,7 @@ from metaopt_lens.dual import (
     SoftmaxParts,
     linear_memory,
     linear_weights,
+    momentum_weights,
     split_linear,
     split_softmax,
     weighted_values,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 Form = Literal["softmax", "linear"]
 KIND = "decomposition"
 _TENSORS = ("q", "pattern", "sink", "z", "prefix_k", "prefix_v", "query_k", "query_v", "window")
-_OPTIONAL_TENSORS = ("z_zero_shot", "z_position_matched")
+_OPTIONAL_TENSORS = ("z_zero_shot", "z_position_matched", "eta")
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,20 @@ class Effects:
 class ResidualParts:
     """The split in the residual stream, after W_O. The bias b_O belongs to no head.
 
-    ``zero_shot.sum(head) + meta_gradient.sum(head) + bias`` is the layer's attention output.
+    ``zero_shot.sum(head) + meta_gradient.sum(head) + bias`` is the layer's attention output, with
+    ``momentum.sum(head)`` under momentum attention.
     """
 
     zero_shot: Float[Tensor, "*dst layer head d_model"]
     meta_gradient: Float[Tensor, "*dst layer head d_model"]
     bias: Float[Tensor, "layer d_model"]
+    momentum: Float[Tensor, "*dst layer head d_model"] | None = None
 
     @property
     def attention_output(self) -> Float[Tensor, "*dst layer d_model"]:
         """All heads and the bias together."""
-        return (self.zero_shot + self.meta_gradient).sum(-2) + self.bias
+        parts = self.zero_shot + self.meta_gradient
+        return (parts if self.momentum is None else parts + self.momentum).sum(-2) + self.bias
 
 
 @dataclass(frozen=True, repr=False)
@@ -95,6 +99,7 @@ class Decomposition:
         window: per layer, how far back a query sees (the context window where there is no sliding window).
         z_zero_shot, z_position_matched: head outputs of the zero-shot runs, where they were made.
         provenance: versions and time.
+        eta: of every head, under momentum attention; z then has a third part, `momentum`.
         source: the wrapped model, for W_O; None after loading (see `with_model`).
     """
 
@@ -115,13 +120,14 @@ class Decomposition:
     z_zero_shot: Float[Tensor, "dst layer head d_head"] | None
     z_position_matched: Float[Tensor, "dst layer head d_head"] | None
     provenance: dict[str, Any]
+    eta: Float[Tensor, "layer head"] | None = None
     source: AttentionModel | None = field(default=None, compare=False)
 
     # ---- the split ----------------------------------------------------------------------------------------------
 
     @cached_property
     def softmax(self) -> SoftmaxParts:
-        """The exact form: nothing relaxed, ``zero_shot + meta_gradient`` is the model's z."""
+        """The exact form: nothing relaxed, ``zero_shot + meta_gradient`` is the model's z (less `momentum`, if on)."""
         parts = split_softmax(
             rearrange(self.pattern, "dst layer head src -> layer head dst src"),
             self.v,
@@ -145,8 +151,13 @@ class Decomposition:
 
     @property
     def fidelity(self) -> Float[Tensor, "*dst layer head"]:
-        """How good the relaxation is: cosine between ``F(q)`` and the head's z (0 where either vanishes)."""
+        """How good the relaxation is: cosine between ``F(q)`` and the head's z (0 where either vanishes).
+
+        z without `momentum`, which is no part of what is relaxed.
+        """
         z = self._squeeze(self.z).to(self.linear.total)
+        if self.eta is not None:
+            z = z - self.momentum.to(z)
         return torch.nn.functional.cosine_similarity(self.linear.total, z, dim=-1)
 
     @cached_property
@@ -159,14 +170,51 @@ class Decomposition:
         if self.z_zero_shot is None:
             raise OptionError("no zero-shot run was made: decompose with zero_shot_runs='both' or 'plain'.")
         without = self.softmax.without_demos
+        unseen = self.softmax.mass[..., None] == 0
+        if self.eta is not None:  # a sum, so that D's share is taken out and nothing is renormalised
+            without = without + self.momentum - self.momentum_meta_gradient
+            unseen = unseen & (self.momentum_meta_gradient == 0)
         z, plain = (self._squeeze(t).to(without) for t in (self.z, self.z_zero_shot))
-        direct = torch.where(self.softmax.mass[..., None] == 0, 0.0, z - without)
+        direct = torch.where(unseen, 0.0, z - without)
         rest = z - plain - direct
         indirect = position = None
         if self.z_position_matched is not None:
             matched = self._squeeze(self.z_position_matched).to(without)
             indirect, position = z - direct - matched, matched - plain
         return Effects(total=z - plain, direct=direct, indirect_and_position=rest, indirect=indirect, position=position)
+
+    # ---- momentum -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def momentum(self) -> Float[Tensor, "*dst layer head d_head"]:
+        """The moving average of past values, ``sum_{i<t} eta^(t-i) v_i``: ``z = zero_shot + meta_gradient + momentum``.
+
+        0 without momentum attention.
+        """
+        return self._momentum_part(TokenSpan(0, self.tokenized.n_tokens))
+
+    @cached_property
+    def momentum_meta_gradient(self) -> Float[Tensor, "*dst layer head d_head"]:
+        """The demonstrations' share of `momentum`; a plain sum, which `without_demos` knows nothing of."""
+        return self._momentum_part(self.demonstrations)
+
+    def momentum_per_demo(self) -> Float[Tensor, "*dst layer head demo d_head"]:
+        """`momentum_meta_gradient` split over the demonstrations, to which it sums."""
+        return torch.stack([self._momentum_part(span) for span in self.tokenized.demos], dim=-2)
+
+    def _momentum_part(self, span: TokenSpan) -> Tensor:
+        if self.eta is None:
+            return torch.zeros_like(self.softmax.zero_shot)
+        eta = self.eta.to(self.softmax.zero_shot)
+        dst = torch.tensor(self.positions, device=eta.device)
+        src = torch.arange(span.start, span.stop, device=eta.device)
+        per_layer = [
+            weighted_values(momentum_weights(eta[layer], dst, src), self.v_of(layer)[span.slice])
+            for layer in range(self.model.n_layers)
+        ]
+        return self._dst_first(torch.stack(per_layer))
+
+    # ---- finer splits -------------------------------------------------------------------------------------------
 
     def per_demo(self, form: Form = "softmax") -> Float[Tensor, "*dst layer head demo d_head"]:
         """The meta-gradient split over the demonstrations (each with its separator); sums to `meta_gradient`."""
@@ -205,7 +253,10 @@ class Decomposition:
         biases = [model.b_o(layer) for layer in range(model.info.n_layers)]
         none = zero_shot.new_zeros(zero_shot.shape[-1])
         bias = torch.stack([none if b is None else self._weight(b, zero_shot) for b in biases])
-        return ResidualParts(zero_shot=zero_shot, meta_gradient=meta, bias=bias)
+        momentum = None
+        if self.eta is not None:
+            momentum = torch.stack([self._through_w_o(self.momentum, i) for i in range(model.info.n_layers)], -3)
+        return ResidualParts(zero_shot=zero_shot, meta_gradient=meta, bias=bias, momentum=momentum)
 
     def residual_per_token(self, layer: int, head: int, form: Form = "softmax") -> Float[Tensor, "*dst src d_model"]:
         """`per_token` through W_O."""
@@ -348,6 +399,10 @@ class Decomposition:
             f"  linear relaxation: mean cosine {fidelity.mean():.3f} to the exact output",
             "  largest meta-gradient share: " + ", ".join(str(h) for h in self.heads(5)),
         ]
+        if self.eta is not None:
+            share = float(self.momentum.detach().norm() / self._squeeze(self.z).detach().norm())
+            highest = float(self.eta.detach().max())
+            lines.append(f"  momentum attention (eta up to {highest:.3g}): norm {share:.3f} of z's")
         return "\n".join(lines)
 
     # ---- helpers ------------------------------------------------------------------------------------------------

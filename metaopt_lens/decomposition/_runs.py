@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metaopt_lens._types import TokenSpan
-from metaopt_lens.dual import softmax_with_sink, weighted_values
+from metaopt_lens.dual import momentum_values, softmax_with_sink, weighted_values
 from metaopt_lens.extraction import QueryCapture, capture_queries
-from metaopt_lens.models import AttentionCall, AttentionModel, Prefix
+from metaopt_lens.models import AttentionCall, AttentionModel, Prefix, active_momentum
 from metaopt_lens.prompts import TokenizedPrompt
 
 ZeroShotRuns = Literal["both", "plain", "none"]
@@ -40,7 +40,8 @@ def run_settings(
     """Run queries behind the same demonstrations, and without them.
 
     The position-matched run is the in-context run with D knocked out at every position of Q in every layer
-    (docs/theory.md, section 5); it rides in the same batch, so weights are read once.
+    (docs/theory.md, section 5); it rides in the same batch, so weights are read once. Under momentum attention D's
+    share of the moving average is knocked out too.
 
     Args:
         shared: keys and values of S and D, from `run_shared_prefix`.
@@ -52,10 +53,14 @@ def run_settings(
     rows = [[p - t.query.start for p in d] for t, d in zip(tokenized, destinations, strict=True)]
     n = len(queries)
     matched = plain = None
+    eta = active_momentum(model)
     if zero_shot_runs == "both":
 
         def knock_out(call: AttentionCall) -> Tensor:
-            return torch.cat([call.z[:n], without_demos(call, demos, slice(n, None))])
+            without = without_demos(call, demos, slice(n, None))
+            if eta is not None:
+                without = without + _momentum_without(call, eta[call.layer], demos, slice(n, None)).to(without.dtype)
+            return torch.cat([call.z[:n], without])
 
         both = capture_queries(model, shared, [*queries, *queries], [*rows, *rows], edit=knock_out, grad=grad)
         in_context, matched = tuple(both[:n]), tuple(both[n:])
@@ -78,3 +83,12 @@ def without_demos(
     inside[demos.slice] = True
     weights, _ = softmax_with_sink(scores.masked_fill(inside, -torch.inf), call.rule.sinks)
     return weighted_values(weights, call.v[batch]).to(call.z.dtype)
+
+
+def _momentum_without(
+    call: AttentionCall, eta: Float[Tensor, " head"], demos: TokenSpan, batch: slice
+) -> Float[Tensor, "rows dst head d_head"]:
+    """The moving average over all tokens but the demonstrations, which still take their places."""
+    v = call.v[batch].clone()
+    v[:, demos.slice] = 0.0
+    return momentum_values(v, eta)[:, call.offset :]

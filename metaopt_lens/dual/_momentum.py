@@ -1,4 +1,4 @@
-"""Momentum: the exponential moving average of past values (docs/theory.md, section 6; arXiv:2212.10559, section 5.2)."""
+"""Momentum: the moving average of past values (docs/theory.md, section 6; arXiv:2212.10559, section 5.2)."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def momentum_weights(
     dst_positions: Int[Tensor, "*rows dst"],
     src_positions: Int[Tensor, "*rows src"],
 ) -> Float[Tensor, "*rows head dst src"]:
-    """The decay matrix, ``eta^(t-i)`` for sources ``i < t`` and 0 elsewhere: quadratic, for few destinations or as an oracle.
+    """The decay matrix, ``eta^(t-i)`` for sources ``i < t``, else 0: quadratic, for few destinations or as an oracle.
 
     With `weighted_values` it gives the average itself or any share of it.
     """

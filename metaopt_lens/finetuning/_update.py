@@ -18,7 +18,7 @@ from metaopt_lens._errors import FileFormatError, HeadError, ModelMismatchError,
 from metaopt_lens._storage import load_result, save_result
 from metaopt_lens._types import HeadRef
 from metaopt_lens.finetuning._settings import PROJECTIONS, FinetuneSettings
-from metaopt_lens.models import AttentionModel, Hook, ModelInfo, wrap
+from metaopt_lens.models import AttentionModel, Hook, Late, ModelInfo, wrap
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -213,7 +213,7 @@ class WeightUpdate:
             hooks.append(model.attention_input_hook(layer, keep("x")))
         hooks += [(model.hook_name(p, layer), add(p)) for p in inner]
         if "o" in chosen:
-            hooks += [(model.hook_name("z", layer), keep("z")), (model.hook_name("attn_out", layer), add("o"))]
+            hooks += [(model.hook_name("z", layer), Late(keep("z"))), (model.hook_name("attn_out", layer), add("o"))]
         return hooks
 
     @contextmanager

@@ -10,3 +10,4 @@ from metaopt_lens.interventions._intervene import intervene as intervene
 from metaopt_lens.interventions._knock_out import KnockOut as KnockOut
 from metaopt_lens.interventions._meta_gradient import MetaGradient as MetaGradient
 from metaopt_lens.interventions._meta_gradient import meta_gradient as meta_gradient
+from metaopt_lens.interventions._momentum import MomentumAttention as MomentumAttention

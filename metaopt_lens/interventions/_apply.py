@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metaopt_lens._errors import OptionError
 from metaopt_lens.dual import attention_scores, linear_weights, merge_softmax, visible_sources, weighted_values
-from metaopt_lens.models import AttentionModel, Hook, HostPass, PlacedCall
+from metaopt_lens.models import AttentionModel, Hook, HostPass, PlacedCall, refuse_momentum
 
 if TYPE_CHECKING:
     from metaopt_lens.interventions._meta_gradient import MetaGradient
@@ -47,6 +47,7 @@ class AppliedMetaGradient:
             ModelMismatchError: it was made with another model or dtype.
             UnsupportedModelError: the model's tokens cannot be moved to their in-context positions.
         """
+        refuse_momentum(model, "applying a meta-gradient")
         self.meta_gradient.check_model(model)
         model.check_movable()
         heads = self.meta_gradient.heads

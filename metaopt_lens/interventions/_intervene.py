@@ -10,7 +10,9 @@ from metaopt_lens._errors import OptionError
 from metaopt_lens.interventions._apply import AppliedMetaGradient
 from metaopt_lens.interventions._knock_out import KnockOut
 from metaopt_lens.interventions._meta_gradient import MetaGradient
-from metaopt_lens.models import Hook, Intervention, wrap
+from metaopt_lens.interventions._momentum import MomentumAttention, momentum_hooks
+from metaopt_lens.interventions._momentum_share import with_meta_gradient, without_knocked_out
+from metaopt_lens.models import Hook, Intervention, announced_momentum, join_etas, wrap
 
 _READ_ATTENTION = (AppliedMetaGradient, MetaGradient, KnockOut)
 
@@ -19,8 +21,10 @@ _READ_ATTENTION = (AppliedMetaGradient, MetaGradient, KnockOut)
 def intervene(model: Any, *interventions: Intervention, **options: Any) -> Iterator[Any]:
     """Within the block every forward pass of `model` has the interventions in it; afterwards it is what it was.
 
-    They act in the order given, after hooks the model already had; meta-gradients and knock-outs act last, on what the
-    others (weight updates) made of queries, keys and values. The model's weights are not touched.
+    They act in the order given, after hooks the model already had; meta-gradients and knock-outs act after the others,
+    on what these (weight updates) made of queries, keys and values; momentum attention is added to what comes out: a
+    meta-gradient brings the demonstrations' share of the moving average with it, a knock-out takes it away. The
+    model's weights are not touched.
 
     Args:
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model.
@@ -28,7 +32,8 @@ def intervene(model: Any, *interventions: Intervention, **options: Any) -> Itera
         options: `form`, `heads`, `strength`, `scale` of the one meta-gradient given; see `MetaGradient.apply`.
 
     Raises:
-        OptionError: nothing to intervene with, several meta-gradients at once, or options without a meta-gradient.
+        OptionError: nothing to intervene with, several meta-gradients at once, options without a meta-gradient, two
+            momentum attentions on one head, or a meta-gradient or knock-out under momentum that is on already.
         ModelMismatchError: an intervention was made for another model.
     """
     if not interventions:
@@ -47,7 +52,16 @@ def intervene(model: Any, *interventions: Intervention, **options: Any) -> Itera
         )
     wrapped = wrap(model)
     hooks: list[Hook] = []
-    for intervention in sorted(interventions, key=lambda i: isinstance(i, _READ_ATTENTION)):
+    others = [i for i in interventions if not isinstance(i, MomentumAttention)]
+    for intervention in sorted(others, key=lambda i: isinstance(i, _READ_ATTENTION)):
         hooks += intervention.hooks(wrapped)
-    with wrapped.hooked(hooks):
+    eta = None
+    momenta = [i for i in interventions if isinstance(i, MomentumAttention)]
+    if momenta:
+        eta = join_etas([i.etas(wrapped) for i in momenta])
+        applied = [i.apply() if isinstance(i, MetaGradient) else i for i in others]
+        corrections = [with_meta_gradient(i, eta) for i in applied if isinstance(i, AppliedMetaGradient)]
+        corrections += [without_knocked_out(wrapped, i, eta) for i in others if isinstance(i, KnockOut)]
+        hooks += momentum_hooks(wrapped, eta, corrections)
+    with wrapped.hooked(hooks), announced_momentum(wrapped, eta):
         yield model

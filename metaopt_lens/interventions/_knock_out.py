@@ -14,7 +14,7 @@ from metaopt_lens._types import HeadRef
 from metaopt_lens.interventions._demo_tokens import DemoTokens
 from metaopt_lens.interventions._heads import head_mask
 from metaopt_lens.interventions._meta_gradient import MetaGradient
-from metaopt_lens.models import AttentionModel, Hook, HostPass, PlacedCall
+from metaopt_lens.models import AttentionModel, Hook, HostPass, PlacedCall, refuse_momentum
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt
 
 
@@ -57,6 +57,7 @@ class KnockOut:
             HeadError, OptionError: unknown heads, layers or demonstrations, or an empty selection.
             ModelMismatchError: the meta-gradient was made with another model.
         """
+        refuse_momentum(model, "a knock-out")
         tokens = self._tokens(model)
         mask = head_mask(model.info, self.heads, self.layers)
         demos = range(len(tokens.spans)) if self.demos is None else tokens.check_demos(self.demos)

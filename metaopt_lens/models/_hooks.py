@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,19 @@ if TYPE_CHECKING:
 # Called with a tensor; the one hook named `PASS`, with a `HostPass`.
 HookFunction = Callable[[Any], Tensor | None]
 Hook = tuple[str, HookFunction]
+
+# Per hook point, the ids of the late hooks attached to it now.
+_LATE: weakref.WeakKeyDictionary[HookPoint, list[int]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Late:
+    """A hook function that runs after all others at its hook point, also those attached later: it reads the outcome."""
+
+    function: HookFunction
+
+    def __call__(self, tensor: Any) -> Tensor | None:
+        return self.function(tensor)
 
 
 class StopForward(BaseException):
@@ -48,11 +63,17 @@ def attached(hook_points: Mapping[str, HookPoint], hooks: Sequence[Hook]) -> Ite
             point = hook_points[name]
             point.add_hook(_adapt(function))
             handles.append((point, point.fwd_hooks[-1]))
+            if isinstance(function, Late):
+                _LATE.setdefault(point, []).append(handles[-1][1].hook.id)
+            for late in _LATE.get(point, ()):
+                point._forward_hooks.move_to_end(late)
         yield
     finally:
         for point, handle in reversed(handles):
             handle.hook.remove()
             point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
+            if handle.hook.id in _LATE.get(point, ()):
+                _LATE[point].remove(handle.hook.id)
 
 
 def _adapt(function: HookFunction) -> Callable[..., Tensor | None]:
