@@ -6,11 +6,10 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from metaopt_lens._errors import OptionError
 
-Engine = Literal["processes", "dask"]
 _CLUSTERS = ("local", "slurm", "pbs", "sge", "lsf", "htcondor", "moab", "oar")
 _JOBQUEUE = {
     "slurm": "SLURMCluster",
@@ -36,7 +35,7 @@ class Workers:
         options: handed to the cluster's class.
     """
 
-    engine: Engine = "processes"
+    engine: str = "processes"
     n: int = 1
     threads: int = 1
     cluster: str = "local"
