@@ -90,11 +90,11 @@ def capture_queries(
             n_src = offset + len(query)
             pattern = whole[row][:, at, :n_src].transpose(0, 1)
             own = slice(offset, n_src)
-            # Copies, so that nothing keeps the whole batch's tensors alive.
+            # Copies (indexing with `at` makes one), so that nothing keeps the whole batch's tensors alive.
             rows.append(
                 (
                     call.q[row, at],
-                    pattern.clone() if sink is None or grad else pattern.contiguous(),
+                    pattern,
                     torch.zeros_like(pattern[..., 0]) if sink is None else sink[row][:, at].T,
                     z[row, at],
                     call.k[row, own].clone(),

@@ -43,8 +43,14 @@ def test_after_success(name: str) -> None:
     assert own.n == counted + 1  # still there, still once
 
 
-@pytest.mark.parametrize("hook", ["blocks.0.attn.hook_z", "blocks.2.attn.hook_v", "blocks.1.attn.hook_q"])
-@pytest.mark.parametrize("error", [RuntimeError("user's own"), KeyboardInterrupt(), SystemExit(3)])
+@pytest.mark.parametrize(
+    ("hook", "error"),
+    [
+        ("blocks.0.attn.hook_z", KeyboardInterrupt()),
+        ("blocks.2.attn.hook_v", RuntimeError("user's own")),
+        ("blocks.1.attn.hook_q", SystemExit(3)),
+    ],
+)
 @pytest.mark.parametrize("name", FEW)
 def test_after_an_error_inside_a_pass(name: str, error: BaseException, hook: str) -> None:
     model = build(name)
