@@ -138,8 +138,7 @@ class BridgeModel(AttentionModel):
                 "it is attention-only": mlp is None,
                 "attention and MLP run in parallel": isinstance(block, ParallelBlockBridge),
                 "the MLP is a mixture of experts": isinstance(mlp, MoEBridge),
-                "the MLP's output is normalised": "ln2_post" in block._modules
-                or self.info.architecture in _POST_NORM,
+                "the MLP's output is normalised": "ln2_post" in block._modules or self.info.architecture in _POST_NORM,
                 f"its MLP is of an unknown kind ({type(mlp).__name__})": type(mlp)
                 not in {MLPBridge, GatedMLPBridge, BloomMLPBridge},
             },

@@ -32,9 +32,7 @@ def load_prompts(path: str | os.PathLike[str]) -> list[ICLPrompt]:
     """
     file = Path(path)
     if not file.is_file():
-        raise FileFormatError(
-            f"{file} is not a file: give the path of a .json, .jsonl or text file of prompts."
-        )
+        raise FileFormatError(f"{file} is not a file: give the path of a .json, .jsonl or text file of prompts.")
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -79,8 +77,7 @@ def _parse(file: Path, text: str, *, first_line: int) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise FileFormatError(
-            f"{file}, line {first_line + error.lineno - 1}: not valid JSON ({error.msg}, column "
-            f"{error.colno})."
+            f"{file}, line {first_line + error.lineno - 1}: not valid JSON ({error.msg}, column {error.colno})."
         ) from None
 
 
@@ -169,8 +166,7 @@ def _check_keys(where: str, item: dict[str, Any], known: tuple[str, ...], what: 
     unknown = [key for key in item if key not in known]
     if unknown:
         raise FileFormatError(
-            f"{where}: {what} has no field {', '.join(map(repr, unknown))}: its fields are "
-            f"{', '.join(known)}."
+            f"{where}: {what} has no field {', '.join(map(repr, unknown))}: its fields are {', '.join(known)}."
         )
 
 
@@ -192,8 +188,4 @@ def _words(where: str, item: dict[str, Any], key: str) -> list[str] | None:
 
 def _kind(found: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return (
-        names.get(type(found), "a number")
-        if not isinstance(found, list)
-        else "a list that is not of that form"
-    )
+    return names.get(type(found), "a number") if not isinstance(found, list) else "a list that is not of that form"

@@ -92,9 +92,7 @@ class ICLPrompt:
         object.__setattr__(self, "candidates", words)
 
     @classmethod
-    def from_string(
-        cls, text: str, *, label: str | None = None, candidates: Sequence[str] | None = None
-    ) -> ICLPrompt:
+    def from_string(cls, text: str, *, label: str | None = None, candidates: Sequence[str] | None = None) -> ICLPrompt:
         r"""Read a whole prompt, such as ``"apple : dax\nhammer : wug\npear :"``.
 
         Blocks are split at blank lines if there are any, else at line ends. The last block is the query,
@@ -175,8 +173,7 @@ class ICLPrompt:
         """The same prompt without demonstration `index` (from 0)."""
         if not 0 <= index < len(self.demos):
             raise PromptError(
-                f"there is no demonstration {index} to leave out: the prompt has {len(self.demos)}, "
-                f"counted from 0."
+                f"there is no demonstration {index} to leave out: the prompt has {len(self.demos)}, counted from 0."
             )
         return self.with_demos(self.demos[:index] + self.demos[index + 1 :])
 
@@ -192,14 +189,10 @@ def _clean_demo(index: int, demo: object) -> Demo:
             fields = ()
     texts = [text for text in fields if isinstance(text, str)]
     if len(texts) != 2:
-        raise PromptError(
-            f"demonstration {index} must be a Demo or an (input, label) pair of strings, got {demo!r}."
-        )
+        raise PromptError(f"demonstration {index} must be a Demo or an (input, label) pair of strings, got {demo!r}.")
     for name, text in zip(("input", "label"), texts, strict=True):
         if not text.strip():
-            raise PromptError(
-                f"the {name} of demonstration {index} is empty: give its text, or leave it out."
-            )
+            raise PromptError(f"the {name} of demonstration {index} is empty: give its text, or leave it out.")
     return Demo(texts[0].strip(), texts[1].strip())
 
 

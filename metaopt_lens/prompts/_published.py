@@ -26,8 +26,7 @@ TEMPLATES: Mapping[str, Template] = MappingProxyType(
 
 INSTRUCTIONS: Mapping[str, str] = MappingProxyType(
     {
-        "agnews": "Classify the news articles into the categories of World, Sports, Business, and "
-        "Technology.",
+        "agnews": "Classify the news articles into the categories of World, Sports, Business, and Technology.",
     }
 )
 """Instruction of the data sets that have one."""

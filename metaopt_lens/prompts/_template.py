@@ -59,6 +59,4 @@ def _check_placeholder(name: str, text: str) -> None:
     else:
         others = ", ".join(part for part in found if part != wanted)
         problem = f"has a placeholder that nothing fills: {others}"
-    raise PromptError(
-        f"the template's {name} {text!r} {problem}: it needs {wanted} once and no other {{...}}."
-    )
+    raise PromptError(f"the template's {name} {text!r} {problem}: it needs {wanted} once and no other {{...}}.")

@@ -67,15 +67,11 @@ def tokenize_prompt(
     for number, piece in enumerate(pieces):
         piece_ids = encoder.encode(piece.text, first=number == 0)
         if not piece_ids and piece.kind != "separator":
-            raise PromptError(
-                f"the tokenizer makes no token of {_describe(piece)} {piece.text!r}: change it."
-            )
+            raise PromptError(f"the tokenizer makes no token of {_describe(piece)} {piece.text!r}: change it.")
         spans[piece.kind, piece.demo] = TokenSpan(len(ids), len(ids) + len(piece_ids))
         ids += piece_ids
 
-    demos = tuple(
-        TokenSpan(spans["input", i].start, spans["separator", i].stop) for i in range(len(prompt.demos))
-    )
+    demos = tuple(TokenSpan(spans["input", i].start, spans["separator", i].stop) for i in range(len(prompt.demos)))
     query = spans["query", None]
     if max_tokens is not None and len(ids) > max_tokens:
         raise _too_long(len(ids), max_tokens, demos, query)
@@ -174,9 +170,7 @@ class _PieceEncoder:
             return chr(int(byte[1], 16))
         if "▁" in raw or raw.startswith("<0x"):
             return raw.replace("▁", " ")
-        text = str(
-            self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        )
+        text = str(self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
         return raw if not text or "\ufffd" in text else text
 
     def _starts_with_space(self, ids: list[int]) -> bool:
@@ -215,9 +209,7 @@ def _describe(piece: Piece) -> str:
     return f"the {piece.kind}" if piece.demo is None else f"the {piece.kind} of demonstration {piece.demo}"
 
 
-def _too_long(
-    n_tokens: int, max_tokens: int, demos: tuple[TokenSpan, ...], query: TokenSpan
-) -> ContextWindowError:
+def _too_long(n_tokens: int, max_tokens: int, demos: tuple[TokenSpan, ...], query: TokenSpan) -> ContextWindowError:
     message = f"the prompt has {n_tokens} tokens but the context window holds {max_tokens}"
     if not demos or n_tokens - (demos[-1].stop - demos[0].start) > max_tokens:
         rest = n_tokens - (demos[-1].stop - demos[0].start if demos else 0)

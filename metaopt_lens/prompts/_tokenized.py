@@ -32,9 +32,7 @@ class TokenizedPrompt:
 
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.ids):
-            raise SpanError(
-                f"each id needs one token string, got {len(self.ids)} ids, {len(self.tokens)} tokens."
-            )
+            raise SpanError(f"each id needs one token string, got {len(self.ids)} ids, {len(self.tokens)} tokens.")
         position = 0
         for span in (self.bos, self.instruction, *self.demos, self.query):
             if span is None:

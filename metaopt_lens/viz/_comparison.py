@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -134,7 +135,7 @@ def frame_text(frame: pd.DataFrame, title: str) -> Table:
     for index, column in enumerate(frame.columns):
         table.add_column(str(column), justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in frame.itertuples(index=False):
-        table.add_row(*(_signed(v) if isinstance(v, float | np.floating) else str(v) for v in row))
+        table.add_row(*(_signed(float(v)) if isinstance(v, float | np.floating) else str(v) for v in row))
     return table
 
 
@@ -155,7 +156,7 @@ def accuracies_text(comparison: Comparison) -> Table:
 def comparison_data(comparison: Comparison) -> dict[str, Any]:
     """Summary, table and predictions as plain data, ready for JSON (NaN as None)."""
 
-    def plain(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def plain(records: Sequence[Mapping[Any, Any]]) -> list[dict[str, Any]]:
         return [
             {
                 k: None if isinstance(v, float) and np.isnan(v) else getattr(v, "item", lambda v=v: v)()

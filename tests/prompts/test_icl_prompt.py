@@ -59,9 +59,7 @@ def test_frozen_hashable_and_helpers() -> None:
 
 
 def test_from_string_example() -> None:
-    prompt = ICLPrompt.from_string(
-        "\napple : dax\nhammer : wug\npear :\n", label="dax", candidates=["dax", "wug"]
-    )
+    prompt = ICLPrompt.from_string("\napple : dax\nhammer : wug\npear :\n", label="dax", candidates=["dax", "wug"])
     assert prompt.demos == (Demo("apple :", "dax"), Demo("hammer :", "wug"))
     assert prompt.query == "pear :"
     assert prompt.template == Template("{input}", " {label}", "\n")

@@ -43,9 +43,7 @@ def test_json_optional_fields(tmp_path: Path) -> None:
     template = Template("In: {input}", "={label}", ";")
     expected = ICLPrompt(_PROMPT.demos, "pear", template, "é Sort.", label="dax", candidates=["dax", "wug"])
     assert load_prompts(write(tmp_path, "a.json", full)) == [expected]
-    assert load_prompts(write(tmp_path, "b.json", {"query": "pear", "template": None})) == [
-        ICLPrompt([], "pear")
-    ]
+    assert load_prompts(write(tmp_path, "b.json", {"query": "pear", "template": None})) == [ICLPrompt([], "pear")]
 
 
 def test_json_many_queries_behind_the_same_demos(tmp_path: Path) -> None:

@@ -32,9 +32,7 @@ def _sentencepiece_bpe(kind: str) -> Tokenizer:
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{i:02X}>": 3 + i for i in range(256)}
     for word in [*words, *(a + b for a, b in merges)]:
         vocab.setdefault(word, len(vocab))
-    tokenizer = Tokenizer(
-        models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     if kind == "prepend":
         tokenizer.normalizer = normalizers.Sequence(
             [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]  # type: ignore[list-item]
@@ -123,9 +121,7 @@ def _pieces_of(result: TokenizedPrompt) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("name", _NAMES)
 @settings(max_examples=40, deadline=None)
 @given(args=prompts, data=st.data())
-def test_spans_are_a_partition_and_zero_shot_keeps_ids(
-    name: str, args: tuple[Any, ...], data: st.DataObject
-) -> None:
+def test_spans_are_a_partition_and_zero_shot_keeps_ids(name: str, args: tuple[Any, ...], data: st.DataObject) -> None:
     prompt = ICLPrompt(*args)
     tokenizer = make(name)
     prepend = data.draw(st.sampled_from([None, False] + [True] * (tokenizer.bos_token_id is not None)))
@@ -160,8 +156,7 @@ def test_byte_level_pieces_are_tokenised_on_their_own(name: str, args: tuple[Any
     prompt = ICLPrompt(*args)
     tokenizer = make(name)
     expected = [
-        tuple(tokenizer.encode(piece.text, add_special_tokens=False)) if piece.text else ()
-        for piece in prompt.pieces()
+        tuple(tokenizer.encode(piece.text, add_special_tokens=False)) if piece.text else () for piece in prompt.pieces()
     ]
     assert _pieces_of(tokenize_prompt(prompt, tokenizer)) == expected
 
@@ -290,9 +285,7 @@ def test_context_window() -> None:
             tokenize_prompt(PROMPT, tokenizer, max_tokens=limit)
         kept = tokenize_prompt(PROMPT.with_demos(PROMPT.demos[:fit]), tokenizer, max_tokens=limit)
         assert kept.n_tokens <= limit
-    with pytest.raises(
-        ContextWindowError, match=r"holds 2: even without demonstrations \(0 would fit\) it has 3"
-    ):
+    with pytest.raises(ContextWindowError, match=r"holds 2: even without demonstrations \(0 would fit\) it has 3"):
         tokenize_prompt(PROMPT, tokenizer, max_tokens=2)
     with pytest.raises(ContextWindowError, match=r"has 3 tokens .* holds 1: even without demonstrations"):
         tokenize_prompt(PROMPT.zero_shot(), tokenizer, max_tokens=1)
@@ -327,9 +320,7 @@ def test_dummy_prefix_that_cannot_be_removed() -> None:
     raw.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
     prompt = ICLPrompt([("apple", "dax")], "pear", Template("{input}"))
-    with pytest.raises(
-        PromptError, match=r"a space before every text, and no way .* ' dax' .*add_prefix_space"
-    ):
+    with pytest.raises(PromptError, match=r"a space before every text, and no way .* ' dax' .*add_prefix_space"):
         tokenize_prompt(prompt, tokenizer, allow_unk=True)
 
 
