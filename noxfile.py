@@ -1,7 +1,7 @@
 """All checks: ``pip install -c constraints.txt nox && nox``. Every session installs what it needs.
 
-Not among the defaults: ``nox -s tutorials`` executes the notebooks alone; ``nox -s newest`` runs the suite on whatever is
-newest, without constraints.
+Not among the defaults: ``nox -s tutorials`` executes the notebooks alone; ``nox -s newest`` runs the suite on whatever
+is newest, without constraints.
 """
 
 import zipfile
@@ -61,7 +61,7 @@ def docs(session: nox.Session) -> None:
 def package(session: nox.Session) -> None:
     """Wheel and sdist: the sdist builds the same wheel, and the wheel alone runs the demo."""
     session.install("-c", CONSTRAINTS["3.9"], "build")
-    here, tmp = Path.cwd(), Path(session.create_tmp())
+    here, tmp = Path.cwd(), Path(session.create_tmp()).absolute()
     for folder, what in (("tree", ["--wheel"]), ("sdist", [])):  # without options: an sdist, and a wheel from it
         session.run("python", "-m", "build", *what, "--outdir", str(tmp / folder), str(here), silent=True)
     wheel, twin = (next((tmp / folder).glob("*.whl")) for folder in ("tree", "sdist"))

@@ -17,7 +17,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "metaopt_lens"
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
-PAGES = {"theory.md": "Theory", "results.md": "Results"}
+FIRST = ("theory.md", "results.md")
 MODULES = (
     "prompts",
     "prompts.tasks",
@@ -35,12 +35,18 @@ MODULES = (
 
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#|mailto:)([^)\s]+)\)")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+_FENCE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
+_LIST = re.compile(r"^(?!\s*(?:[-*]|\d+\.)\s|\s{2,}|$)(.*)\n(?=(?:[-*]|\d+\.)\s)", re.MULTILINE)
 _STYLE = re.compile(r"<style.*?</style>", re.DOTALL)
 
 
 def on_config(config: MkDocsConfig) -> None:
     """The navigation, of what there is."""
-    pages = [{title: name} for name, title in PAGES.items() if (ROOT / "docs" / name).is_file()]
+    found = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+    pages = [
+        *(name for name in FIRST if name in found),
+        *(name for name in found if name not in FIRST),
+    ]
     tutorials = [{_title(path): f"tutorials/{path.stem}.md"} for path in NOTEBOOKS]
     api: list[Any] = ["api/index.md", *({f"metaopt_lens.{m}": f"api/{m}.md"} for m in MODULES)]
     config.nav = [{"Home": "index.md"}, *pages, {"Tutorials": tutorials}, {"API": api}]
@@ -63,6 +69,13 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
     add("api/index.md", _api("metaopt_lens", _top_level_names()))
     for module in MODULES:
         add(f"api/{module}.md", _api(f"metaopt_lens.{module}", _exported_names(module)))
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """An empty line before every list: Python-Markdown needs it, CommonMark (GitHub, Jupyter) does not."""
+    parts = _FENCE.split(markdown)
+    parts[::2] = [_LIST.sub(r"\1\n\n", text) for text in parts[::2]]
+    return "".join(parts)
 
 
 def on_page_content(content: str, **_: Any) -> str:
@@ -104,8 +117,7 @@ def _notebook(path: Path) -> tuple[str, dict[str, bytes]]:
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            # Python-Markdown wants an empty line before a list.
-            parts.append(re.sub(r"(?m)^(?!\s*(?:[-*]|\d+\.)\s|\s{2,}|$)(.*)\n(?=(?:[-*]|\d+\.)\s)", r"\1\n\n", source))
+            parts.append(source)
             continue
         parts.append(f"```python\n{source}\n```")
         for output in cell["outputs"]:
