@@ -8,6 +8,7 @@ from metaopt_lens.viz._comparison import depth_profile as depth_profile
 from metaopt_lens.viz._comparison import frame_text as frame_text
 from metaopt_lens.viz._comparison_page import write_comparison_outputs as write_comparison_outputs
 from metaopt_lens.viz._comparison_page import write_comparison_page as write_comparison_page
+from metaopt_lens.viz._effects import effects_map as effects_map
 from metaopt_lens.viz._heads import choose_heads as choose_heads
 from metaopt_lens.viz._maps import head_map as head_map
 from metaopt_lens.viz._output import write_outputs as write_outputs

@@ -19,6 +19,7 @@ from metaopt_lens.experiments import ExperimentResult, published_numbers
 from metaopt_lens.viz._assets import page
 from metaopt_lens.viz._comparison import comparison_map
 from metaopt_lens.viz._comparison_page import maps_sections, predictions_section, summary_section
+from metaopt_lens.viz._effects import heat_map
 from metaopt_lens.viz._html import facts, figure, section, sortable_table
 from metaopt_lens.viz._views import attention_view, token_view
 
@@ -161,17 +162,7 @@ def _attribution(run: ExperimentResult, prefix: str) -> str:
     for number, (metric, group) in enumerate(table.groupby("metric", sort=False)):
         grid = group.pivot(index="layer", columns="head", values="exact")
         bound = max(float(grid.abs().to_numpy().max()), 1e-9)
-        plot = go.Figure(
-            go.Heatmap(
-                z=grid.to_numpy().tolist(),
-                zmin=-bound,
-                zmax=bound,
-                colorscale="RdBu",
-                xgap=1,
-                ygap=1,
-                colorbar={"thickness": 10, "outlinewidth": 0},
-            )
-        )
+        plot = go.Figure(heat_map(grid.to_numpy().tolist(), bound))
         plot.update_layout(height=min(max(130 + 26 * len(grid), 220), 720), margin={"l": 44, "r": 10, "t": 20, "b": 40})
         plot.update_xaxes(title="head", dtick=1)
         plot.update_yaxes(title="layer", autorange="reversed", dtick=1)

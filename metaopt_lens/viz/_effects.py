@@ -1,0 +1,51 @@
+"""Pictures of what every head's meta-gradient does to the answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from metaopt_lens.interventions import HeadEffects
+
+
+def effects_map(effects: HeadEffects) -> go.Figure:
+    """Layer x head maps of exact effects and first-order estimates, and how many heads make the gain."""
+    titles = ("exact knock-out", "first-order estimate", "gain recovered by heads in rank order")
+    figure = make_subplots(rows=1, cols=3, subplot_titles=titles, horizontal_spacing=0.07)
+    estimate = effects.first_order.mean(0)
+    bound = max(float(effects.map.abs().max()), float(estimate.abs().max()), 1e-9)
+    for column, grid in ((1, effects.map), (2, estimate)):
+        figure.add_trace(heat_map(grid.tolist(), bound, showscale=False), row=1, col=column)
+    gain = float(effects.gain.mean())
+    if gain:
+        recovered = ((effects.added.mean(0) - effects.added[:, 0].mean()) / gain).tolist()
+        curve = go.Scatter(x=list(range(len(recovered))), y=recovered, mode="lines+markers", showlegend=False)
+        figure.add_trace(curve, row=1, col=3)
+        figure.add_hline(y=0.9, line={"dash": "dot", "color": "#7f8c8d"}, row=1, col=3)
+    for column in (1, 2):
+        figure.update_xaxes(title="head", dtick=max(1, effects.model.n_heads // 12), row=1, col=column)
+        figure.update_yaxes(autorange="reversed", dtick=max(1, effects.model.n_layers // 12), row=1, col=column)
+    figure.update_yaxes(title="layer", row=1, col=1)
+    figure.update_xaxes(title="heads", row=1, col=3)
+    figure.update_layout(
+        title=f"Effect of the meta-gradient on the {effects.metric.replace('_', ' ')}",
+        height=min(max(160 + 26 * effects.model.n_layers, 300), 720),
+    )
+    return figure
+
+
+def heat_map(grid: list[list[float]], bound: float, *, showscale: bool = True) -> Any:
+    """A signed layer x head map on a scale that is symmetric about 0."""
+    return go.Heatmap(
+        z=grid,
+        zmin=-bound,
+        zmax=bound,
+        colorscale="RdBu",
+        xgap=1,
+        ygap=1,
+        showscale=showscale,
+        colorbar={"thickness": 10, "outlinewidth": 0},
+        hovertemplate="L%{y}H%{x}<br>%{z:.4g}<extra></extra>",
+    )

@@ -1,0 +1,109 @@
+"""Pictures and pages of comparisons, effects and reports hold the numbers they are made from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from metaopt_lens.analysis import Comparison, findings, headline
+from metaopt_lens.experiments import compare_prompts, episode_prompts
+from metaopt_lens.interventions import head_effects
+from metaopt_lens.models.tiny import load_tiny, sample_episodes
+from metaopt_lens.viz import (
+    comparison_data,
+    comparison_map,
+    comparison_text,
+    depth_profile,
+    effects_map,
+    write_comparison_outputs,
+)
+
+
+@pytest.fixture(scope="module")
+def comparison() -> Comparison:
+    episode = sample_episodes(n=1, n_demos=8, n_categories=2)[0]
+    found = compare_prompts(load_tiny(), episode_prompts(episode)[:5], lr=0.02, progress=False, n_null_draws=3)
+    return found.comparison
+
+
+def test_map_shows_value_null_and_excess(comparison: Comparison) -> None:
+    figure = comparison_map(comparison, "z total")
+    statistic = comparison["z total"]
+    value = statistic.values.nanmean(0).numpy()
+    null = statistic.nulls["shuffled"].nanmean(0).numpy()
+    for trace, grid in zip(figure.data, (value, null, value - null), strict=True):
+        np.testing.assert_allclose(np.array(trace.z, dtype=float), grid, atol=1e-6)
+    assert len({(trace.zmin, trace.zmax) for trace in figure.data}) == 1  # a null as large must look as large
+
+
+def test_curves_show_every_null(comparison: Comparison) -> None:
+    figure = comparison_map(comparison, "SimAOU")
+    names = [trace.name for trace in figure.data]
+    assert names[:2] == ["95 % interval", "value"]
+    assert {f"{null} null" for null in comparison["SimAOU"].nulls} <= set(names)
+    expected = comparison["SimAOU"].values.nanmean((0, 2)).numpy()
+    np.testing.assert_allclose(np.array(figure.data[1].y), expected, atol=1e-6)
+    assert "by depth" in str(depth_profile(comparison, "z total").layout.title.text)
+
+
+def test_terminal_table_fits_eighty_columns(comparison: Comparison) -> None:
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115 - closed below
+    console.print(comparison_text(comparison))
+    console.file.close()
+    text = console.export_text()
+    assert "…" not in text
+    assert "z total, position-matched" in text
+
+
+def test_outputs_are_complete(comparison: Comparison, tmp_path: Path) -> None:
+    written = write_comparison_outputs(comparison, tmp_path)
+    data = json.loads(written["data"].read_text(encoding="utf-8"))
+    assert data["rec2ftp"].keys() == {"value", "base_rate", "undefined"}
+    assert {row["statistic"] for row in data["summary"]} == {s.name for s in comparison.statistics}
+    html = written["page"].read_text(encoding="utf-8")
+    assert "Content-Security-Policy" in html
+    assert html.count("ml-map-0") >= 1
+    json.dumps(comparison_data(comparison), allow_nan=False)
+
+
+def test_findings_follow_their_intervals(comparison: Comparison) -> None:
+    answers = findings(comparison)
+    for finding in answers:
+        expected = "yes" if finding.low > 0 else "no" if finding.high < 0 else "unclear"
+        assert finding.answer == expected
+        assert f"{finding.estimate:+.3f}" in finding.sentence
+    questions = [f.question for f in answers]
+    assert "Does the model learn in context?" in questions
+    assert "Is it more than any finetuning of this size would give?" in questions
+    assert headline(answers).endswith(".")
+
+
+def test_headline_is_no_stronger_than_the_findings(comparison: Comparison) -> None:
+    import dataclasses
+
+    answers = findings(comparison)
+    same_way = "Do the in-context and the finetuning update point the same way?"
+
+    def with_answers(direction: str, controls: str) -> str:
+        changed = tuple(
+            dataclasses.replace(f, answer=direction if f.question == same_way else controls) for f in answers
+        )
+        return headline(changed)
+
+    assert "does not prove" in with_answers("yes", "yes")
+    assert "no evidence" in with_answers("yes", "unclear")
+    assert "No common direction" in with_answers("unclear", "yes")
+    assert "opposite" in with_answers("no", "yes")
+
+
+def test_effects_map_shows_exact_and_estimated_effects() -> None:
+    episode = sample_episodes(n=1, n_demos=6, n_categories=2)[0]
+    effects = head_effects(load_tiny(), episode_prompts(episode)[:2], metric="logit_difference")
+    figure = effects_map(effects)
+    np.testing.assert_allclose(np.array(figure.data[0].z), effects.map.numpy(), atol=1e-6)
+    np.testing.assert_allclose(np.array(figure.data[1].z), effects.first_order.mean(0).numpy(), atol=1e-6)
+    assert figure.data[2].y[-1] == pytest.approx(1.0, abs=1e-4)  # all heads together make the whole gain
