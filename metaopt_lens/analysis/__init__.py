@@ -27,6 +27,10 @@ from metaopt_lens.analysis._recall import Rec2FTP as Rec2FTP
 from metaopt_lens.analysis._recall import TopKRecall as TopKRecall
 from metaopt_lens.analysis._recall import rec2ftp as rec2ftp
 from metaopt_lens.analysis._recall import topk_recall as topk_recall
+from metaopt_lens.analysis._record import SetRecord as SetRecord
+from metaopt_lens.analysis._record import record_set as record_set
+from metaopt_lens.analysis._set_statistics import demonstration_queries as demonstration_queries
+from metaopt_lens.analysis._set_statistics import usable_factors as usable_factors
 from metaopt_lens.analysis._similarity import SimAM as SimAM
 from metaopt_lens.analysis._similarity import SimAOU as SimAOU
 from metaopt_lens.analysis._similarity import cosine as cosine

@@ -8,6 +8,7 @@ from metaopt_lens.experiments._prompt_comparison import PromptComparison as Prom
 from metaopt_lens.experiments._prompt_comparison import compare_prompts as compare_prompts
 from metaopt_lens.experiments._prompt_comparison import episode_prompts as episode_prompts
 from metaopt_lens.experiments._published import published_numbers as published_numbers
+from metaopt_lens.experiments._record_run import write_run_records as write_run_records
 from metaopt_lens.experiments._records import DemoRecord as DemoRecord
 from metaopt_lens.experiments._records import QueryRecord as QueryRecord
 from metaopt_lens.experiments._records import read_demos as read_demos

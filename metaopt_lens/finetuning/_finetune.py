@@ -13,7 +13,7 @@ from metaopt_lens._errors import ModelMismatchError, NonFiniteError, OptionError
 from metaopt_lens.finetuning._examples import TrainingExample, text_examples, training_examples
 from metaopt_lens.finetuning._losses import layer_causal_losses, ordinary_loss
 from metaopt_lens.finetuning._settings import FinetuneSettings, Loss, Order, Projection, Readout
-from metaopt_lens.finetuning._update import StepFactors, WeightUpdate
+from metaopt_lens.finetuning._update import StepFactors, WeightUpdate, change_hooks
 from metaopt_lens.models import AttentionModel, Hook, wrap
 from metaopt_lens.prompts import Demo, ICLPrompt, Template
 
@@ -82,9 +82,9 @@ def finetune(
     require_raw_weights(wrapped, allow_processed=allow_processed)
     examples = _examples(wrapped, demos, template=template, loss=loss, prepend_bos=prepend_bos)
     schedule = list(_schedule(len(examples), settings))
-    parameters = _parameters(wrapped, settings)
-    update = WeightUpdate(wrapped.info, **parameters)
-    stepper = optimizer(list(parameters.values()), lr=settings.lr, **settings.optimizer_options)
+    leaves = _leaves(wrapped, settings)
+    parameters = [leaf for tensors in leaves.values() for leaf in tensors]
+    stepper = optimizer(parameters, lr=settings.lr, **settings.optimizer_options)
     if any(group.get("weight_decay") for group in stepper.param_groups):
         raise OptionError(
             f"{settings.optimizer} has weight decay, which would pull the change of the weights towards 0, not the "
@@ -95,7 +95,7 @@ def finetune(
     for step, indices in enumerate(tqdm(schedule, desc="finetuning", unit="step", disable=None if progress else True)):
         batch = [examples[i] for i in indices]
         recorder = _Recorder(wrapped, settings.projections) if keep_factors else None
-        value = _loss(wrapped, batch, update, settings, recorder)
+        value = _loss(wrapped, batch, leaves, settings, recorder)
         losses.append(float(value.detach()))
         if not torch.isfinite(value):
             raise NonFiniteError(
@@ -103,15 +103,17 @@ def finetune(
                 "learning rate. The model is unchanged."
             )
         signals = [] if recorder is None else recorder.changed()
-        gradients = torch.autograd.grad(value, [*parameters.values(), *signals])
+        gradients = torch.autograd.grad(value, [*parameters, *signals])
         if recorder is not None:
             factors.append(recorder.factors(gradients[len(parameters) :], batch))
-        for parameter, gradient in zip(parameters.values(), gradients, strict=False):
+        for parameter, gradient in zip(parameters, gradients, strict=False):
             parameter.grad = gradient
         stepper.step()
         stepper.zero_grad()
-    final = {name: parameter.detach() for name, parameter in parameters.items()}
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in final.values()):
+    final: dict[str, Any] = {
+        name: torch.stack([_heads_first(name, leaf.detach()) for leaf in tensors]) for name, tensors in leaves.items()
+    }
+    if not all(_is_finite(tensor) for tensor in final.values()):
         raise NonFiniteError(
             f"the update became NaN or infinite by step {len(schedule) - 1} of {len(schedule)} (lr {settings.lr:g}): "
             "try a smaller learning rate. The model is unchanged."
@@ -163,39 +165,53 @@ def _schedule(n_examples: int, settings: FinetuneSettings) -> Iterator[list[int]
             yield order[start : start + size]
 
 
-def _parameters(model: AttentionModel, settings: FinetuneSettings) -> dict[str, Any]:
-    """Zero updates of the projections' shapes, as leaves that ask for gradients."""
+def _leaves(model: AttentionModel, settings: FinetuneSettings) -> dict[str, list[Tensor]]:
+    """Zero changes of every layer that ask for gradients.
+
+    A tensor for each layer, so that no gradient of another size is made; weights of q, k and v as
+    ``[d_model, head, d_head]``, the matrices that x is multiplied with, uncopied.
+    """
     info = model.info
     dtype = getattr(torch, info.dtype)
     dtype = torch.float32 if dtype in {torch.float16, torch.bfloat16} else dtype
-    layers = range(info.n_layers)
-    parameters: dict[str, Any] = {}
+    leaves: dict[str, list[Tensor]] = {}
 
-    def leaf(*shape: int) -> Tensor:
-        return torch.zeros(info.n_layers, *shape, dtype=dtype, device=model.device, requires_grad=True)
+    def zeros(*shape: int) -> list[Tensor]:
+        options: dict[str, Any] = {"dtype": dtype, "device": model.device, "requires_grad": True}
+        return [torch.zeros(shape, **options) for _ in range(info.n_layers)]
 
     for projection in settings.projections:
         heads = info.n_kv_heads if projection in "kv" else info.n_heads
         is_out = projection == "o"
-        parameters[f"w_{projection}"] = (
-            leaf(heads, info.d_head, info.d_model) if is_out else leaf(heads, info.d_model, info.d_head)
+        leaves[f"w_{projection}"] = (
+            zeros(heads, info.d_head, info.d_model) if is_out else zeros(info.d_model, heads, info.d_head)
         )
-        with_bias = {model.has_bias(projection, layer) for layer in layers}
-        if settings.bias and with_bias == {True}:
-            parameters[f"b_{projection}"] = leaf(info.d_model) if is_out else leaf(heads, info.d_head)
-    return parameters
+        if settings.bias and all(model.has_bias(projection, layer) for layer in range(info.n_layers)):
+            leaves[f"b_{projection}"] = zeros(info.d_model) if is_out else zeros(heads, info.d_head)
+    return leaves
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """A finite sum has no NaN or infinity in it and is quick to make; an infinite one may be an overflow."""
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
+def _heads_first(name: str, leaf: Tensor) -> Tensor:
+    """From the layout of `_leaves` to that of `WeightUpdate`."""
+    return leaf.transpose(0, 1) if name in {"w_q", "w_k", "w_v"} else leaf
 
 
 def _loss(
     model: AttentionModel,
     batch: list[TrainingExample],
-    update: WeightUpdate,
+    leaves: dict[str, list[Tensor]],
     settings: FinetuneSettings,
     recorder: _Recorder | None,
 ) -> Tensor:
     hooks: list[Hook] = []
     for layer in range(model.info.n_layers):
-        hooks += update.layer_hooks(model, layer, seen=None if recorder is None else recorder.layer(layer))
+        changes = {name: _heads_first(name, tensors[layer]) for name, tensors in leaves.items()}
+        hooks += change_hooks(model, layer, changes, seen=None if recorder is None else recorder.layer(layer))
         if recorder is not None:
             hooks += recorder.query_hooks(layer)
     if settings.layer_causal:

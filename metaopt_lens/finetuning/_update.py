@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,55 +166,12 @@ class WeightUpdate:
         model: AttentionModel,
         layer: int,
         *,
-        seen: Callable[[str, Tensor], None] | None = None,
         rows: slice = slice(None),
         projections: Sequence[str] = PROJECTIONS,
     ) -> list[Hook]:
-        """Hooks of one layer.
-
-        Args:
-            seen: is handed ``"x"`` and every changed ``"q"``, ``"k"``, ``"v"``.
-            rows: change these sequences of the batch only.
-            projections: change these projections only.
-        """
-        state: dict[str, Tensor] = {}
-
-        def keep(name: str) -> Callable[[Tensor], None]:
-            def store(tensor: Tensor) -> None:
-                state[name] = tensor
-                if seen is not None and name == "x":
-                    seen("x", tensor)
-
-            return store
-
-        def add(projection: str) -> Callable[[Tensor], Tensor]:
-            weight, bias = getattr(self, f"w_{projection}"), getattr(self, f"b_{projection}")
-
-            def change(tensor: Tensor) -> Tensor:
-                source = state["z" if projection == "o" else "x"][rows]
-                axes = "bphd,hdm->bpm" if projection == "o" else "bpm,hmd->bphd"
-                delta = torch.einsum(axes, source.to(weight.dtype), weight[layer].to(source.device))
-                if bias is not None:
-                    delta = delta + bias[layer].to(delta)
-                start, stop, _ = rows.indices(len(tensor))
-                changed = tensor[start:stop] + delta.to(tensor.dtype)
-                if len(changed) < len(tensor):
-                    changed = torch.cat([tensor[:start], changed, tensor[stop:]])
-                if seen is not None:
-                    seen(projection, changed)
-                return changed
-
-            return change
-
-        hooks: list[Hook] = []
-        chosen = [p for p in projections if getattr(self, f"w_{p}") is not None]
-        inner = [p for p in chosen if p != "o"]
-        if inner or seen is not None:
-            hooks.append(model.attention_input_hook(layer, keep("x")))
-        hooks += [(model.hook_name(p, layer), add(p)) for p in inner]
-        if "o" in chosen:
-            hooks += [(model.hook_name("z", layer), Late(keep("z"))), (model.hook_name("attn_out", layer), add("o"))]
-        return hooks
+        """Hooks of one layer; see `change_hooks`."""
+        chosen = {name: t[layer] for name, t in self.tensors().items() if name[-1] in projections}
+        return change_hooks(model, layer, chosen, rows=rows)
 
     @contextmanager
     def applied(self, model: Any) -> Iterator[Any]:
@@ -297,3 +254,60 @@ class WeightUpdate:
             if self.losses:
                 made += f", loss {self.losses[0]:.4g} -> {self.losses[-1]:.4g}"
         return f"WeightUpdate of {self.model.name} ({projections}; norm {self.norm():.4g}{made})"
+
+
+def change_hooks(
+    model: AttentionModel,
+    layer: int,
+    tensors: Mapping[str, Tensor],
+    *,
+    rows: slice = slice(None),
+    seen: Callable[[str, Tensor], None] | None = None,
+) -> list[Hook]:
+    """Hooks that add ``x w + b`` to a layer's q, k and v before QK-norm and rotary, and ``z w_o + b_o`` to its output.
+
+    Args:
+        tensors: the layer's changes by field name of `WeightUpdate`.
+        rows: change these sequences of the batch only.
+        seen: is handed ``"x"`` and every changed ``"q"``, ``"k"``, ``"v"``.
+    """
+    state: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[Tensor], None]:
+        def store(tensor: Tensor) -> None:
+            state[name] = tensor
+            if seen is not None and name == "x":
+                seen("x", tensor)
+
+        return store
+
+    def add(projection: str) -> Callable[[Tensor], Tensor]:
+        weight, bias = tensors[f"w_{projection}"], tensors.get(f"b_{projection}")
+
+        def change(tensor: Tensor) -> Tensor:
+            is_out = projection == "o"
+            source = state["z"][rows].flatten(2) if is_out else state["x"][rows]
+            matrix = weight.flatten(0, 1) if is_out else weight.transpose(0, 1).flatten(1)
+            delta = source.to(weight.dtype) @ matrix.to(source.device)
+            delta = delta if is_out else delta.view(*delta.shape[:2], weight.shape[0], weight.shape[2])
+            if bias is not None:
+                delta = delta + bias.to(delta)
+            start, stop, _ = rows.indices(len(tensor))
+            changed = tensor[start:stop] + delta.to(tensor.dtype)
+            if len(changed) < len(tensor):
+                changed = torch.cat([tensor[:start], changed, tensor[stop:]])
+            if seen is not None:
+                seen(projection, changed)
+            return changed
+
+        return change
+
+    hooks: list[Hook] = []
+    chosen = [p for p in PROJECTIONS if f"w_{p}" in tensors]
+    inner = [p for p in chosen if p != "o"]
+    if inner or seen is not None:
+        hooks.append(model.attention_input_hook(layer, keep("x")))
+    hooks += [(model.hook_name(p, layer), add(p)) for p in inner]
+    if "o" in chosen:
+        hooks += [(model.hook_name("z", layer), Late(keep("z"))), (model.hook_name("attn_out", layer), add("o"))]
+    return hooks

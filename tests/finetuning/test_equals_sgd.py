@@ -29,6 +29,8 @@ KINDS = [
     *(["hooked:learned", "hooked:rotary"] if "hooked:learned" in HOST_NAMES else []),
 ]
 
+QKV = {"w_q", "w_k", "w_v"}  # the optimiser holds them as [d_model, head, d_head], layer by layer
+
 Changes = dict[tuple[str, str], Tensor]
 
 
@@ -118,7 +120,8 @@ def compare_steps(
         assert {n[0] for n in names} == {"w"}
         expected = [{key: t for key, t in change.items() if key[1] == "w"} for change in expected]
     for change, logits, tensors in zip(expected, expected_logits, steps, strict=True):
-        found = dict(zip(names, tensors, strict=True))
+        stacked = [torch.stack(tensors[i : i + own.n_layers]) for i in range(0, len(tensors), own.n_layers)]
+        found = {n: t.transpose(1, 2) if n in QKV else t for n, t in zip(names, stacked, strict=True)}
         assert misses(found, change, projections) <= tolerance
         with torch.no_grad(), WeightUpdate(update.model, **found).applied(model):
             torch.testing.assert_close(model(torch.tensor([QUERY]))[0], logits, rtol=0, atol=tolerance)
