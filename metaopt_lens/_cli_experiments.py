@@ -79,6 +79,7 @@ def run(
     device: Annotated[str | None, typer.Option(help="Where to run, such as cpu or cuda.")] = None,
     n_devices: Annotated[int | None, typer.Option(help="Spread the model over this many devices.")] = None,
     device_map: Annotated[str | None, typer.Option(help="Such as auto: passed to TransformerLens.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch (default: its choice; 1 if small).")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences run together (default 16).")] = None,
     save_updates: Annotated[
         bool | None, typer.Option("--save-updates/--no-save-updates", help="Store the weight updates as well.")
@@ -104,6 +105,7 @@ def run(
         "device": device,
         "n_devices": n_devices,
         "device_map": device_map,
+        "threads": threads,
         "batch_size": batch_size,
         "save_updates": save_updates,
     }

@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -48,6 +49,7 @@ _SHARES = {
     "tables": 2,
 }  # of the work, roughly, for the time left
 _COMPARISON_SHARE = 8
+_SMALL_MODEL = 10_000_000  # parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +158,11 @@ class _Run:
         if not todo:
             return result
         self._check_before_any_run([p.seed for p in todo if p.stage == "prompts" and p.seed is not None])
+        with self._threads():
+            self._make(todo, result, progress=progress)
+        return result
+
+    def _make(self, todo: list[_Piece], result: ExperimentResult, *, progress: bool) -> None:
         self._start_log()
         bar = tqdm(
             total=sum(p.share for p in todo),
@@ -174,7 +181,16 @@ class _Run:
                 self.store.write(piece.name, save)
                 self._add_to_log(piece, time.monotonic() - started)
         self._end_log()
-        return result
+
+    @contextmanager
+    def _threads(self) -> Iterator[None]:
+        before = torch.get_num_threads()
+        small = sum(p.numel() for p in self.model.host.parameters()) < _SMALL_MODEL
+        torch.set_num_threads(self.config.threads or (1 if small else before))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def _plan(self, seeds: Sequence[int]) -> list[_Piece]:
         """All pieces, in the order in which they need each other."""

@@ -32,6 +32,7 @@ _SMALLEST = {
     "attribution_queries": 1,
     "batch_size": 1,
     "n_devices": 1,
+    "threads": 1,
 }
 _ALLOWED: dict[str, tuple[str, ...]] = {
     "variant": ("published", "one-line"),
@@ -74,6 +75,7 @@ class RunConfig:
         allow_processed: accept a model with folded norms or biases.
         data: local file or folder with the task's rows; None for the hub.
         device, n_devices, device_map: where the model runs; passed to TransformerLens.
+        threads: of torch; None for its own choice, but one for models so small that threads only wait for each other.
     """
 
     model: str
@@ -108,6 +110,7 @@ class RunConfig:
     device: str | None = field(default=None, metadata=_PLACE)
     n_devices: int | None = field(default=None, metadata=_PLACE)
     device_map: str | None = field(default=None, metadata=_PLACE)
+    threads: int | None = field(default=None, metadata=_PLACE)
 
     def __post_init__(self) -> None:
         _check({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
