@@ -99,7 +99,8 @@ def _all_positions(values: Tensor, eta: float | Tensor, state: Tensor | None, va
     batch = x.shape[:-3]
     flat = x.reshape(batch.numel(), *x.shape[-3:])
     start = None if state is None else at_least_float32(state).to(flat).reshape(batch.numel(), *x.shape[-2:])
-    averages = _scan(flat * rates[:, None], rates, start)
+    with torch.autocast(x.device.type, enabled=False):
+        averages = _scan(flat * rates[:, None], rates, start)
     averages = averages.reshape(*batch, *averages.shape[1:])
     if count is not None:
         averages = averages.gather(-3, count[..., None, None].expand(averages.shape))

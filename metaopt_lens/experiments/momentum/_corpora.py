@@ -1,0 +1,246 @@
+"""Corpora: every batch is a function of seed and step alone, so that a resumed run sees the same ones."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import random
+import sysconfig
+import warnings
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from metaopt_lens._errors import FileFormatError, OptionError, PromptError
+from metaopt_lens.experiments.momentum._config import DataSettings, TrainingConfig
+from metaopt_lens.models.tiny._load import DATA
+from metaopt_lens.models.tiny._sampling import sample_stream
+from metaopt_lens.models.tiny._vocabulary import BOS, ID_OF, WORDS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BYTE_BOS = 256
+_TEXT_FILES = {".txt", ".md", ".rst", ".py"}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences to learn from; ``weights[:, t]`` is that of the loss on predicting ``tokens[:, t + 1]``."""
+
+    tokens: Int[Tensor, "batch pos"]
+    weights: Float[Tensor, "batch target"]
+
+
+class Corpus(ABC):
+    """Tokens to train and to validate on."""
+
+    n_vocab: int
+    tokenizer: PreTrainedTokenizerBase | None
+    fingerprint: str
+    """SHA-256 of the tokens, or of what makes them."""
+
+    @abstractmethod
+    def batch(self, seed: int, step: int) -> Batch:
+        """The training batch of a step."""
+
+    @abstractmethod
+    def windows(self, length: int, n_tokens: int) -> Int[Tensor, "window pos"]:
+        """Validation sequences of `length` tokens, about `n_tokens` in all; the same ones every time."""
+
+
+def load_corpus(config: TrainingConfig) -> Corpus:
+    """The corpus of a configuration.
+
+    Raises:
+        FileFormatError: a text that is missing or cannot be read.
+        PromptError: a text shorter than one context.
+    """
+    d, n_ctx, batch = config.data, config.model.n_ctx, config.optimizer.batch
+    if d.source == "synthetic":
+        return SyntheticCorpus(d, batch=batch, steps=config.optimizer.steps)
+    documents = {"python": _python_documents, "text": _text_documents, "datasets": _dataset_documents}[d.source](d)
+    tokenizer = None if d.tokenizer is None else _tokenizer(d.tokenizer)
+    return TextCorpus(documents, d, tokenizer=tokenizer, n_ctx=n_ctx, batch=batch)
+
+
+def word_tokenizer() -> PreTrainedTokenizerBase:
+    """The bundled model's, read from its folder: a bridge takes no other kind."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(str(DATA), local_files_only=True)
+
+
+class SyntheticCorpus(Corpus):
+    """The bundled model's in-context tasks: every sequence binds labels to categories anew.
+
+    Learned is what the sequence determines, labels whose category occurred before, and the rest of the text with a
+    tenth of the weight. A first label cannot be known and has none.
+    """
+
+    def __init__(self, data: DataSettings, *, batch: int, steps: int) -> None:
+        self._data, self._batch, self._steps = data, batch, steps
+        self.n_vocab = len(WORDS)
+        self.tokenizer = word_tokenizer()
+        self.fingerprint = hashlib.sha256(repr((WORDS, data.n_items, data.n_categories)).encode()).hexdigest()
+
+    def _row(self, rng: random.Random, n_items: int, n_nouns: int) -> tuple[list[int], list[float]]:
+        low, high = self._data.n_categories
+        stream = sample_stream(rng, n_items=n_items, n_categories=rng.randint(low, high), n_nouns=n_nouns)
+        ids, weights, seen = [BOS], list[float](), set[str]()
+        for noun, label in stream:
+            ids += [ID_OF[noun], ID_OF[":"], ID_OF[label], ID_OF["\n"]]
+            weights += [0.1, 0.1, 1.0 if label in seen else 0.0, 0.1]
+            seen.add(label)
+        return ids, weights
+
+    def batch(self, seed: int, step: int) -> Batch:
+        rng = random.Random(f"train {seed} {step}")
+        start, stop = self._data.curriculum
+        progress = (step / self._steps - start) / max(stop - start, 1e-9)
+        n_nouns = 1 + round(11 * min(max(progress, 0.0), 1.0))
+        n_items = rng.randint(*self._data.n_items)
+        rows = [self._row(rng, n_items, n_nouns) for _ in range(self._batch)]
+        return Batch(torch.tensor([ids for ids, _ in rows]), torch.tensor([w for _, w in rows]))
+
+    def windows(self, length: int, n_tokens: int) -> Tensor:
+        rng = random.Random("validation")
+        n_items = -(-(length - 1) // 4)
+        rows = [self._row(rng, n_items, 12)[0][:length] for _ in range(max(1, n_tokens // length))]
+        return torch.tensor(rows)
+
+
+class TextCorpus(Corpus):
+    """Documents, some kept for validation, joined with a separator token; training windows begin anywhere."""
+
+    def __init__(
+        self,
+        documents: Sequence[tuple[str, str]],
+        data: DataSettings,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None,
+        n_ctx: int,
+        batch: int,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.n_vocab = _BYTE_BOS + 1 if tokenizer is None else len(tokenizer)
+        self._n_ctx, self._batch = n_ctx, batch
+        kept, held = list[list[int]](), list[list[int]]()
+        for name, text in documents:
+            # By the name's checksum, so that a document is always on the same side.
+            is_held = zlib.crc32(name.encode()) % 10_000 < 10_000 * data.validation
+            (held if is_held else kept).append(self._encode(text))
+        self._train, self._validation = _flat(kept), _flat(held)
+        for what, tokens in (("training", self._train), ("validation", self._validation)):
+            if len(tokens) < n_ctx + 1:
+                raise PromptError(
+                    f"the {what} part of the corpus has {len(tokens)} tokens, but one context needs {n_ctx + 1}: give "
+                    "more text, or a smaller model.n_ctx."
+                )
+        raw = torch.cat([self._train, self._validation]).numpy().tobytes()
+        self.fingerprint = hashlib.sha256(raw).hexdigest()
+
+    def _encode(self, text: str) -> list[int]:
+        if self.tokenizer is None:
+            return [_BYTE_BOS, *text.encode()]
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        separator = self.tokenizer.bos_token_id if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
+        return [*([] if separator is None else [separator]), *ids]
+
+    def __len__(self) -> int:
+        return len(self._train)
+
+    def batch(self, seed: int, step: int) -> Batch:
+        rng = random.Random(f"train {seed} {step}")
+        starts = [rng.randrange(len(self._train) - self._n_ctx + 1) for _ in range(self._batch)]
+        tokens = torch.stack([self._train[at : at + self._n_ctx] for at in starts]).long()
+        return Batch(tokens, torch.ones(self._batch, self._n_ctx - 1))
+
+    def windows(self, length: int, n_tokens: int) -> Tensor:
+        # All lengths look at the same stretch, spread over the whole validation text.
+        n = max(1, min(n_tokens, len(self._validation)) // length)
+        room = len(self._validation) - length
+        starts = [room * i // max(n - 1, 1) for i in range(n)]
+        return torch.stack([self._validation[at : at + length] for at in starts]).long()
+
+
+def _flat(documents: Sequence[Sequence[int]]) -> Int[Tensor, " token"]:
+    return torch.tensor([token for document in documents for token in document], dtype=torch.int32)
+
+
+def _paragraphs(text: str, name: str) -> list[tuple[str, str]]:
+    """One long text as many documents, of some 2000 characters each, broken at empty lines."""
+    parts, current, size = list[str](), list[str](), 0
+    for paragraph in text.split("\n\n"):
+        current.append(paragraph)
+        size += len(paragraph)
+        if size > 2000:
+            parts.append("\n\n".join(current))
+            current, size = [], 0
+    if current:
+        parts.append("\n\n".join(current))
+    return [(f"{name}:{i}", part) for i, part in enumerate(parts)]
+
+
+def _text_documents(data: DataSettings) -> list[tuple[str, str]]:
+    path = Path(str(data.path)).expanduser()
+    files = sorted(f for f in path.rglob("*") if f.suffix in _TEXT_FILES) if path.is_dir() else [path]
+    if not files:
+        raise FileFormatError(f"the folder {path} holds no text file ({', '.join(sorted(_TEXT_FILES))}).")
+    documents = []
+    for file in files:
+        try:
+            documents += _paragraphs(file.read_text(encoding="utf-8"), file.name)
+        except (OSError, UnicodeDecodeError) as error:
+            raise FileFormatError(f"the text {file} cannot be read ({error}).") from None
+    return documents
+
+
+def _python_documents(data: DataSettings) -> list[tuple[str, str]]:  # noqa: ARG001
+    """The standard library's docstrings: prose about code, found wherever Python is."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    documents = []
+    for file in sorted(root.rglob("*.py")):
+        if {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(file.relative_to(root).parts):
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # escapes in old sources
+                tree = ast.parse(file.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError, ValueError):
+            continue
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        texts = [text for node in ast.walk(tree) if isinstance(node, kinds) and (text := ast.get_docstring(node))]
+        if texts:
+            documents.append((str(file.relative_to(root)), "\n\n".join(texts) + "\n"))
+    return documents
+
+
+def _dataset_documents(data: DataSettings) -> list[tuple[str, str]]:
+    try:
+        import datasets
+    except ImportError:
+        raise OptionError(
+            "data.source 'datasets' needs the package datasets: pip install datasets, or give a text file."
+        ) from None
+    try:
+        rows: Any = datasets.load_dataset(str(data.name), data.subset, split=data.split)
+        return [(str(i), str(row[data.column])) for i, row in enumerate(rows)]
+    except (OSError, ValueError, KeyError, ConnectionError) as error:
+        raise FileFormatError(f"the dataset {data.name!r} cannot be read ({error}).") from None
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise FileFormatError(f"the tokenizer {name!r} cannot be loaded ({error}).") from None

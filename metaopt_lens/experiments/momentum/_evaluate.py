@@ -1,0 +1,103 @@
+"""What a trained model is worth: perplexity by context length, few-shot accuracy by number of demonstrations."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from metaopt_lens._errors import PromptError
+from metaopt_lens.experiments.momentum._build import LanguageModel
+from metaopt_lens.experiments.momentum._config import EvaluationSettings, TrainingConfig
+from metaopt_lens.experiments.momentum._corpora import Corpus, SyntheticCorpus
+from metaopt_lens.extraction import candidate_labels, predict_labels
+from metaopt_lens.models.tiny import accuracy, sample_episodes
+from metaopt_lens.prompts import load_prompts, tokenize_prompt
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Measured on held-out data.
+
+    Attributes:
+        perplexity: by length of the context. accuracy: by number of demonstrations, the answer taken among the prompt's
+            candidate labels; accuracy_of_all: among all label words (synthetic tasks).
+    """
+
+    perplexity: dict[int, float]
+    accuracy: dict[int, float]
+    accuracy_of_all: dict[int, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, keys as strings."""
+        return {name: {str(k): v for k, v in table.items()} for name, table in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, body: dict[str, Any]) -> Evaluation:
+        """The reverse of `to_dict`."""
+        return cls(**{name: {int(k): float(v) for k, v in table.items()} for name, table in body.items()})
+
+
+def evaluate(lm: LanguageModel, corpus: Corpus, config: TrainingConfig) -> Evaluation:
+    """Measure perplexities and accuracies, with the model's momentum on."""
+    settings = config.evaluation
+    training = lm.weights.training
+    lm.model.host.eval()
+    lm.weights.eval()
+    try:
+        with lm.with_momentum(), torch.inference_mode():
+            perplexity = {n: _perplexity(lm, corpus, n, settings.n_tokens) for n in settings.context_lengths}
+            chosen, among_all = _accuracies(lm, corpus, settings)
+    finally:
+        lm.weights.train(training)
+        lm.model.host.train(training)
+    return Evaluation(perplexity, chosen, among_all)
+
+
+def _perplexity(lm: LanguageModel, corpus: Corpus, length: int, n_tokens: int) -> float:
+    windows = corpus.windows(length, n_tokens)
+    size = max(1, 4096 // length)
+    total, count = 0.0, 0
+    for start in range(0, len(windows), size):
+        tokens = windows[start : start + size].to(lm.model.device)
+        log_probs = lm.logits(tokens)[:, :-1].float().log_softmax(-1)
+        nll = -log_probs.gather(-1, tokens[:, 1:, None])
+        total, count = total + float(nll.double().sum()), count + nll.numel()
+    return math.exp(total / count)
+
+
+def _accuracies(
+    lm: LanguageModel, corpus: Corpus, settings: EvaluationSettings
+) -> tuple[dict[int, float], dict[int, float]]:
+    if isinstance(corpus, SyntheticCorpus):
+        found = {n: _synthetic(lm, settings, n) for n in settings.demos}
+        return {n: f["candidates"] for n, f in found.items()}, {n: f["labels"] for n, f in found.items()}
+    if settings.prompts is None:
+        return {}, {}
+    return {n: _from_file(lm, settings.prompts, n, settings.n_episodes) for n in settings.demos}, {}
+
+
+def _synthetic(lm: LanguageModel, settings: EvaluationSettings, n_demos: int) -> dict[str, float]:
+    episodes = sample_episodes(
+        n=settings.n_episodes, n_demos=n_demos, n_categories=settings.categories, held_out=True, seed=1
+    )
+    return accuracy(lambda ids: lm.logits(ids.to(lm.model.device)).float().cpu(), episodes)
+
+
+def _from_file(lm: LanguageModel, path: str, n_demos: int, n_prompts: int) -> float:
+    right, seen = 0, 0
+    for prompt in load_prompts(path)[:n_prompts]:
+        if prompt.label is None:
+            raise PromptError(f"{path}: few-shot accuracy needs prompts with a label; {prompt.query!r} has none.")
+        if len(prompt.demos) < n_demos:
+            raise PromptError(
+                f"{path}: the prompt {prompt.query!r} has {len(prompt.demos)} demonstrations, not {n_demos}."
+            )
+        cut = dataclasses.replace(prompt, demos=prompt.demos[:n_demos], candidates=candidate_labels(prompt))
+        tokenized = tokenize_prompt(cut, lm.model.tokenizer, max_tokens=lm.model.info.n_ctx)
+        right += predict_labels(lm.model, cut, tokenized).in_context_answer == prompt.label
+        seen += 1
+    return right / seen

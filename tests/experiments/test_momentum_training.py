@@ -1,0 +1,452 @@
+"""Training small language models with momentum attention: resumable to the bit, and compared in pairs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hosts import requires_hooked
+from safetensors.torch import load_file
+
+from metaopt_lens import MetaoptLensError, intervene
+from metaopt_lens.experiments.momentum import (
+    SHIPPED,
+    MomentumComparison,
+    TrainedModel,
+    TrainingConfig,
+    build_model,
+    compare_momentum,
+    load_corpus,
+    load_trained,
+    train,
+)
+from metaopt_lens.experiments.momentum._compare import t_interval
+from metaopt_lens.experiments.momentum._train import learning_rate
+from metaopt_lens.interventions import MomentumAttention
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def small(**changes: Any) -> TrainingConfig:
+    config = TrainingConfig().replace(
+        checkpoint_every=4,
+        model={"n_layers": 2, "d_model": 16, "n_heads": 2, "d_mlp": 24, "n_ctx": 48},
+        data={"n_items": (6, 8), "n_categories": (2, 2)},
+        optimizer={"steps": 10, "batch": 4, "warmup": 2},
+        evaluation={"context_lengths": (9, 17), "n_tokens": 200, "demos": (0, 4), "n_episodes": 8},
+    )
+    return config.replace(**changes)
+
+
+def text(tmp_path: Path, **changes: Any) -> TrainingConfig:
+    file = tmp_path / "corpus.txt"
+    if not file.exists():
+        words = [f"word{i * i % 97} is {'even' if i % 2 else 'odd'}." for i in range(3000)]
+        file.write_text("\n\n".join(" ".join(words[i : i + 20]) for i in range(0, 3000, 20)), encoding="utf-8")
+    config = small(
+        data={"source": "text", "path": str(file), "validation": 0.3}, evaluation={"demos": (), "n_tokens": 400}
+    )
+    return config.replace(**changes)
+
+
+def newest(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(max(folder.glob("step-*.safetensors")))
+
+
+# ---- resuming ---------------------------------------------------------------------------------------------------
+
+KILLED = """
+    import os, signal, sys
+    import torch
+    from metaopt_lens.experiments.momentum import TrainingConfig, train
+
+    torch.set_num_threads(1)
+    config = TrainingConfig.from_dict(__import__("json").loads(sys.argv[1]))
+
+    def stop(step):
+        if step == int(sys.argv[3]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(config, sys.argv[2], progress=False, device="cpu", on_step=stop)
+"""
+
+
+def run_until_killed(config: TrainingConfig, folder: Path, step: int) -> None:
+    arguments = [json.dumps(config.to_dict()), str(folder), str(step)]
+    code = textwrap.dedent(KILLED)
+    ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+
+
+@pytest.fixture(scope="module")
+def _killed_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("killed")
+    run_until_killed(small(), folder, 5)
+    return folder
+
+
+@pytest.fixture
+def killed(_killed_once: Path, tmp_path: Path) -> Path:
+    """A run of `small` that was killed after step 5, its checkpoint made at step 4."""
+    return Path(shutil.copytree(_killed_once, tmp_path / "killed"))
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(learned: bool, tmp_path: Path) -> None:
+    config = small(momentum={"eta": 0.4, "learned": learned}, evaluation={"every": 5})
+    whole = train(config, tmp_path / "whole", progress=False, device="cpu")
+    run_until_killed(config, tmp_path / "killed", 6)  # the last checkpoint is that of step 4
+    assert not (tmp_path / "killed" / "result.json").exists()
+    assert [f.name for f in sorted((tmp_path / "killed").glob("step-*.json"))] == ["step-00000004.json"]
+    resumed = train(config, tmp_path / "killed", progress=False, device="cpu")
+    assert resumed.losses == whole.losses
+    assert resumed.evaluation == whole.evaluation
+    assert resumed.history == whole.history
+    assert resumed.eta == whole.eta
+    one, other = newest(tmp_path / "whole"), newest(tmp_path / "killed")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert any(name.startswith("optimizer/") for name in one)
+
+
+def test_killed_at_a_random_moment_leaves_something_to_resume_from(tmp_path: Path) -> None:
+    """The signal comes from outside, perhaps in the middle of writing a checkpoint."""
+    config = small(checkpoint_every=1, optimizer={"steps": 2000})
+    arguments = [json.dumps(config.to_dict()), str(tmp_path / "run"), "-1"]
+    child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(KILLED), *arguments], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while len(list((tmp_path / "run").glob("step-*.json"))) == 0 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.7)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    lm = load_trained(tmp_path / "run")
+    assert all(torch.isfinite(p).all() for p in lm.weights.parameters())
+
+
+def test_a_finished_run_is_read_and_not_made_again(tmp_path: Path) -> None:
+    first = train(small(), tmp_path, progress=False)
+    stamp = os.stat(tmp_path / "result.json").st_mtime_ns
+    assert train(small(), tmp_path, progress=False) == first == TrainedModel.load(tmp_path)
+    assert os.stat(tmp_path / "result.json").st_mtime_ns == stamp
+
+
+def test_resuming_with_another_configuration_names_the_fields(killed: Path) -> None:
+    other = small(seed=3, optimizer={"lr": 1e-4}, momentum={"eta": 0.9})
+    message = (
+        r"another configuration; seed: 0 there, 3 here; momentum.eta: 0.5 there, 0.9 here; "
+        r"optimizer.lr: 0.003 there, 0.0001 here\. Resume with the one it was made with"
+    )
+    with pytest.raises(MetaoptLensError, match=message):
+        train(other, killed, progress=False)
+    train(small(), killed, progress=False)
+    with pytest.raises(MetaoptLensError, match=r"holds a run with another configuration; seed: 0 there, 3 here"):
+        train(small(seed=3), killed, progress=False)
+
+
+def test_resuming_on_other_text_is_refused(tmp_path: Path) -> None:
+    config = text(tmp_path)
+
+    class Stop(Exception):
+        pass
+
+    def stop(step: int) -> None:
+        if step == 5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(config, tmp_path / "run", progress=False, on_step=stop)
+    with (tmp_path / "corpus.txt").open("a", encoding="utf-8") as file:
+        file.write("\n\nmore")
+    with pytest.raises(MetaoptLensError, match="made on other text"):
+        train(config, tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "flipped", "json"])
+def test_a_damaged_checkpoint_is_refused(damage: str, killed: Path) -> None:
+    file = killed / ("step-00000004.json" if damage == "json" else "step-00000004.safetensors")
+    raw = bytearray(file.read_bytes())
+    if damage == "flipped":
+        raw[-5] ^= 1
+    else:
+        del raw[len(raw) // 2 :]
+    file.write_bytes(raw)
+    with pytest.raises(MetaoptLensError, match=r"the checkpoint cannot be used: .*step-00000004.*Remove step-00000004"):
+        train(small(), killed, progress=False)
+
+
+# ---- what is trained --------------------------------------------------------------------------------------------
+
+
+def test_both_arms_start_from_the_same_weights_and_see_the_same_batches() -> None:
+    plain, momentum = small(momentum={"eta": 0.0}), small(momentum={"eta": 0.5, "learned": True})
+    corpus = load_corpus(plain)
+    one, other = (build_model(c, n_vocab=corpus.n_vocab) for c in (plain, momentum))
+    for (name, p), (_, q) in zip(one.weights.named_parameters(), other.weights.named_parameters(), strict=True):
+        assert torch.equal(p, q), name
+    for step in (0, 7):
+        a, b = corpus.batch(0, step), load_corpus(momentum).batch(0, step)
+        assert torch.equal(a.tokens, b.tokens)
+        assert torch.equal(a.weights, b.weights)
+    assert not torch.equal(corpus.batch(0, 1).tokens[:, :20], corpus.batch(1, 1).tokens[:, :20])
+
+
+def test_eta_zero_trains_the_plain_model(tmp_path: Path) -> None:
+    """By a loop of its own, without any of our hooks."""
+    config = small(momentum={"eta": 0.0}, optimizer={"steps": 4})
+    ours = train(config, tmp_path, progress=False, device="cpu")
+    corpus = load_corpus(config)
+    model = build_model(config, n_vocab=corpus.n_vocab).weights
+    o = config.optimizer
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": decay, "weight_decay": o.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(o.beta1, o.beta2))
+    losses = []
+    for step in range(4):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(o, step)
+        batch = corpus.batch(0, step)
+        log_probs = model(input_ids=batch.tokens).logits[:, :-1].log_softmax(-1)
+        nll = -log_probs.gather(-1, batch.tokens[:, 1:, None])[..., 0]
+        loss = (nll * batch.weights).sum() / batch.weights.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    np.testing.assert_allclose(ours.losses, losses, rtol=1e-4)
+
+
+def test_momentum_is_on_in_training_and_eta_is_learned(tmp_path: Path) -> None:
+    fixed = train(small(), tmp_path / "fixed", progress=False)
+    plain = train(small(momentum={"eta": 0.0}), tmp_path / "plain", progress=False)
+    learned = train(small(momentum={"eta": 0.5, "learned": True}), tmp_path / "learned", progress=False)
+    assert plain.losses[0] != fixed.losses[0]
+    assert fixed.losses[0] == pytest.approx(learned.losses[0], rel=1e-5)
+    assert fixed.eta == ((0.5, 0.5), (0.5, 0.5))
+    etas = np.array(learned.eta)
+    assert (etas != 0.5).all()
+    assert ((etas > 0) & (etas < 1)).all()
+
+
+def test_a_learned_eta_cannot_reach_one() -> None:
+    lm = build_model(small(momentum={"learned": True}), n_vocab=60)
+    assert lm.logits_of_eta is not None
+    with torch.no_grad():
+        lm.logits_of_eta.fill_(1e4)
+    assert lm.momentum() is not None
+    assert bool((lm.eta < 1).all())
+
+
+def test_a_trained_model_loads_and_computes_what_was_evaluated(tmp_path: Path) -> None:
+    config = small(momentum={"eta": 0.3, "learned": True})
+    run = train(config, tmp_path, progress=False, device="cpu")
+    lm = load_trained(tmp_path)
+    tokens = load_corpus(config).windows(9, 200)
+    with torch.no_grad(), intervene(lm.model, MomentumAttention(torch.tensor(run.eta))):
+        logits = lm.model.host(tokens)
+    nll = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    assert run.evaluation.perplexity[9] == pytest.approx(float(nll.exp()), rel=1e-4)
+
+
+@requires_hooked
+def test_a_hooked_transformer_trains_too(tmp_path: Path) -> None:
+    run = train(small(model={"host": "hooked"}), tmp_path, progress=False)
+    assert run.losses[-1] < run.losses[0]
+
+
+def test_learned_positions_train_too(tmp_path: Path) -> None:
+    run = train(small(model={"positions": "learned"}), tmp_path, progress=False)
+    assert run.losses[-1] < run.losses[0]
+
+
+def test_bfloat16_autocast(tmp_path: Path) -> None:
+    run = train(small(optimizer={"precision": "bfloat16"}), tmp_path, progress=False, device="cpu")
+    assert run.losses[-1] < run.losses[0]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "polynomial"])
+def test_learning_rate_warms_up_and_decays(schedule: str) -> None:
+    o = small(optimizer={"steps": 100, "warmup": 10, "lr": 1.0, "schedule": schedule, "last": 0.1}).optimizer
+    rates = [learning_rate(o, step) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[10] == pytest.approx(1.0)
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+    assert rates[100] == pytest.approx(0.1)
+    assert rates[55] == pytest.approx(0.55)
+
+
+# ---- corpora ----------------------------------------------------------------------------------------------------
+
+
+def test_text_is_bytes_with_whole_documents_held_out(tmp_path: Path) -> None:
+    config = text(tmp_path)
+    corpus = load_corpus(config)
+    batch = corpus.batch(0, 0)
+    assert batch.tokens.shape == (4, 48)
+    assert int(batch.tokens.max()) <= 256
+    content = (tmp_path / "corpus.txt").read_bytes()
+    row = bytes(t for t in batch.tokens[0].tolist() if t < 256)
+    assert row in content or 256 in batch.tokens[0]
+    windows = corpus.windows(17, 400)
+    assert windows.shape[1] == 17
+    assert torch.equal(windows, corpus.windows(17, 400))
+    run = train(config, tmp_path / "run", progress=False)
+    assert set(run.evaluation.perplexity) == {9, 17}
+    assert run.evaluation.accuracy == {}
+
+
+def test_a_corpus_shorter_than_one_context(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("too short", encoding="utf-8")
+    config = text(tmp_path).replace(data={"path": str(tmp_path / "short.txt")})
+    with pytest.raises(MetaoptLensError, match=r"part of the corpus has \d+ tokens, but one context needs 49"):
+        train(config, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_text(tmp_path: Path) -> None:
+    config = text(tmp_path).replace(data={"path": str(tmp_path / "nothing.txt")})
+    with pytest.raises(MetaoptLensError, match=r"nothing.txt cannot be read"):
+        load_corpus(config)
+
+
+def test_the_docstrings_of_python() -> None:
+    config = small(data={"source": "python"}, evaluation={"demos": ()})
+    corpus = load_corpus(config)
+    assert len(corpus) > 300_000  # type: ignore[arg-type]
+    assert len(corpus.fingerprint) == 64
+
+
+def test_few_shot_accuracy_from_a_prompt_file(tmp_path: Path) -> None:
+    from metaopt_lens.models.tiny import sample_episodes
+    from metaopt_lens.models.tiny._load import DATA
+
+    episodes = sample_episodes(n=6, n_demos=3, n_categories=2, seed=0)
+    lines = [
+        json.dumps(
+            {"demos": [list(d) for d in e.demos], "query": e.query, "label": e.answer, "candidates": e.candidates}
+        )
+        for e in episodes
+    ]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    nouns = " \n ".join(f"{noun} : {label}" for e in episodes for noun, label in e.demos)
+    (tmp_path / "words.txt").write_text("\n\n".join([nouns] * 40), encoding="utf-8")
+    config = text(tmp_path).replace(
+        data={"path": str(tmp_path / "words.txt"), "tokenizer": str(DATA)},
+        evaluation={"prompts": str(tmp_path / "prompts.jsonl"), "demos": (0, 3)},
+    )
+    run = train(config, tmp_path / "run", progress=False)
+    assert set(run.evaluation.accuracy) == {0, 3}
+    assert all(0 <= value <= 1 for value in run.evaluation.accuracy.values())
+
+
+# ---- configurations ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configurations_are_read(name: str) -> None:
+    config = TrainingConfig.load(name)
+    assert config.name == name
+    assert TrainingConfig.from_dict(config.to_dict()) == config
+
+
+def test_the_published_configuration() -> None:
+    config = TrainingConfig.load("paper-350m")
+    assert (config.model.n_layers, config.model.d_model, config.model.n_heads) == (24, 1024, 16)
+    assert (config.optimizer.steps, config.optimizer.beta1, config.optimizer.beta2) == (500_000, 0.9, 0.98)
+    assert config.evaluation.context_lengths == (256, 512, 1024)
+    assert config.note.startswith("not run here")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"momentum": {"eta": 1.0}}, r"momentum.eta must be at least 0 and less than 1, got 1.0"),
+        ({"momentum": {"eta": float("nan")}}, r"momentum.eta must be .*, got nan"),
+        ({"momentum": {"eta": 0.0, "learned": True}}, r"a learned eta must start above 0"),
+        ({"momentum": {"eta": "half"}}, r"\[momentum\]: eta must be a float, got 'half'"),
+        ({"optimiser": {}}, r"there is no field 'optimiser'; there are name, seed"),
+        ({"optimizer": {"learning_rate": 1}}, r"\[optimizer\]: there is no field 'learning_rate'; there are steps"),
+        ({"optimizer": {"steps": 1.5}}, r"steps must be a whole number, got 1.5"),
+        ({"optimizer": {"lr": -1.0}}, r"optimizer.lr must be positive and finite, got -1.0"),
+        ({"model": {"d_model": 30}}, r"d_model must be a multiple of n_heads \(4\), got 30"),
+        ({"model": {"host": "mamba"}}, r"model.host must be one of bridge, hooked, got 'mamba'"),
+        ({"model": {"n_ctx": 64}}, r"n_ctx must hold the longest synthetic sequence \(97\), got 64"),
+        ({"evaluation": {"context_lengths": [256]}}, r"context_lengths must be from 2 to n_ctx \(128\), got 256"),
+        ({"data": {"source": "text"}}, r"data.source 'text' needs data.path"),
+    ],
+)
+def test_configurations_that_make_no_sense(body: dict[str, Any], message: str) -> None:
+    with pytest.raises(MetaoptLensError, match=message):
+        TrainingConfig.from_dict(body)
+
+
+def test_configuration_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(MetaoptLensError, match=r"there is no configuration .*one of icl-small, text-small, paper-350m"):
+        TrainingConfig.load(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("= 3", encoding="utf-8")
+    with pytest.raises(MetaoptLensError, match="is not valid TOML"):
+        TrainingConfig.load(tmp_path / "bad.toml")
+
+
+# ---- comparing --------------------------------------------------------------------------------------------------
+
+
+def test_t_interval() -> None:
+    low, high = t_interval(np.array([1.0, 2.0, 3.0, 4.0, 5.0]))
+    half = 2.7764451051977987 * np.std([1, 2, 3, 4, 5], ddof=1) / np.sqrt(5)
+    assert (low, high) == (pytest.approx(3 - half), pytest.approx(3 + half))
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_comparison_pairs_the_arms_by_seed(jobs: int, tmp_path: Path) -> None:
+    config = small(optimizer={"steps": 3})
+    found = compare_momentum(config, tmp_path, seeds=3, jobs=jobs, progress=False, device="cpu")
+    assert [run.config.seed for run in found.plain] == [0, 1, 2]
+    assert all(run.config.momentum.eta == 0 for run in found.plain)
+    alone = train(found.momentum[1].config, tmp_path / "alone", progress=False, device="cpu")
+    assert alone.evaluation == found.momentum[1].evaluation
+    summary = found.summary().set_index(["metric", "at"])
+    row = summary.loc[("perplexity", 17)]
+    difference = [
+        m.evaluation.perplexity[17] - p.evaluation.perplexity[17]
+        for m, p in zip(found.momentum, found.plain, strict=True)
+    ]
+    assert row["difference"] == pytest.approx(np.mean(difference))
+    assert (row["low"], row["high"]) == pytest.approx(t_interval(np.array(difference)))
+    expected = "" if row["low"] <= 0 <= row["high"] else "momentum" if row["high"] < 0 else "plain"
+    assert row["better"] == expected
+    assert {"comparison.json", "summary.csv", "runs.csv"} <= {f.name for f in tmp_path.iterdir()}
+    assert MomentumComparison.load(tmp_path).summary().equals(found.summary())
+
+
+def test_comparisons_that_make_no_sense(tmp_path: Path) -> None:
+    with pytest.raises(MetaoptLensError, match="no momentum to compare"):
+        compare_momentum(small(momentum={"eta": 0.0}), tmp_path)
+    with pytest.raises(MetaoptLensError, match="at least two different seeds"):
+        compare_momentum(small(), tmp_path, seeds=1)
+    with pytest.raises(MetaoptLensError, match="holds no finished comparison"):
+        MomentumComparison.load(tmp_path)
