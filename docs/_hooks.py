@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "metaopt_lens"
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 FIRST = ("theory.md", "results.md")
-MODULES = (
+ORDER = (
     "prompts",
     "prompts.tasks",
     "models",
@@ -40,6 +40,14 @@ _LIST = re.compile(r"^(?!\s*(?:[-*]|\d+\.)\s|\s{2,}|$)(.*)\n(?=(?:[-*]|\d+\.)\s)
 _STYLE = re.compile(r"<style.*?</style>", re.DOTALL)
 
 
+def _modules() -> list[str]:
+    """All public packages that export something, the known ones in the order of the work."""
+    folders = (path.parent.relative_to(PACKAGE).parts for path in PACKAGE.rglob("__init__.py"))
+    public = [".".join(parts) for parts in folders if parts and not any(part.startswith("_") for part in parts)]
+    found = [module for module in public if _exported_names(module)]
+    return [*(m for m in ORDER if m in found), *sorted(m for m in found if m not in ORDER)]
+
+
 def on_config(config: MkDocsConfig) -> None:
     """The navigation, of what there is."""
     found = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
@@ -48,7 +56,7 @@ def on_config(config: MkDocsConfig) -> None:
         *(name for name in found if name not in FIRST),
     ]
     tutorials = [{_title(path): f"tutorials/{path.stem}.md"} for path in NOTEBOOKS]
-    api: list[Any] = ["api/index.md", *({f"metaopt_lens.{m}": f"api/{m}.md"} for m in MODULES)]
+    api: list[Any] = ["api/index.md", *({f"metaopt_lens.{m}": f"api/{m}.md"} for m in _modules())]
     config.nav = [{"Home": "index.md"}, *pages, {"Tutorials": tutorials}, {"API": api}]
 
 
@@ -67,7 +75,7 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
         for name, png in pictures.items():
             add(f"tutorials/{name}", png)
     add("api/index.md", _api("metaopt_lens", _top_level_names()))
-    for module in MODULES:
+    for module in _modules():
         add(f"api/{module}.md", _api(f"metaopt_lens.{module}", _exported_names(module)))
 
 
