@@ -16,6 +16,7 @@ from rich.console import Console
 
 from metaopt_lens._cli_compare import analyze, compare, show_comparison
 from metaopt_lens._cli_experiments import run, sweep
+from metaopt_lens._cli_momentum import app as momentum
 from metaopt_lens._cli_report import report
 from metaopt_lens._errors import MetaoptLensError, OptionError
 from metaopt_lens._types import HeadRef
@@ -81,6 +82,7 @@ app.command()(analyze)
 app.command()(run)
 app.command()(sweep)
 app.command()(report)
+app.add_typer(momentum, name="momentum")
 
 
 @app.callback()

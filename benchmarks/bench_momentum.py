@@ -1,0 +1,136 @@
+"""What momentum attention costs: a training step with and without it, and the moving average by length.
+
+    python benchmarks/bench_momentum.py [--rounds 5] [--threads 1]
+
+Plain and momentum steps take turns, so that whatever else the machine does falls on both; times are medians of
+processor time (`--wall`: of time on the clock). Limits: a training step of a model of 4 layers, d_model 256, 512 tokens
+at most 1.15 x the plain one; time and memory of the average itself linear in T (at most 1.5 x what linear would be).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from metaopt_lens.dual import momentum_values
+from metaopt_lens.experiments.momentum import LanguageModel, TrainingConfig, build_model
+from metaopt_lens.experiments.momentum._corpora import Batch
+from metaopt_lens.experiments.momentum._train import _optimizer, training_step
+
+LENGTHS = (512, 1024, 2048, 4096)
+STEP_LIMIT, LINEAR_LIMIT = 1.15, 1.5
+
+
+def config(eta: float, *, learned: bool = False, host: str = "bridge") -> TrainingConfig:
+    return TrainingConfig().replace(
+        model={"n_layers": 4, "d_model": 256, "n_heads": 8, "d_mlp": 1024, "n_ctx": 512, "host": host},
+        momentum={"eta": eta, "learned": learned},
+        optimizer={"batch": 4},
+    )
+
+
+def stepper(setting: TrainingConfig, n_vocab: int = 257) -> Callable[[], None]:
+    lm: LanguageModel = build_model(setting, n_vocab=n_vocab)
+    optimizer = _optimizer(lm, setting)
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(n_vocab, (4, 512), generator=draw)
+    batch = Batch(tokens, torch.ones(4, 511))
+    lm.weights.train()
+    return lambda: (training_step(lm, optimizer, batch, setting, 100), None)[1]
+
+
+def alternate(
+    functions: dict[str, Callable[[], None]], rounds: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    for function in functions.values():
+        function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            began = clock()
+            function()
+            times[name].append(clock() - began)
+    return times
+
+
+def averages(rounds: int, clock: Callable[[], float]) -> tuple[dict[int, float], dict[int, float]]:
+    """Seconds and peak bytes beyond input and output of the average and its gradient, by length."""
+    seconds, peaks = {}, {}
+    for n in LENGTHS:
+        values = torch.randn(1, n, 8, 32, requires_grad=True)
+        eta = torch.full((8,), 0.9, requires_grad=True)
+
+        def run(values: torch.Tensor = values, eta: torch.Tensor = eta) -> None:
+            momentum_values(values, eta).sum().backward()
+
+        run()
+        times = []
+        for _ in range(rounds):
+            began = clock()
+            run()
+            times.append(clock() - began)
+        seconds[n] = min(times)
+        with torch.profiler.profile(profile_memory=True) as profile, torch.no_grad():
+            momentum_values(values, eta)
+        peaks[n] = peak_bytes(profile) - 4 * values.numel()
+    return seconds, peaks
+
+
+def peak_bytes(profile: torch.profiler.profile) -> int:
+    """Most bytes held at once, from the profiler's record of allocations."""
+    held = most = 0
+    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--wall", action="store_true", help="clock time instead of processor time")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    clock = time.perf_counter if options.wall else time.process_time
+    failed = False
+
+    steps = {
+        "plain": stepper(config(0.0)),
+        "eta fixed": stepper(config(0.5)),
+        "eta learned": stepper(config(0.5, learned=True)),
+    }
+    times = alternate(steps, options.rounds, clock)
+    print(f"training step, 4 layers, d_model 256, batch 4 x 512, {options.threads} thread(s)")
+    for name, found in times.items():
+        ratio = statistics.median([a / b for a, b in zip(found, times["plain"], strict=True)])
+        over = ratio > STEP_LIMIT
+        failed |= over
+        print(
+            f"  {name:12} {statistics.median(found):7.3f} s   {ratio:5.3f} x plain"
+            + ("   OVER THE LIMIT" if over else "")
+        )
+
+    seconds, peaks = averages(options.rounds, clock)
+    print("moving average of [1, T, 8, 32] and its gradient; peak memory of the forward beyond input and output")
+    first = LENGTHS[1]
+    for n in LENGTHS:
+        time_ratio = seconds[n] / seconds[first] * first / n
+        memory_ratio = peaks[n] / peaks[first] * first / n
+        over = n > first and max(time_ratio, memory_ratio) > LINEAR_LIMIT
+        failed |= over
+        print(
+            f"  T = {n:5}: {1e3 * seconds[n]:8.2f} ms ({time_ratio:.2f} x linear), {peaks[n] / 2**20:7.2f} MiB "
+            f"({memory_ratio:.2f} x linear)" + ("   OVER THE LIMIT" if over else "")
+        )
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
