@@ -100,9 +100,10 @@ def _changed(name: str, eta: float | None, learned: bool, steps: int | None) -> 
 
 
 def _table(summary: pd.DataFrame) -> Any:
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("metric", "at", "plain", "momentum", "difference", "interval", "better", box=None)
+    names = ("metric", "at", "plain", "momentum", "difference", "interval", "better")
+    table = Table(*(Column(name, no_wrap=True) for name in names), box=None)
     for row in summary.to_dict("records"):
         table.add_row(
             str(row["metric"]),
@@ -117,4 +118,6 @@ def _table(summary: pd.DataFrame) -> Any:
 
 
 def _console() -> Console:
-    return Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False)
+    console.width = max(console.width, 100)  # the table is read, not folded
+    return console

@@ -50,7 +50,7 @@ def momentum_figure(comparison: MomentumComparison, metric: str) -> go.Figure:
         row=1, col=2,
     )  # fmt: skip
     plot.add_hline(y=0, line={"color": "#9aa5b1", "dash": "dot"}, row=1, col=2)
-    plot.update_xaxes(title=by, type="category")
+    plot.update_xaxes(title="context length" if by == "tokens" else "demonstrations", type="category")
     plot.update_layout(height=340, margin={"t": 40, "b": 40, "l": 50, "r": 10}, template="plotly_white")
     return plot
 
@@ -88,7 +88,7 @@ def write_momentum_page(comparisons: Sequence[MomentumComparison], path: str | o
 
 def _experiment(comparison: MomentumComparison, key: str) -> str:
     config, summary = comparison.config, comparison.summary()
-    metrics = [m for m in summary["metric"].unique() if not str(m).startswith("training loss")]
+    metrics = [m for m in summary["metric"].unique() if not str(m).startswith("last training loss")]
     plots = "".join(
         figure(momentum_figure(comparison, str(m)), f"momentum-{key}-{i}", str(m)) for i, m in enumerate(metrics)
     )

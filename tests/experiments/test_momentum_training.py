@@ -450,3 +450,61 @@ def test_comparisons_that_make_no_sense(tmp_path: Path) -> None:
         compare_momentum(small(), tmp_path, seeds=1)
     with pytest.raises(MetaoptLensError, match="holds no finished comparison"):
         MomentumComparison.load(tmp_path)
+
+
+# ---- the command line and its page ------------------------------------------------------------------------------
+
+
+def test_commands(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from metaopt_lens.cli import app
+
+    (tmp_path / "small.toml").write_text(
+        """
+        name = "small"
+        [model]
+        d_model = 16
+        n_heads = 2
+        d_mlp = 24
+        n_ctx = 48
+        [data]
+        n_items = [6, 8]
+        n_categories = [2, 2]
+        [optimizer]
+        batch = 4
+        [evaluation]
+        context_lengths = [9, 17]
+        n_tokens = 200
+        demos = [0, 4]
+        n_episodes = 8
+        """,
+        encoding="utf-8",
+    )
+    file, out = str(tmp_path / "small.toml"), tmp_path / "out"
+    done = CliRunner().invoke(
+        app, ["momentum", "train", file, "--steps", "2", "--eta", "0.2", "--out", str(out / "one")]
+    )
+    assert done.exit_code == 0, done.output
+    assert "perplexity at 17 tokens" in done.output
+    assert TrainedModel.load(out / "one").config.momentum.eta == 0.2
+    arguments = ["momentum", "compare", file, "--steps", "2", "--seeds", "2", "--learned", "--out", str(out / "two")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "accuracy, prompt's labels" in done.output
+    page = (out / "two" / "momentum.html").read_text(encoding="utf-8")
+    assert "momentum minus plain" in page
+    assert "L1H1" in page  # the table of learned etas
+    assert "<script src=" not in page
+    refused = CliRunner().invoke(app, ["momentum", "train", file, "--eta", "1.5", "--out", str(out / "three")])
+    assert refused.exit_code == 2
+    assert not (out / "three").exists()
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from metaopt_lens.cli import app; "
+        "done = CliRunner().invoke(app, ['momentum', 'train', '--help']); assert done.exit_code == 0; "
+        "assert not {'torch', 'plotly', 'transformer_lens', 'pandas'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

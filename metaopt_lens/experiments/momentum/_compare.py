@@ -28,9 +28,9 @@ KIND = "momentum comparison"
 ARMS = ("plain", "momentum")
 # Table in the evaluation -> name, what it is counted by, whether more is better.
 METRICS = {
-    "perplexity": ("perplexity", "context length", False),
-    "accuracy": ("accuracy among the prompt's labels", "demonstrations", True),
-    "accuracy_of_all": ("accuracy among all labels", "demonstrations", True),
+    "perplexity": ("perplexity", "tokens", False),
+    "accuracy": ("accuracy, prompt's labels", "demos", True),
+    "accuracy_of_all": ("accuracy, all labels", "demos", True),
 }
 
 
@@ -60,7 +60,7 @@ class MomentumComparison:
             for at, value in getattr(run.evaluation, table).items()
         ]
         rows += [
-            {"metric": "training loss (last 50 steps)", "by": "steps", "at": len(run.losses), "seed": seed, "arm": arm,
+            {"metric": "last training loss", "by": "steps", "at": len(run.losses), "seed": seed, "arm": arm,
              "value": float(np.mean(run.losses[-50:]))}
             for arm, runs in zip(ARMS, (self.plain, self.momentum), strict=True)
             for seed, run in zip(self.seeds, runs, strict=True)
@@ -236,4 +236,10 @@ def _train_in_worker(config: TrainingConfig, folder: Path, device: str | None) -
     if key not in _CORPORA:
         _CORPORA.clear()
         _CORPORA[key] = load_corpus(config)
-    train(config, folder, corpus=_CORPORA[key], device=device, progress=False)
+    parent = multiprocessing.parent_process()
+
+    def stop_if_orphaned(step: int) -> None:  # noqa: ARG001
+        if parent is not None and not parent.is_alive():
+            raise SystemExit("the process that started this run is gone; its checkpoint stays")
+
+    train(config, folder, corpus=_CORPORA[key], device=device, progress=False, on_step=stop_if_orphaned)
