@@ -186,6 +186,7 @@ class BridgeModel(AttentionModel):
             for layer in zip(prefix.k, prefix.v, strict=True):
                 k, v = (t.transpose(0, 1).expand(batch, -1, -1, -1) for t in layer)
                 held = DynamicLayer()
+                v = v.to(k.dtype)  # OLMo-2's rotary promotes keys, and the host's own cache then takes values along
                 held.lazy_initialization(k, v)
                 held.keys, held.values = k, v  # views: `update` would copy them for every sequence
                 cache.layers.append(held)
