@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from metaopt_lens import Decomposition
-from metaopt_lens.viz import token_view, write_page
+from metaopt_lens.experiments import ExperimentResult
+from metaopt_lens.viz import token_view, write_comparison_page, write_page, write_report
 
 pytestmark = pytest.mark.browser
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -25,10 +26,13 @@ class Visit:
     problems: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
-    def open(self, path: Path) -> None:
+    def watch(self) -> None:
         self.page.on("console", lambda m: self.problems.append(m.text) if m.type in ("error", "warning") else None)
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
+
+    def open(self, path: Path) -> None:
+        self.watch()
         self.page.goto(path.as_uri())
         self.page.wait_for_function("[...document.querySelectorAll('.ml-cv')].every((el) => el.dataset.ready)")
         self.page.wait_for_selector(".ml-cv .colored-tokens", state="attached")
@@ -116,3 +120,31 @@ def test_a_request_would_have_been_noticed(visit: Visit, tmp_path: Path) -> None
     visit.open(page)
     assert "https://example.invalid/x.js" in visit.requests
     assert visit.problems
+
+
+def test_report_is_drawn_without_network(run: ExperimentResult, visit: Visit, tmp_path: Path) -> None:
+    written = write_report([run], tmp_path / "report.html")
+    visit.open(written["page"])
+    page = visit.page
+    plots = page.locator(".js-plotly-plot")
+    page.wait_for_function("[...document.querySelectorAll('.js-plotly-plot')].every((p) => p.querySelector('svg'))")
+    assert plots.count() >= 8
+    for plot in plots.all():
+        assert plot.locator("svg.main-svg").first.bounding_box()["height"] > 100
+    assert page.locator(".ml-verdict").count() == 1
+    assert page.locator(".ml-findings tr").count() >= 6
+    links = page.locator("a[download]")
+    assert {link.get_attribute("download") for link in links.all()} == {f"{name}.csv" for name in run.table_names}
+    assert visit.problems == []
+    assert visit.requests == [written["page"].as_uri()]
+
+
+def test_comparison_page_is_drawn_without_network(run: ExperimentResult, visit: Visit, tmp_path: Path) -> None:
+    page_file = write_comparison_page(run.comparison("gd"), tmp_path / "comparison.html")
+    page = visit.page
+    visit.watch()
+    page.goto(page_file.as_uri())
+    page.wait_for_function("[...document.querySelectorAll('.js-plotly-plot')].every((p) => p.querySelector('svg'))")
+    assert page.locator(".js-plotly-plot").count() >= 8
+    assert visit.problems == []
+    assert visit.requests == [page_file.as_uri()]
