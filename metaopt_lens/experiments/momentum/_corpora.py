@@ -52,8 +52,11 @@ class Corpus(ABC):
         """The training batch of a step."""
 
     @abstractmethod
-    def windows(self, length: int, n_tokens: int) -> Int[Tensor, "window pos"]:
-        """Validation sequences of `length` tokens, about `n_tokens` in all; the same ones every time."""
+    def windows(self, length: int, n_tokens: int) -> Batch:
+        """Validation sequences of `length` tokens, about `n_tokens` in all; the same ones every time.
+
+        Weights are 1, or 0 for tokens that nothing could predict and no training asked for.
+        """
 
 
 def load_corpus(config: TrainingConfig) -> Corpus:
@@ -110,11 +113,12 @@ class SyntheticCorpus(Corpus):
         rows = [self._row(rng, n_items, n_nouns) for _ in range(self._batch)]
         return Batch(torch.tensor([ids for ids, _ in rows]), torch.tensor([w for _, w in rows]))
 
-    def windows(self, length: int, n_tokens: int) -> Tensor:
+    def windows(self, length: int, n_tokens: int) -> Batch:
         rng = random.Random("validation")
         n_items = -(-(length - 1) // 4)
-        rows = [self._row(rng, n_items, 12)[0][:length] for _ in range(max(1, n_tokens // length))]
-        return torch.tensor(rows)
+        rows = [self._row(rng, n_items, 12) for _ in range(max(1, n_tokens // length))]
+        weights = torch.tensor([w[: length - 1] for _, w in rows])
+        return Batch(torch.tensor([ids[:length] for ids, _ in rows]), (weights > 0).float())
 
 
 class TextCorpus(Corpus):
@@ -163,12 +167,13 @@ class TextCorpus(Corpus):
         tokens = torch.stack([self._train[at : at + self._n_ctx] for at in starts]).long()
         return Batch(tokens, torch.ones(self._batch, self._n_ctx - 1))
 
-    def windows(self, length: int, n_tokens: int) -> Tensor:
+    def windows(self, length: int, n_tokens: int) -> Batch:
         # All lengths look at the same stretch, spread over the whole validation text.
         n = max(1, min(n_tokens, len(self._validation)) // length)
         room = len(self._validation) - length
         starts = [room * i // max(n - 1, 1) for i in range(n)]
-        return torch.stack([self._validation[at : at + length] for at in starts]).long()
+        tokens = torch.stack([self._validation[at : at + length] for at in starts]).long()
+        return Batch(tokens, torch.ones(n, length - 1))
 
 
 def _flat(documents: Sequence[Sequence[int]]) -> Int[Tensor, " token"]:

@@ -23,7 +23,8 @@ class Evaluation:
     """Measured on held-out data.
 
     Attributes:
-        perplexity: by length of the context. accuracy: by number of demonstrations, the answer taken among the prompt's
+        perplexity: by length of the context (synthetic: without each category's first label, which nothing tells).
+            accuracy: by number of demonstrations, the answer taken among the prompt's
             candidate labels; accuracy_of_all: among all label words (synthetic tasks).
     """
 
@@ -60,12 +61,13 @@ def evaluate(lm: LanguageModel, corpus: Corpus, config: TrainingConfig) -> Evalu
 def _perplexity(lm: LanguageModel, corpus: Corpus, length: int, n_tokens: int) -> float:
     windows = corpus.windows(length, n_tokens)
     size = max(1, 4096 // length)
-    total, count = 0.0, 0
-    for start in range(0, len(windows), size):
-        tokens = windows[start : start + size].to(lm.model.device)
+    total, count = 0.0, 0.0
+    for start in range(0, len(windows.tokens), size):
+        rows = slice(start, start + size)
+        tokens, weights = (t[rows].to(lm.model.device) for t in (windows.tokens, windows.weights))
         log_probs = lm.logits(tokens)[:, :-1].float().log_softmax(-1)
-        nll = -log_probs.gather(-1, tokens[:, 1:, None])
-        total, count = total + float(nll.double().sum()), count + nll.numel()
+        nll = -log_probs.gather(-1, tokens[:, 1:, None])[..., 0]
+        total, count = total + float((nll * weights).double().sum()), count + float(weights.sum())
     return math.exp(total / count)
 
 
