@@ -55,6 +55,29 @@ def momentum_figure(comparison: MomentumComparison, metric: str) -> go.Figure:
     return plot
 
 
+def history_figure(comparison: MomentumComparison, metric: str) -> go.Figure:
+    """A metric during training, at its largest number of demonstrations or tokens: every seed, and each arm's mean."""
+    history = comparison.history()
+    history = history[history["metric"] == metric]
+    history = history[history["at"] == history["at"].max()]
+    plot = go.Figure()
+    for arm, colour in _COLOURS.items():
+        of_arm = history[history["arm"] == arm]
+        for _, line in of_arm.groupby("seed", sort=False):
+            plot.add_scatter(
+                x=line["step"].tolist(), y=line["value"].tolist(), mode="lines", hoverinfo="skip", showlegend=False,
+                line={"color": _FILL[arm], "width": 1},
+            )  # fmt: skip
+        mean = of_arm.groupby("step")["value"].mean()
+        plot.add_scatter(x=mean.index.tolist(), y=mean.tolist(), mode="lines+markers", name=arm, line={"color": colour})
+    what = "demonstrations" if history["by"].iloc[0] == "demos" else "tokens"
+    plot.update_layout(
+        height=320, margin={"t": 20, "b": 40, "l": 50, "r": 10}, template="plotly_white",
+        xaxis_title="step", yaxis_title=f"{metric}, {history['at'].iloc[0]} {what}",
+    )  # fmt: skip
+    return plot
+
+
 def loss_figure(comparison: MomentumComparison) -> go.Figure:
     """Training loss of every run, smoothed over 20 steps."""
     plot = go.Figure()
@@ -92,6 +115,11 @@ def _experiment(comparison: MomentumComparison, key: str) -> str:
     plots = "".join(
         figure(momentum_figure(comparison, str(m)), f"momentum-{key}-{i}", str(m)) for i, m in enumerate(metrics)
     )
+    if comparison.momentum[0].history:
+        plots += "".join(
+            figure(history_figure(comparison, str(m)), f"momentum-{key}-history-{i}", f"{m}, during training")
+            for i, m in enumerate(metrics)
+        )
     seconds = comparison.seconds_per_step
     settings = {
         "model": f"{config.model.n_layers} layers x {config.model.n_heads} heads, d_model {config.model.d_model}, "

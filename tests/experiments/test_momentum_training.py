@@ -36,6 +36,7 @@ from metaopt_lens.experiments.momentum import (
 from metaopt_lens.experiments.momentum._compare import t_interval
 from metaopt_lens.experiments.momentum._train import learning_rate
 from metaopt_lens.interventions import MomentumAttention
+from metaopt_lens.models.tiny import accuracy, sample_episodes
 
 
 @pytest.fixture(autouse=True)
@@ -272,6 +273,10 @@ def test_a_trained_model_loads_and_computes_what_was_evaluated(tmp_path: Path) -
         logits = lm.model.host(tokens)
     nll = torch.nn.functional.cross_entropy(logits[:, :-1].mT, tokens[:, 1:], reduction="none")[windows.weights > 0]
     assert run.evaluation.perplexity[9] == pytest.approx(float(nll.mean().exp()), rel=1e-4)
+    for table, held_out in ((run.evaluation.accuracy, True), (run.evaluation.accuracy_seen, False)):
+        episodes = sample_episodes(n=8, n_demos=4, n_categories=2, held_out=held_out, seed=1)
+        with intervene(lm.model, MomentumAttention(torch.tensor(run.eta))):
+            assert table[4] == accuracy(lm.model.host, episodes)["candidates"]
 
 
 @requires_hooked
@@ -317,6 +322,8 @@ def test_text_is_bytes_with_whole_documents_held_out(tmp_path: Path) -> None:
     assert windows.tokens.shape[1] == 17
     assert bool((windows.weights == 1).all())
     assert torch.equal(windows.tokens, corpus.windows(17, 400).tokens)
+    halves, wholes = corpus.windows(8, 400).tokens, corpus.windows(16, 400).tokens
+    assert torch.equal(halves.reshape(-1, 16), wholes)  # every length is measured on the same text
     run = train(config, tmp_path / "run", progress=False)
     assert set(run.evaluation.perplexity) == {9, 17}
     assert run.evaluation.accuracy == {}
@@ -426,7 +433,7 @@ def test_t_interval() -> None:
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_comparison_pairs_the_arms_by_seed(jobs: int, tmp_path: Path) -> None:
-    config = small(optimizer={"steps": 3})
+    config = small(optimizer={"steps": 3}, evaluation={"every": 2})
     found = compare_momentum(config, tmp_path, seeds=3, jobs=jobs, progress=False, device="cpu")
     assert [run.config.seed for run in found.plain] == [0, 1, 2]
     assert all(run.config.momentum.eta == 0 for run in found.plain)
@@ -442,7 +449,12 @@ def test_a_comparison_pairs_the_arms_by_seed(jobs: int, tmp_path: Path) -> None:
     assert (row["low"], row["high"]) == pytest.approx(t_interval(np.array(difference)))
     expected = "" if row["low"] <= 0 <= row["high"] else "momentum" if row["high"] < 0 else "plain"
     assert row["better"] == expected
-    assert {"comparison.json", "summary.csv", "runs.csv"} <= {f.name for f in tmp_path.iterdir()}
+    history = found.history()
+    assert set(history["step"]) == {2, 3}
+    at_the_end = history[history["step"] == 3].drop(columns="step").reset_index(drop=True)
+    runs = found.runs()
+    assert at_the_end["value"].tolist() == runs[runs["metric"] != "last training loss"]["value"].tolist()
+    assert {"comparison.json", "summary.csv", "runs.csv", "history.csv"} <= {f.name for f in tmp_path.iterdir()}
     assert MomentumComparison.load(tmp_path).summary().equals(found.summary())
 
 
@@ -481,6 +493,7 @@ def test_commands(tmp_path: Path) -> None:
         n_tokens = 200
         demos = [0, 4]
         n_episodes = 8
+        every = 1
         """,
         encoding="utf-8",
     )
@@ -494,9 +507,10 @@ def test_commands(tmp_path: Path) -> None:
     arguments = ["momentum", "compare", file, "--steps", "2", "--seeds", "2", "--learned", "--out", str(out / "two")]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    assert "accuracy, prompt's labels" in done.output
+    assert "accuracy on seen bindings" in done.output
     page = (out / "two" / "momentum.html").read_text(encoding="utf-8")
     assert "momentum minus plain" in page
+    assert "accuracy on seen bindings, during training" in page
     assert "L1H1" in page  # the table of learned etas
     assert "<script src=" not in page
     refused = CliRunner().invoke(app, ["momentum", "train", file, "--eta", "1.5", "--out", str(out / "three")])

@@ -29,8 +29,9 @@ ARMS = ("plain", "momentum")
 # Table in the evaluation -> name, what it is counted by, whether more is better.
 METRICS = {
     "perplexity": ("perplexity", "tokens", False),
-    "accuracy": ("accuracy, prompt's labels", "demos", True),
-    "accuracy_of_all": ("accuracy, all labels", "demos", True),
+    "accuracy": ("accuracy", "demos", True),
+    "accuracy_of_all": ("accuracy among all labels", "demos", True),
+    "accuracy_seen": ("accuracy on seen bindings", "demos", True),
 }
 
 
@@ -65,6 +66,20 @@ class MomentumComparison:
             for arm, runs in zip(ARMS, (self.plain, self.momentum), strict=True)
             for seed, run in zip(self.seeds, runs, strict=True)
         ]  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def history(self) -> pd.DataFrame:
+        """Evaluations on the way and at the end: as `runs`, by ``step``."""
+        import pandas as pd
+
+        rows = [
+            {"metric": name, "by": by, "at": at, "step": step, "seed": seed, "arm": arm, "value": value}
+            for arm, runs in zip(ARMS, (self.plain, self.momentum), strict=True)
+            for seed, run in zip(self.seeds, runs, strict=True)
+            for step, found in [*run.history.items(), (len(run.losses), run.evaluation)]
+            for table, (name, by, _) in METRICS.items()
+            for at, value in getattr(found, table).items()
+        ]
         return pd.DataFrame(rows)
 
     def summary(self, level: float = 0.95) -> pd.DataFrame:
@@ -102,7 +117,7 @@ class MomentumComparison:
         }
 
     def save(self, folder: Path) -> list[Path]:
-        """Write ``comparison.json``, ``summary.csv`` and ``runs.csv``; returns their paths."""
+        """Write ``comparison.json``, ``summary.csv``, ``runs.csv`` and ``history.csv``; returns their paths."""
         body = {
             "kind": KIND,
             "config": self.config.to_dict(),
@@ -116,6 +131,7 @@ class MomentumComparison:
             write_text(folder / "comparison.json", json.dumps(body, indent=1) + "\n"),
             write_text(folder / "summary.csv", self.summary().to_csv(index=False)),
             write_text(folder / "runs.csv", self.runs().to_csv(index=False)),
+            write_text(folder / "history.csv", self.history().to_csv(index=False)),
         ]
 
     @classmethod

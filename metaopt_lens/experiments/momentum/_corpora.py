@@ -168,12 +168,14 @@ class TextCorpus(Corpus):
         return Batch(tokens, torch.ones(self._batch, self._n_ctx - 1))
 
     def windows(self, length: int, n_tokens: int) -> Batch:
-        # All lengths look at the same stretch, spread over the whole validation text.
-        n = max(1, min(n_tokens, len(self._validation)) // length)
-        room = len(self._validation) - length
+        # Stretches of one context each, spread over the validation text and cut into windows: every length is measured
+        # on the same text.
+        n = max(1, min(n_tokens, len(self._validation)) // self._n_ctx)
+        room = len(self._validation) - self._n_ctx
         starts = [room * i // max(n - 1, 1) for i in range(n)]
-        tokens = torch.stack([self._validation[at : at + length] for at in starts]).long()
-        return Batch(tokens, torch.ones(n, length - 1))
+        stretches = torch.stack([self._validation[at : at + self._n_ctx] for at in starts]).long()
+        tokens = stretches[:, : self._n_ctx // length * length].reshape(-1, length)
+        return Batch(tokens, torch.ones(len(tokens), length - 1))
 
 
 def _flat(documents: Sequence[Sequence[int]]) -> Int[Tensor, " token"]:

@@ -24,13 +24,16 @@ class Evaluation:
 
     Attributes:
         perplexity: by length of the context (synthetic: without each category's first label, which nothing tells).
-            accuracy: by number of demonstrations, the answer taken among the prompt's
-            candidate labels; accuracy_of_all: among all label words (synthetic tasks).
+        accuracy: by number of demonstrations, the answer taken among the prompt's candidate labels. Synthetic prompts
+            bind categories to labels they never had in training; accuracy_of_all: the answer taken among all labels.
+        accuracy_seen: like `accuracy`, but with bindings as in training. A model that knows which label a category
+            never had does well here and worse than chance there, without following the demonstrations.
     """
 
     perplexity: dict[int, float]
     accuracy: dict[int, float]
     accuracy_of_all: dict[int, float]
+    accuracy_seen: dict[int, float]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, keys as strings."""
@@ -51,11 +54,11 @@ def evaluate(lm: LanguageModel, corpus: Corpus, config: TrainingConfig) -> Evalu
     try:
         with lm.with_momentum(), torch.inference_mode():
             perplexity = {n: _perplexity(lm, corpus, n, settings.n_tokens) for n in settings.context_lengths}
-            chosen, among_all = _accuracies(lm, corpus, settings)
+            accuracies = _accuracies(lm, corpus, settings)
     finally:
         lm.weights.train(training)
         lm.model.host.train(training)
-    return Evaluation(perplexity, chosen, among_all)
+    return Evaluation(perplexity, **accuracies)
 
 
 def _perplexity(lm: LanguageModel, corpus: Corpus, length: int, n_tokens: int) -> float:
@@ -71,20 +74,21 @@ def _perplexity(lm: LanguageModel, corpus: Corpus, length: int, n_tokens: int) -
     return math.exp(total / count)
 
 
-def _accuracies(
-    lm: LanguageModel, corpus: Corpus, settings: EvaluationSettings
-) -> tuple[dict[int, float], dict[int, float]]:
-    if isinstance(corpus, SyntheticCorpus):
-        found = {n: _synthetic(lm, settings, n) for n in settings.demos}
-        return {n: f["candidates"] for n, f in found.items()}, {n: f["labels"] for n, f in found.items()}
-    if settings.prompts is None:
-        return {}, {}
-    return {n: _from_file(lm, settings.prompts, n, settings.n_episodes) for n in settings.demos}, {}
+def _accuracies(lm: LanguageModel, corpus: Corpus, settings: EvaluationSettings) -> dict[str, dict[int, float]]:
+    tables: dict[str, dict[int, float]] = {"accuracy": {}, "accuracy_of_all": {}, "accuracy_seen": {}}
+    for n in settings.demos:
+        if isinstance(corpus, SyntheticCorpus):
+            new = _synthetic(lm, settings, n, held_out=True)
+            tables["accuracy"][n], tables["accuracy_of_all"][n] = new["candidates"], new["labels"]
+            tables["accuracy_seen"][n] = _synthetic(lm, settings, n, held_out=False)["candidates"]
+        elif settings.prompts is not None:
+            tables["accuracy"][n] = _from_file(lm, settings.prompts, n, settings.n_episodes)
+    return tables
 
 
-def _synthetic(lm: LanguageModel, settings: EvaluationSettings, n_demos: int) -> dict[str, float]:
+def _synthetic(lm: LanguageModel, settings: EvaluationSettings, n_demos: int, *, held_out: bool) -> dict[str, float]:
     episodes = sample_episodes(
-        n=settings.n_episodes, n_demos=n_demos, n_categories=settings.categories, held_out=True, seed=1
+        n=settings.n_episodes, n_demos=n_demos, n_categories=settings.categories, held_out=held_out, seed=1
     )
     return accuracy(lambda ids: lm.logits(ids.to(lm.model.device)).float().cpu(), episodes)
 
