@@ -151,9 +151,11 @@ def make_bridge(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float3
 
 
 def bridge_of(hf_model: Any, own_tokenizer: Any = None) -> Any:
-    """A TransformerBridge over this transformers model, built without any hub."""
+    """A TransformerBridge over this transformers model (or TransformerLens's own), built without any hub."""
     from transformer_lens.model_bridge import TransformerBridge
 
+    if not hasattr(hf_model, "config"):
+        return _bridge_of_native(hf_model, own_tokenizer or tokenizer())
     hf_model.config.architectures = [type(hf_model).__name__]
     with tempfile.TemporaryDirectory() as folder:
         hf_model.config.save_pretrained(folder)
@@ -164,6 +166,20 @@ def bridge_of(hf_model: Any, own_tokenizer: Any = None) -> Any:
             dtype=hf_model.dtype,
             device="cpu",
         )
+    return bridge.eval()
+
+
+def _bridge_of_native(model: Any, its_tokenizer: Any) -> Any:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    weights = model.state_dict()
+    dtype = next(iter(weights.values())).dtype
+    bridge = TransformerBridge.boot_native(model.cfg, tokenizer=its_tokenizer, device="cpu", dtype=dtype)
+    own = {name.replace("._original_component", ""): p for name, p in bridge.original_model.named_parameters()}
+    assert set(weights) == set(own) - {"head.bias"}  # the bridge gives the unembedding one, of zeros
+    with torch.no_grad():
+        for name, weight in weights.items():
+            own[name].copy_(weight)
     return bridge.eval()
 
 
@@ -241,6 +257,46 @@ def make_hooked(kind: str = "learned", *, seed: int = 0, dtype: torch.dtype = to
         model = HookedTransformer(HookedTransformerConfig(**options), tokenizer=tokenizer())
     randomize_(model, seed)
     return model.eval()
+
+
+NATIVE: dict[str, dict[str, Any]] = {
+    "learned": {"normalization_type": "LN", "attn_scale": 1.7},
+    "rotary": {
+        "normalization_type": "RMS",
+        "positional_embedding_type": "rotary",
+        "rotary_dim": 4,
+        "gated_mlp": True,
+        "act_fn": "silu",
+        "n_key_value_heads": 2,
+        "final_rms": True,
+        "attn_scores_soft_cap": 2.0,
+        "output_logits_soft_cap": 5.0,
+    },
+}
+
+
+def make_native_model(
+    kind: str = "learned", *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> Any:
+    """TransformerLens's own model that `TransformerBridge.boot_native` bridges, with random weights, norms, biases."""
+    from transformer_lens.config import TransformerBridgeConfig
+    from transformer_lens.model_bridge.sources.native import NativeModel
+
+    options: dict[str, Any] = {
+        "n_layers": 3,
+        "d_model": 32,
+        "n_heads": 4,
+        "d_head": 8,
+        "d_mlp": 48,
+        "n_ctx": N_CTX,
+        "d_vocab": VOCAB,
+        "act_fn": "gelu",
+        **NATIVE[kind],
+        **overrides,
+    }
+    model = NativeModel(TransformerBridgeConfig(**options))
+    randomize_(model, seed)
+    return model.to(dtype).eval()
 
 
 ModelFactory = Callable[..., Any]

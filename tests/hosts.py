@@ -13,19 +13,33 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, HOOKED, bridge_of, has_hooked_transformer, make_hf, make_hooked
+from families import (
+    FAMILIES,
+    HOOKED,
+    NATIVE,
+    bridge_of,
+    has_hooked_transformer,
+    make_hf,
+    make_hooked,
+    make_native_model,
+)
 from torch import Tensor
 
 from metaopt_lens import Demo, ICLPrompt, Template
 from metaopt_lens.prompts import TokenizedPrompt, tokenize_prompt
 
-HOST_NAMES = [f"bridge:{family}" for family in FAMILIES] + (
-    [f"hooked:{kind}" for kind in HOOKED] if has_hooked_transformer() else []
-)
+NATIVE_NAMES = [f"native:{kind}" for kind in NATIVE]
+HOST_NAMES = [
+    *(f"bridge:{family}" for family in FAMILIES),
+    *NATIVE_NAMES,
+    *(f"hooked:{kind}" for kind in HOOKED if has_hooked_transformer()),
+]
 HOOKED_NAMES = [name for name in HOST_NAMES if name.startswith("hooked:")]
 
-# transformers' own attention runs inside these bridges: edits of scores and pattern are discarded by the host.
-NATIVE_ATTENTION = {"bridge:opt", "bridge:gptj"}
+# transformers' own attention runs inside these bridges, and its softmax in float32 whatever the dtype.
+FLOAT32_SOFTMAX = {"bridge:opt", "bridge:gptj"}
+# The attention inside is the host's own: edits of scores and pattern are discarded.
+NATIVE_ATTENTION = {*FLOAT32_SOFTMAX, *NATIVE_NAMES}
 # The attention output is normalised inside or right after the attention module.
 POST_NORMED = {"hooked:window_softcap"}
 
@@ -42,12 +56,25 @@ def build(name: str, *, dtype: torch.dtype = torch.float32, **overrides: Any) ->
     kind, family = name.split(":")
     if kind == "hooked":
         return make_hooked(family, dtype=dtype, **overrides)
-    return bridge_of(build_hf(family, dtype=dtype, **overrides))
+    return bridge_of(build_apart(name, dtype=dtype, **overrides))
+
+
+def build_apart(name: str, *, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+    """The model that is inside the bridge, or the HookedTransformer itself."""
+    kind, family = name.split(":")
+    if kind == "hooked":
+        return make_hooked(family, dtype=dtype, **overrides)
+    if kind == "native":
+        return _sharpened(make_native_model(family, dtype=dtype, **overrides), family)
+    return build_hf(family, dtype=dtype, **overrides)
 
 
 def build_hf(family: str, *, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
     """A transformers model whose attention is not nearly uniform, as it is with small random weights."""
-    model = make_hf(family, dtype=dtype, **overrides)
+    return _sharpened(make_hf(family, dtype=dtype, **overrides), family)
+
+
+def _sharpened(model: Any, family: str) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2 and not _NOT_SHARPENED.search(name):
@@ -124,12 +151,12 @@ def mask_query_to_demos(model: Any, tokens: TokenizedPrompt) -> list[tuple[str, 
     return [(f"blocks.{layer}.attn.hook_attn_scores", hide) for layer in range(sizes(model)[0])]
 
 
-_OUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense")
+_OUT_PROJECTIONS = ("o", "o_proj", "out_proj", "c_proj", "dense")
 
 
-def transformers_z(family: str, tokens: TokenizedPrompt, *, hide_demos: bool) -> Tensor:
-    """z of every layer, ``[pos, layer, d_model]``, from transformers alone, its mask made by hand."""
-    model = build_hf(family)
+def transformers_z(name: str, tokens: TokenizedPrompt, *, hide_demos: bool) -> Tensor:
+    """z of every layer, ``[pos, layer, d_model]``, from the model without any bridge, its mask made by hand."""
+    model = build_apart(name)
     n = tokens.n_tokens
     allowed = torch.ones(n, n, dtype=torch.bool).tril()
     if hide_demos:
@@ -138,10 +165,10 @@ def transformers_z(family: str, tokens: TokenizedPrompt, *, hide_demos: bool) ->
     seen: list[Tensor] = []
     handles = [
         module.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].detach()[0].clone()))
-        for name, module in model.named_modules()
-        if name.split(".")[-1] in _OUT_PROJECTIONS and ("attn" in name or "attention" in name)
+        for path, module in model.named_modules()
+        if path.split(".")[-1] in _OUT_PROJECTIONS and ("attn" in path or "attention" in path)
     ]
-    assert len(handles) == model.config.num_hidden_layers
+    assert len(handles) == 3
     with torch.no_grad():
         model(torch.tensor([tokens.ids]), attention_mask=mask[None, None], position_ids=torch.arange(n)[None])
     return torch.stack(seen, dim=1)

@@ -8,8 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from families import make_hooked
-from hosts import build_hf
+from hosts import build_apart
 from torch import Tensor, nn
 
 Example = tuple[list[int], list[int]]  # token ids, and the indices of the tokens whose prediction counts
@@ -28,20 +27,19 @@ def example(words: str, *, n_label: int | None = None) -> Example:
 class OwnParameters:
     """A model apart from the one under test, with the same weights; q, k, v, o of every layer can be read and written.
 
-    `name` is as in `hosts.HOST_NAMES`: ``bridge:FAMILY`` is transformers' own model, no bridge in between.
+    `name` is as in `hosts.HOST_NAMES`: behind ``bridge:`` and ``native:`` it is the model itself, no bridge in between.
     """
 
     def __init__(self, name: str, *, dtype: torch.dtype = torch.float64) -> None:
         self.name, (self.kind, self.family) = name, name.split(":")
-        self.model: Any = (
-            make_hooked(self.family, dtype=dtype) if self.kind == "hooked" else build_hf(self.family, dtype=dtype)
-        )
-        cfg = self.model.cfg if self.kind == "hooked" else self.model.config
-        self.n_layers, self.n_heads = (
-            (cfg.n_layers, cfg.n_heads) if self.kind == "hooked" else (cfg.num_hidden_layers, cfg.num_attention_heads)
-        )
-        d_model = cfg.d_model if self.kind == "hooked" else cfg.hidden_size
-        self.d_head = cfg.d_head if self.kind == "hooked" else getattr(cfg, "head_dim", None) or d_model // self.n_heads
+        self.model: Any = build_apart(name, dtype=dtype)
+        if self.kind == "bridge":
+            cfg = self.model.config
+            self.n_layers, self.n_heads = cfg.num_hidden_layers, cfg.num_attention_heads
+            self.d_head = getattr(cfg, "head_dim", None) or cfg.hidden_size // self.n_heads
+        else:
+            cfg = self.model.cfg
+            self.n_layers, self.n_heads, self.d_head = cfg.n_layers, cfg.n_heads, cfg.d_head
 
     def copy(self) -> OwnParameters:
         other = copy.copy(self)
@@ -61,14 +59,20 @@ class OwnParameters:
     def blocks(self) -> Any:
         if self.kind == "hooked":
             return self.model.blocks
+        if self.kind == "native":
+            return self.model.layers
         return self._first("transformer.h", "model.layers", "gpt_neox.layers", "model.decoder.layers")
 
     def unembed(self, residual: Tensor) -> Tensor:
         """Final norm, unembedding and soft-cap."""
         if self.kind == "hooked":
             return self.model.unembed(self.model.ln_final(residual))  # type: ignore[no-any-return]
+        if self.kind == "native":
+            logits: Tensor = self.model.head(self.model.ln_out(residual))
+            cap = self.model.output_logits_soft_cap
+            return cap * torch.tanh(logits / cap) if cap > 0 else logits
         norm = self._first("transformer.ln_f", "model.norm", "gpt_neox.final_layer_norm")
-        logits: Tensor = self.model.get_output_embeddings()(norm(residual))
+        logits = self.model.get_output_embeddings()(norm(residual))
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -105,6 +109,8 @@ class OwnParameters:
 
     def _module(self, attn: Any, projection: str) -> tuple[Any, View]:
         """The linear layer, and a view of the outputs that are the projection's: ``[head, d_head, ...]``."""
+        if self.kind == "native":
+            return getattr(attn, projection), lambda t: t.unflatten(0, (-1, self.d_head))
         if projection == "o":
             names = ("o_proj", "c_proj", "dense", "out_proj")
             return next(getattr(attn, n) for n in names if hasattr(attn, n)), _whole

@@ -55,7 +55,7 @@ class BridgeModel(AttentionModel):
                 output_biases=[block.attn.b_O for block in host.blocks],
             ),
         )
-        self._windows = _windows(host.original_model.config, self.info.n_layers)
+        self._windows = _windows(_config(host), self.info.n_layers)
         self._pattern_before_z = not all(_is_native_attention(block.attn) for block in host.blocks)
 
     @property
@@ -264,6 +264,11 @@ def _past(cache: Any) -> Callable[[int], PastKeysValues]:
     return of
 
 
+def _config(host: Any) -> Any:
+    """transformers' configuration; None for TransformerLens's own model."""
+    return getattr(host.original_model, "config", None)
+
+
 def _positions(cfg: Any) -> str:
     kind = str(cfg.positional_embedding_type)
     return {"standard": "learned"}.get(kind, kind)
@@ -279,7 +284,7 @@ def _is_native_attention(attn: Any) -> bool:
 def _windows(config: Any, n_layers: int) -> list[int | None]:
     from transformers import DynamicCache
 
-    layers = DynamicCache(config=config).layers
+    layers = DynamicCache(config=config).layers if config is not None else []
     windows = [getattr(layer, "sliding_window", None) for layer in layers]
     return windows or [None] * n_layers
 
@@ -346,7 +351,7 @@ def _refuse_unsupported(host: Any, hook_points: Mapping[str, HookPoint], name: s
 
     cfg = host.cfg
     owner = f"{name} ({cfg.architecture})"
-    config = host.original_model.config
+    config = _config(host)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{owner} is an encoder-decoder; only decoder-only models are supported.")
     if str(cfg.architecture).endswith("ForMaskedLM"):
@@ -362,7 +367,7 @@ def _refuse_unsupported(host: Any, hook_points: Mapping[str, HookPoint], name: s
             raise UnsupportedModelError(
                 f"{owner} uses multi-head latent attention (MLA), which has no per-head key and value projection."
             )
-        if not block.attn.is_causal:
+        if not (block.attn.is_causal and getattr(block.attn.original_component, "causal", True)):
             raise UnsupportedModelError(f"{owner}: layer {layer} attends in both directions (an encoder).")
     rotary = getattr(config, "rope_parameters", None) or {}
     kinds = {str(part.get("rope_type")) for part in (rotary, *rotary.values()) if isinstance(part, dict)}

@@ -13,6 +13,7 @@ from metaopt_lens._errors import UnsupportedModelError
 from metaopt_lens.models._abstract import AttentionModel
 from metaopt_lens.models._bridge import BridgeModel
 from metaopt_lens.models._hooked import HookedModel
+from metaopt_lens.models._native import ARCHITECTURE, NativeBridgeModel
 from metaopt_lens.models._selfcheck import self_check
 
 # Models that passed the check, with a fingerprint of the weights they passed it with. Adapters hold their model, so
@@ -72,7 +73,7 @@ def _adapter_for(model: nn.Module) -> Callable[[Any], AttentionModel]:
     from transformer_lens.model_bridge import TransformerBridge
 
     if isinstance(model, TransformerBridge):
-        return BridgeModel
+        return NativeBridgeModel if model.cfg.architecture == ARCHITECTURE else BridgeModel
     try:
         hooked_class = transformer_lens.HookedTransformer
     except (ImportError, AttributeError):  # gone from 4.0

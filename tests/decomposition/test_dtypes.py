@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import bridge_of, make_hooked
-from hosts import HOOKED_NAMES, HOST_NAMES, build_hf, prompt, requires_hooked
+from hosts import HOOKED_NAMES, HOST_NAMES, build_apart, prompt, requires_hooked
 
 from metaopt_lens import Decomposition, decompose
 
@@ -21,9 +21,9 @@ TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02}
 def pair(name: str, dtype: torch.dtype) -> tuple[Decomposition, Decomposition]:
     """The same weights, rounded to `dtype`, run in `dtype` and in float32."""
     kind, family = name.split(":")
-    if kind == "bridge":
-        low = bridge_of(build_hf(family).to(dtype))
-        reference = bridge_of(build_hf(family).to(dtype).float())
+    if kind != "hooked":
+        low = bridge_of(build_apart(name).to(dtype))
+        reference = bridge_of(build_apart(name).to(dtype).float())
     else:
         low, reference = make_hooked(family, dtype=dtype), make_hooked(family)
         reference.load_state_dict({k: v.float() for k, v in low.state_dict().items()})

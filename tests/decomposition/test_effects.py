@@ -52,10 +52,10 @@ def test_position_matched_z_is_the_host_with_scores_from_query_to_demos_masked(n
 
 @pytest.mark.parametrize("name", sorted(NATIVE_ATTENTION))
 def test_position_matched_z_where_bridges_discard_edits(name: str) -> None:
-    """The oracle here is transformers alone, on a 4D attention mask that hides D from Q."""
+    """The oracle here is the model without its bridge, on a 4D attention mask that hides D from Q."""
     result = split(name)
     tokens = result.tokenized
-    masked = transformers_z(name.split(":")[1], tokens, hide_demos=True)[tokens.query.slice]
+    masked = transformers_z(name, tokens, hide_demos=True)[tokens.query.slice]
     torch.testing.assert_close(result.z_position_matched.flatten(2), masked, rtol=0, atol=1e-5)  # type: ignore[union-attr]
     assert (masked - result.z.flatten(2)).abs().max() > 0.1
 
@@ -66,7 +66,7 @@ def test_transformers_itself_agrees_on_both_runs(family: str) -> None:
     result = split(f"bridge:{family}")
     tokens = result.tokenized
     for hide, ours in ((False, result.z), (True, result.z_position_matched)):
-        theirs = transformers_z(family, tokens, hide_demos=hide)[tokens.query.slice]
+        theirs = transformers_z(f"bridge:{family}", tokens, hide_demos=hide)[tokens.query.slice]
         assert ours is not None
         torch.testing.assert_close(ours.flatten(2), theirs, rtol=0, atol=1e-5)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hosts import HOOKED_NAMES, HOST_NAMES, NATIVE_ATTENTION, POST_NORMED, host_values, host_z, prompt, shared, sizes
+from hosts import FLOAT32_SOFTMAX, HOOKED_NAMES, HOST_NAMES, POST_NORMED, host_values, host_z, prompt, shared, sizes
 from torch import Tensor
 
 from metaopt_lens import Decomposition, decompose
@@ -41,7 +41,7 @@ def test_parts_sum_to_z_in_float64(name: str) -> None:
     transformers' own softmax computes in float32 whatever the dtype (measured 2e-7 on OPT, 5e-7 on GPT-J)."""
     result = split(name, dtype=torch.float64)
     z = host_z(shared(name, torch.float64), result.tokenized.ids)[result.tokenized.query.slice]
-    tolerance = 1e-5 if name in NATIVE_ATTENTION else 1e-12
+    tolerance = 1e-5 if name in FLOAT32_SOFTMAX else 1e-12
     torch.testing.assert_close(result.softmax.z, z, rtol=0, atol=tolerance)
     assert result.softmax.z.dtype == torch.float64
 
@@ -59,7 +59,7 @@ def test_residual_parts_sum_to_the_attention_output(name: str) -> None:
 def _attention_output(name: str, model: Any, ids: tuple[int, ...]) -> Tensor:
     """[pos, layer, d_model]: after W_O and b_O, before any norm."""
     if name not in POST_NORMED:
-        hook = "attn.o.hook_out" if name.startswith("bridge:") else "hook_attn_out"
+        hook = "hook_attn_out" if name.startswith("hooked:") else "attn.o.hook_out"
         return torch.stack(host_values(model, ids, hook), dim=1)
     seen: list[Tensor] = []
     handles = [

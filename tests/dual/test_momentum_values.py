@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from metaopt_lens._errors import OptionError
 from metaopt_lens.dual import momentum_state, momentum_values, momentum_weights, weighted_values
@@ -96,6 +97,16 @@ def test_half_precision_is_read_not_computed_in(dtype: torch.dtype, eta: float) 
     assert found.dtype == torch.float32
     assert torch.isfinite(found).all()
     close(found, oracle(values, torch.tensor([eta], dtype=torch.float32)), 1e-5)
+
+
+def test_work_is_linear_in_length() -> None:
+    def multiplications(n: int) -> int:
+        values = torch.zeros(1, n, 2, 4, requires_grad=True)
+        with FlopCounterMode(display=False) as counted:
+            momentum_values(values, torch.tensor([0.5, 0.9], requires_grad=True)).sum().backward()
+        return counted.get_total_flops()
+
+    assert 0 < multiplications(16384) <= 2.1 * multiplications(8192) <= 2.1**2 * multiplications(4096)
 
 
 def test_no_overflow_where_negative_powers_would() -> None:

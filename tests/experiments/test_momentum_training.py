@@ -21,7 +21,7 @@ import torch
 from hosts import requires_hooked
 from safetensors.torch import load_file
 
-from metaopt_lens import MetaoptLensError, intervene
+from metaopt_lens import MetaoptLensError, decompose, intervene
 from metaopt_lens.experiments.momentum import (
     SHIPPED,
     MomentumComparison,
@@ -279,15 +279,29 @@ def test_a_trained_model_loads_and_computes_what_was_evaluated(tmp_path: Path) -
             assert table[4] == accuracy(lm.model.host, episodes)["candidates"]
 
 
-@requires_hooked
-def test_a_hooked_transformer_trains_too(tmp_path: Path) -> None:
-    run = train(small(model={"host": "hooked"}), tmp_path, progress=False)
-    assert run.losses[-1] < run.losses[0]
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+@pytest.mark.parametrize("host", ["bridge", "native", pytest.param("hooked", marks=requires_hooked)])
+def test_every_host_trains_and_resumes_to_the_bit(host: str, positions: str, tmp_path: Path) -> None:
+    config = small(model={"host": host, "positions": positions}, momentum={"eta": 0.3, "learned": True})
+    whole = train(config, tmp_path / "whole", progress=False, device="cpu")
+    assert whole.losses[-1] < whole.losses[0]
 
+    def stop(step: int) -> None:
+        if step == 6:
+            raise KeyboardInterrupt
 
-def test_learned_positions_train_too(tmp_path: Path) -> None:
-    run = train(small(model={"positions": "learned"}), tmp_path, progress=False)
-    assert run.losses[-1] < run.losses[0]
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "pieces", progress=False, device="cpu", on_step=stop)
+    pieces = train(config, tmp_path / "pieces", progress=False, device="cpu")
+    assert pieces.losses == whole.losses
+    assert pieces.evaluation == whole.evaluation
+    one, other = newest(tmp_path / "whole"), newest(tmp_path / "pieces")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    loaded = load_trained(tmp_path / "pieces")
+    assert loaded.model.info.positions == positions
+    demonstrated = decompose(loaded.model, "apple : dax\nhammer : wug\npear :", momentum=loaded.momentum())
+    torch.testing.assert_close(demonstrated.eta, loaded.eta.detach().cpu(), check_dtype=False)
 
 
 def test_bfloat16_autocast(tmp_path: Path) -> None:
@@ -403,7 +417,7 @@ def test_the_published_configuration() -> None:
         ({"optimizer": {"steps": 1.5}}, r"steps must be a whole number, got 1.5"),
         ({"optimizer": {"lr": -1.0}}, r"optimizer.lr must be positive and finite, got -1.0"),
         ({"model": {"d_model": 30}}, r"d_model must be a multiple of n_heads \(4\), got 30"),
-        ({"model": {"host": "mamba"}}, r"model.host must be one of bridge, hooked, got 'mamba'"),
+        ({"model": {"host": "mamba"}}, r"model.host must be one of bridge, native, hooked, got 'mamba'"),
         ({"model": {"n_ctx": 64}}, r"n_ctx must hold the longest synthetic sequence \(97\), got 64"),
         ({"evaluation": {"context_lengths": [256]}}, r"context_lengths must be from 2 to n_ctx \(128\), got 256"),
         ({"data": {"source": "text"}}, r"data.source 'text' needs data.path"),

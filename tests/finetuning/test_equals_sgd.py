@@ -22,10 +22,11 @@ QUERY = [1, 20, 16, 17, 3]
 # transformers' grouped matrix product, which these mixtures of experts use, has no float64.
 SINGLE = {"bridge:gpt_oss", "bridge:mixtral"}
 DOUBLE = [name for name in HOST_NAMES if name not in SINGLE]
-# One of each kind: fused q, k, v; grouped-query with rotary and RMSNorm; a native HookedTransformer.
+# One of each kind: fused q, k, v; grouped-query with rotary; TransformerLens's own bridged model; HookedTransformer.
 KINDS = [
     "bridge:gpt2",
     "bridge:llama",
+    "native:rotary",
     *(["hooked:learned", "hooked:rotary"] if "hooked:learned" in HOST_NAMES else []),
 ]
 

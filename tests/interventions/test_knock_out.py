@@ -61,7 +61,7 @@ def test_all_heads_where_bridges_discard_edits(name: str) -> None:
     tokens = tokenized(model, PROMPT)
     with intervene(model, KnockOut(tokens)):
         found = host_z(model, tokens.ids)
-    masked = transformers_z(name.split(":")[1], tokens, hide_demos=True)
+    masked = transformers_z(name, tokens, hide_demos=True)
     torch.testing.assert_close(found.flatten(2), masked, rtol=0, atol=1e-5)
 
 

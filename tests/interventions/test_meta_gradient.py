@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hosts import HOOKED_NAMES, HOST_NAMES, build, left_as_it_was, prompt, shared, tokenized
+from hosts import HOOKED_NAMES, HOST_NAMES, NATIVE_NAMES, build, left_as_it_was, prompt, shared, tokenized
 from torch import Tensor
 
 from metaopt_lens import ICLPrompt, KnockOut, MetaGradient, MetaoptLensError, Template, intervene, meta_gradient, wrap
@@ -21,7 +21,7 @@ QUERIES = ("w16 w17 :", "w40 :", "w31 w90 w16 w60 :")
 # transformers' mixture-of-experts kernels have no float64.
 NO_DOUBLE = {"bridge:gpt_oss", "bridge:mixtral"}
 # The other bridges drop to float32 inside transformers (norms, softmax, rotary tables) whatever the dtype.
-DOUBLE = {"bridge:gpt2", "bridge:gpt_bigcode", "bridge:gpt_neox", *HOOKED_NAMES}
+DOUBLE = {"bridge:gpt2", "bridge:gpt_bigcode", "bridge:gpt_neox", *NATIVE_NAMES, *HOOKED_NAMES}
 SOME = ["bridge:gpt2", "bridge:mistral", "bridge:bloom", "bridge:gpt_oss", *HOOKED_NAMES[1:4:2]]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import bridge_of, make_hf, make_hooked
+from families import bridge_of, make_hf, make_hooked, make_native_model
 from hosts import HOOKED_NAMES, HOST_NAMES, build, left_as_it_was, requires_hooked, shared
 from torch import Tensor, nn
 
@@ -97,6 +97,12 @@ def test_hooked_transformers_that_cannot_be_split_are_refused_by_reason(
 ) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         wrap(make_hooked(kind, **options))
+
+
+def test_a_native_bridge_that_looks_ahead_is_refused() -> None:
+    model = bridge_of(make_native_model("learned", attention_dir="bidirectional"))
+    with pytest.raises(UnsupportedModelError, match=r"layer 0 attends in both directions"):
+        wrap(model)
 
 
 @pytest.mark.parametrize(

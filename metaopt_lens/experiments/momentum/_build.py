@@ -80,7 +80,7 @@ def build_model(
     Raises:
         UnsupportedModelError: a HookedTransformer under TransformerLens 4.
     """
-    make = _hooked if config.model.host == "hooked" else _bridge
+    make = {"bridge": _bridge, "native": _native, "hooked": _hooked}[config.model.host]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         host, weights = make(config.model, n_vocab, tokenizer)
@@ -151,29 +151,39 @@ def _hooked(settings: ModelSettings, n_vocab: int, tokenizer: PreTrainedTokenize
         raise UnsupportedModelError(
             "this TransformerLens has no HookedTransformer (it ended with 3.x): set model.host = 'bridge'."
         ) from None
-    rotary = settings.positions == "rotary"
-    d_head = settings.d_model // settings.n_heads
-    options: dict[str, Any] = {"positional_embedding_type": "rotary", "rotary_dim": d_head} if rotary else {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="HookedTransformer is deprecated", category=DeprecationWarning)
         host = HookedTransformer(
-            HookedTransformerConfig(
-                n_layers=settings.n_layers,
-                d_model=settings.d_model,
-                n_heads=settings.n_heads,
-                d_head=d_head,
-                d_mlp=settings.d_mlp,
-                n_ctx=settings.n_ctx,
-                d_vocab=n_vocab,
-                act_fn="silu" if rotary else "gelu_new",
-                normalization_type="RMS" if rotary else "LN",
-                final_rms=rotary,
-                gated_mlp=rotary,
-                model_name="momentum-lm",
-                device="cpu",
-                seed=None,
-                **options,
-            ),
+            HookedTransformerConfig(**_sizes(settings, n_vocab), model_name="momentum-lm", device="cpu", seed=None),
             tokenizer=tokenizer,
         )
     return host, host
+
+
+def _native(settings: ModelSettings, n_vocab: int, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Any, nn.Module]:
+    from transformer_lens.config import TransformerBridgeConfig
+    from transformer_lens.model_bridge import TransformerBridge
+
+    config = TransformerBridgeConfig(**_sizes(settings, n_vocab))
+    host = TransformerBridge.boot_native(config, tokenizer=tokenizer, device="cpu", model_name="momentum-lm")
+    return host, host.original_model
+
+
+def _sizes(settings: ModelSettings, n_vocab: int) -> dict[str, Any]:
+    """Settings in TransformerLens's own terms."""
+    rotary = settings.positions == "rotary"
+    d_head = settings.d_model // settings.n_heads
+    return {
+        "n_layers": settings.n_layers,
+        "d_model": settings.d_model,
+        "n_heads": settings.n_heads,
+        "d_head": d_head,
+        "d_mlp": settings.d_mlp,
+        "n_ctx": settings.n_ctx,
+        "d_vocab": n_vocab,
+        "act_fn": "silu" if rotary else "gelu_new",
+        "normalization_type": "RMS" if rotary else "LN",
+        "final_rms": rotary,
+        "gated_mlp": rotary,
+        **({"positional_embedding_type": "rotary", "rotary_dim": d_head} if rotary else {}),
+    }

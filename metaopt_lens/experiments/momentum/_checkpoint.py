@@ -48,7 +48,13 @@ def save_checkpoint(
     tensors["rng/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
-    meta = {"step": step, "config": config.to_dict(), "corpus": corpus, "history": history}
+    meta = {
+        "step": step,
+        "config": config.to_dict(),
+        "n_vocab": lm.model.info.d_vocab,
+        "corpus": corpus,
+        "history": history,
+    }
     written = save_result(folder / f"step-{step:08d}", kind=KIND, tensors=tensors, meta=meta)
     for other in _steps(folder):
         if other < step:

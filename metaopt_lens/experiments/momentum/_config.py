@@ -23,7 +23,8 @@ class ModelSettings:
 
     Attributes:
         host: ``"bridge"``, a TransformerBridge over transformers' Llama (``"rotary"``) or GPT-2 (``"learned"``);
-            ``"hooked"``, a HookedTransformer (TransformerLens 3.x only).
+            ``"native"``, TransformerLens's own model (``TransformerBridge.boot_native``); ``"hooked"``, a
+            HookedTransformer (TransformerLens 3.x only).
     """
 
     n_layers: int = 2
@@ -32,7 +33,7 @@ class ModelSettings:
     d_mlp: int = 128
     n_ctx: int = 128
     positions: Literal["rotary", "learned"] = "rotary"
-    host: Literal["bridge", "hooked"] = "bridge"
+    host: Literal["bridge", "native", "hooked"] = "bridge"
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ _TABLES: dict[str, type[Any]] = {
 }
 _CHOICES = {
     "model.positions": ("rotary", "learned"),
-    "model.host": ("bridge", "hooked"),
+    "model.host": ("bridge", "native", "hooked"),
     "data.source": ("synthetic", "text", "python", "datasets"),
     "optimizer.schedule": ("cosine", "polynomial"),
     "optimizer.precision": ("auto", "float32", "bfloat16"),

@@ -70,8 +70,18 @@ def load_corpus(config: TrainingConfig) -> Corpus:
     if d.source == "synthetic":
         return SyntheticCorpus(d, batch=batch, steps=config.optimizer.steps)
     documents = {"python": _python_documents, "text": _text_documents, "datasets": _dataset_documents}[d.source](d)
-    tokenizer = None if d.tokenizer is None else _tokenizer(d.tokenizer)
-    return TextCorpus(documents, d, tokenizer=tokenizer, n_ctx=n_ctx, batch=batch)
+    return TextCorpus(documents, d, tokenizer=corpus_tokenizer(d), n_ctx=n_ctx, batch=batch)
+
+
+def corpus_tokenizer(data: DataSettings) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a corpus; None for bytes.
+
+    Raises:
+        FileFormatError: it cannot be loaded.
+    """
+    if data.source == "synthetic":
+        return word_tokenizer()
+    return None if data.tokenizer is None else _tokenizer(data.tokenizer)
 
 
 def word_tokenizer() -> PreTrainedTokenizerBase:
@@ -91,7 +101,7 @@ class SyntheticCorpus(Corpus):
     def __init__(self, data: DataSettings, *, batch: int, steps: int) -> None:
         self._data, self._batch, self._steps = data, batch, steps
         self.n_vocab = len(WORDS)
-        self.tokenizer = word_tokenizer()
+        self.tokenizer = corpus_tokenizer(data)
         self.fingerprint = hashlib.sha256(repr((WORDS, data.n_items, data.n_categories)).encode()).hexdigest()
 
     def _row(self, rng: random.Random, n_items: int, n_nouns: int) -> tuple[list[int], list[float]]:

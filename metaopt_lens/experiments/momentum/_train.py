@@ -26,7 +26,7 @@ from metaopt_lens.experiments.momentum._checkpoint import (
     save_checkpoint,
 )
 from metaopt_lens.experiments.momentum._config import OptimizerSettings, TrainingConfig, differing_fields
-from metaopt_lens.experiments.momentum._corpora import Batch, Corpus, load_corpus
+from metaopt_lens.experiments.momentum._corpora import Batch, Corpus, corpus_tokenizer, load_corpus
 from metaopt_lens.experiments.momentum._evaluate import Evaluation, evaluate
 
 RESULT = "result.json"
@@ -204,8 +204,8 @@ def load_trained(folder: str | os.PathLike[str], *, device: str = "cpu") -> Lang
     if checkpoint is None:
         raise FileFormatError(f"{folder} holds no checkpoint of a training run.")
     config = TrainingConfig.from_dict(checkpoint.meta["config"])
-    n_vocab = next(t.shape[0] for name, t in checkpoint.tensors.items() if "embed" in name or "wte" in name)
-    lm = build_model(config, n_vocab=n_vocab, device=device)
+    tokenizer = corpus_tokenizer(config.data)
+    lm = build_model(config, n_vocab=checkpoint.meta["n_vocab"], tokenizer=tokenizer, device=device)
     restore(checkpoint, lm, None)
     lm.model.host.eval()
     lm.weights.eval()
