@@ -74,6 +74,7 @@ def history_figure(comparison: MomentumComparison, metric: str) -> go.Figure:
     plot.update_layout(
         height=320, margin={"t": 20, "b": 40, "l": 50, "r": 10}, template="plotly_white",
         xaxis_title="step", yaxis_title=f"{metric}, {history['at'].iloc[0]} {what}",
+        yaxis_type="log" if metric == "perplexity" else "linear",
     )  # fmt: skip
     return plot
 
