@@ -34,6 +34,7 @@ from metaopt_lens.experiments.momentum import (
     train,
 )
 from metaopt_lens.experiments.momentum._compare import t_interval
+from metaopt_lens.experiments.momentum._corpora import word_tokenizer
 from metaopt_lens.experiments.momentum._train import learning_rate
 from metaopt_lens.interventions import MomentumAttention
 from metaopt_lens.models.tiny import accuracy, sample_episodes
@@ -341,6 +342,28 @@ def test_text_is_bytes_with_whole_documents_held_out(tmp_path: Path) -> None:
     run = train(config, tmp_path / "run", progress=False)
     assert set(run.evaluation.perplexity) == {9, 17}
     assert run.evaluation.accuracy == {}
+
+
+def test_a_dataset_read_by_its_name_with_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "things"
+    folder.mkdir()
+    lines = [{"story": f"apple : dax\nhammer : wug\npear : {'dax' if i % 2 else 'wug'}\n"} for i in range(80)]
+    (folder / "train.jsonl").write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
+    word_tokenizer().save_pretrained(tmp_path / "words")
+    data = {"source": "datasets", "name": str(folder), "column": "story", "tokenizer": str(tmp_path / "words")}
+    config = small(data={**data, "validation": 0.3}, evaluation={"demos": (), "n_tokens": 100}, optimizer={"steps": 3})
+    corpus = load_corpus(config)
+    assert corpus.n_vocab == len(word_tokenizer())
+    words = corpus.tokenizer.decode(corpus.batch(0, 0).tokens[0]).split()  # type: ignore[union-attr]
+    assert {"apple", "dax", "wug", "pear"} <= set(words)
+    run = train(config, tmp_path / "run", progress=False, device="cpu")
+    assert run.evaluation.perplexity[17] < len(word_tokenizer())
+    assert load_trained(tmp_path / "run").model.tokenizer is not None
+    with pytest.raises(MetaoptLensError, match=r"things' cannot be read \(.*text"):
+        load_corpus(config.replace(data={"column": "text"}))
+    with pytest.raises(MetaoptLensError, match=r"the tokenizer .*nothing' cannot be loaded"):
+        load_corpus(config.replace(data={"tokenizer": str(tmp_path / "nothing")}))
 
 
 def test_a_corpus_shorter_than_one_context(tmp_path: Path) -> None:
