@@ -13,6 +13,7 @@ from metaopt_lens._errors import ModelMismatchError, NonFiniteError, OptionError
 from metaopt_lens.finetuning._examples import TrainingExample, text_examples, training_examples
 from metaopt_lens.finetuning._losses import layer_causal_losses, ordinary_loss
 from metaopt_lens.finetuning._settings import FinetuneSettings, Loss, Order, Projection, Readout
+from metaopt_lens.finetuning._tape import Tape
 from metaopt_lens.finetuning._update import StepFactors, WeightUpdate, change_hooks
 from metaopt_lens.models import AttentionModel, Hook, wrap
 from metaopt_lens.prompts import Demo, ICLPrompt, Template
@@ -94,24 +95,21 @@ def finetune(
     factors: list[StepFactors] = []
     for step, indices in enumerate(tqdm(schedule, desc="finetuning", unit="step", disable=None if progress else True)):
         batch = [examples[i] for i in indices]
-        recorder = _Recorder(wrapped, settings.projections) if keep_factors else None
-        value = _loss(wrapped, batch, leaves, settings, recorder)
+        tape = Tape(wrapped, settings.projections, queries=keep_factors)
+        value = _loss(wrapped, batch, leaves, settings, tape)
         losses.append(float(value.detach()))
         if not torch.isfinite(value):
             raise NonFiniteError(
                 f"the loss became {losses[-1]} at step {step} of {len(schedule)} (lr {settings.lr:g}): try a smaller "
                 "learning rate. The model is unchanged."
             )
-        signals = [] if recorder is None else recorder.changed()
-        gradients = torch.autograd.grad(value, [*parameters, *signals])
-        if recorder is not None:
-            factors.append(recorder.factors(gradients[len(parameters) :], batch))
-        for parameter, gradient in zip(parameters, gradients, strict=False):
-            parameter.grad = gradient
+        tape.backward(value)
+        tape.write_gradients(leaves)
         stepper.step()
-        stepper.zero_grad()
+        if keep_factors:
+            factors.append(tape.factors(batch))
     final: dict[str, Any] = {
-        name: torch.stack([_heads_first(name, leaf.detach()) for leaf in tensors]) for name, tensors in leaves.items()
+        name: torch.stack([_heads_first(name, leaf) for leaf in tensors]) for name, tensors in leaves.items()
     }
     if not all(_is_finite(tensor) for tensor in final.values()):
         raise NonFiniteError(
@@ -166,10 +164,9 @@ def _schedule(n_examples: int, settings: FinetuneSettings) -> Iterator[list[int]
 
 
 def _leaves(model: AttentionModel, settings: FinetuneSettings) -> dict[str, list[Tensor]]:
-    """Zero changes of every layer that ask for gradients.
+    """Zero changes of every layer, with room for their gradients.
 
-    A tensor for each layer, so that no gradient of another size is made; weights of q, k and v as
-    ``[d_model, head, d_head]``, the matrices that x is multiplied with, uncopied.
+    Weights of q, k and v are ``[d_model, head, d_head]``: the matrices that x is multiplied with, uncopied.
     """
     info = model.info
     dtype = getattr(torch, info.dtype)
@@ -177,8 +174,10 @@ def _leaves(model: AttentionModel, settings: FinetuneSettings) -> dict[str, list
     leaves: dict[str, list[Tensor]] = {}
 
     def zeros(*shape: int) -> list[Tensor]:
-        options: dict[str, Any] = {"dtype": dtype, "device": model.device, "requires_grad": True}
-        return [torch.zeros(shape, **options) for _ in range(info.n_layers)]
+        found = [torch.zeros(shape, dtype=dtype, device=model.device) for _ in range(info.n_layers)]
+        for leaf in found:
+            leaf.grad = torch.zeros_like(leaf)
+        return found
 
     for projection in settings.projections:
         heads = info.n_kv_heads if projection in "kv" else info.n_heads
@@ -206,55 +205,13 @@ def _loss(
     batch: list[TrainingExample],
     leaves: dict[str, list[Tensor]],
     settings: FinetuneSettings,
-    recorder: _Recorder | None,
+    tape: Tape,
 ) -> Tensor:
     hooks: list[Hook] = []
     for layer in range(model.info.n_layers):
         changes = {name: _heads_first(name, tensors[layer]) for name, tensors in leaves.items()}
-        hooks += change_hooks(model, layer, changes, seen=None if recorder is None else recorder.layer(layer))
-        if recorder is not None:
-            hooks += recorder.query_hooks(layer)
+        hooks += change_hooks(model, layer, changes, seen=tape.layer(layer))
+        hooks += tape.query_hooks(layer)
     if settings.layer_causal:
         return layer_causal_losses(model, batch, hooks, settings.readout).sum()
     return ordinary_loss(model, batch, hooks)
-
-
-class _Recorder:
-    """Collects inputs and changed projections of one step, in layer order."""
-
-    def __init__(self, model: AttentionModel, projections: Sequence[str]) -> None:
-        self._model = model
-        self._names = [p for p in ("q", "k", "v") if p in projections]
-        self._x: dict[int, Tensor] = {}
-        self._queries: dict[int, Tensor] = {}
-        self._changed: dict[tuple[str, int], Tensor] = {}
-
-    def layer(self, layer: int) -> Any:
-        def seen(name: str, tensor: Tensor) -> None:
-            if name == "x":
-                self._x[layer] = tensor.detach()
-            elif name != "o":
-                self._changed[name, layer] = tensor
-
-        return seen
-
-    def query_hooks(self, layer: int) -> list[Hook]:
-        def keep(tensor: Tensor) -> None:
-            self._queries[layer] = tensor.detach()
-
-        return [(self._model.hook_name("q", layer), keep)]
-
-    def changed(self) -> list[Tensor]:
-        return [self._changed[name, layer] for name in self._names for layer in range(self._model.info.n_layers)]
-
-    def factors(self, gradients: Sequence[Tensor], batch: list[TrainingExample]) -> StepFactors:
-        n = self._model.info.n_layers
-        errors = {name: torch.stack(list(gradients[i * n : (i + 1) * n])) for i, name in enumerate(self._names)}
-        return StepFactors(
-            x=torch.stack([self._x[layer] for layer in range(n)]),
-            e_q=errors.get("q"),
-            e_k=errors.get("k"),
-            e_v=errors.get("v"),
-            q=torch.stack([self._queries[layer] for layer in range(n)]),
-            n_tokens=tuple(len(example.ids) for example in batch),
-        )

@@ -269,15 +269,15 @@ def change_hooks(
     Args:
         tensors: the layer's changes by field name of `WeightUpdate`.
         rows: change these sequences of the batch only.
-        seen: is handed ``"x"`` and every changed ``"q"``, ``"k"``, ``"v"``.
+        seen: is handed the inputs ``"x"`` and ``"z"`` (for o) and every changed ``"q"``, ``"k"``, ``"v"``, ``"o"``.
     """
     state: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[Tensor], None]:
         def store(tensor: Tensor) -> None:
             state[name] = tensor
-            if seen is not None and name == "x":
-                seen("x", tensor)
+            if seen is not None:
+                seen(name, tensor)
 
         return store
 
