@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -147,12 +148,12 @@ def timed(way: Way) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - processor
 
 
-def measure_time(host: str) -> dict[str, Any]:
+def measure_time(host: str, n_rounds: int) -> dict[str, Any]:
     """Median seconds of each way, and median ratios."""
     compared = ways(host)
     for way in compared.values():
         way()  # warm up
-    rounds = [{name: timed(way) for name, way in compared.items()} for _ in range(ROUNDS)]
+    rounds = [{name: timed(way) for name, way in compared.items()} for _ in range(n_rounds)]
     seconds = {name: statistics.median(r[name][0] for r in rounds) for name in compared}
 
     def ratio(kind: int) -> dict[str, float]:
@@ -181,15 +182,20 @@ def _high_water() -> float:
 
 
 def child(*arguments: str) -> dict[str, Any]:
-    run = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, check=True, text=True)
+    # Threads that wait asleep: on a machine that others use too, spinning would be counted as work.
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+    run = subprocess.run(
+        [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, check=True, text=True, env=environment
+    )
     result: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     return result
 
 
-def report(host: str) -> bool:
+def report(host: str, threads: int, rounds: int) -> bool:
     """Print one host's figures; whether all targets are met."""
-    times = child("--time", host)
-    memory = {way: child("--memory", host, way) for way in ("passes", "decompose", "cached")}
+    common = ("--threads", str(threads), "--rounds", str(rounds))
+    times = child("--time", host, *common)
+    memory = {way: child("--memory", host, way, *common) for way in ("passes", "decompose", "cached")}
     seconds, ratio = times["seconds"], times["ratio"]
     above = memory["decompose"]["peak"] - memory["passes"]["peak"]
     share = above / memory["cached"]["cache"]
@@ -218,19 +224,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--time", metavar="HOST")
     parser.add_argument("--memory", nargs=2, metavar=("HOST", "WAY"))
+    parser.add_argument("--threads", type=int, default=THREADS)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--host", choices=["hooked", "bridge"], help="only this class of model")
     options = parser.parse_args()
     if options.time or options.memory:
         import torch
 
-        torch.set_num_threads(THREADS)
-        print(json.dumps(measure_time(options.time) if options.time else measure_memory(*options.memory)))
+        torch.set_num_threads(options.threads)
+        timing = options.time is not None
+        print(json.dumps(measure_time(options.time, options.rounds) if timing else measure_memory(*options.memory)))
         return 0
     hosts = [options.host] if options.host else ["hooked", "bridge"]
     if "hooked" in hosts and not _has_hooked():
         print("hooked: this TransformerLens has no HookedTransformer")
         hosts.remove("hooked")
-    met = [report(host) for host in hosts]
+    met = [report(host, options.threads, options.rounds) for host in hosts]
     return 0 if all(met) else 1
 
 

@@ -113,6 +113,7 @@ def decompose(
         for group in prompt_groups(tokenized):
             shared = run_shared_prefix(wrapped, tokenized[group[0]].ids[: tokenized[group[0]].query.start], grad=grad)
             assert shared is not None  # require_demos
+            stacked = _stacked(shared.k), _stacked(shared.v)  # one copy for all queries behind these demonstrations
             for start in range(0, len(group), batch_size):
                 batch = group[start : start + batch_size]
                 for index, result in zip(
@@ -123,6 +124,7 @@ def decompose(
                         [tokenized[i] for i in batch],
                         [rows[i] for i in batch],
                         shared,
+                        stacked,
                         zero_shot_runs=zero_shot_runs,
                         keep_position_axis=position == "all",
                         grad=grad,
@@ -151,6 +153,7 @@ def _decompose_batch(
     tokenized: list[TokenizedPrompt],
     destinations: list[tuple[int, ...]],
     shared: Prefix,
+    stacked: tuple[Tensor, Tensor],
     *,
     zero_shot_runs: ZeroShotRuns,
     keep_position_axis: bool,
@@ -159,7 +162,7 @@ def _decompose_batch(
     runs = run_settings(model, shared, tokenized, destinations, zero_shot_runs=zero_shot_runs, grad=grad)
     eta = active_momentum(model)
     info = provenance() | {"zero_shot_runs": zero_shot_runs}
-    prefix_k, prefix_v = torch.stack(shared.k), torch.stack(shared.v)
+    prefix_k, prefix_v = stacked
     window = torch.tensor([model.score_rule(layer).window or model.info.n_ctx for layer in range(model.info.n_layers)])
     return [
         Decomposition(
@@ -185,6 +188,10 @@ def _decompose_batch(
         )
         for i in range(len(tokenized))
     ]
+
+
+def _stacked(layers: tuple[Tensor, ...]) -> Tensor:
+    return torch.stack([t.to(layers[0].device) for t in layers])  # layers may live on several devices
 
 
 def _z(captures: tuple[QueryCapture, ...] | None, index: int) -> Tensor | None:

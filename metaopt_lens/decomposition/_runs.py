@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -78,11 +78,12 @@ def without_demos(
 
     Taken from the scores rather than from the pattern: half-precision patterns flush small probabilities to 0.
     """
-    scores = call.scores()[batch]
+    kept = {name: getattr(call, name)[batch] for name in ("q", "k", "v", "pattern", "z")}
+    scores = replace(call, **kept).scores()
     inside = torch.zeros(scores.shape[-1], dtype=torch.bool, device=scores.device)
     inside[demos.slice] = True
     weights, _ = softmax_with_sink(scores.masked_fill(inside, -torch.inf), call.rule.sinks)
-    return weighted_values(weights, call.v[batch]).to(call.z.dtype)
+    return weighted_values(weights, kept["v"]).to(call.z.dtype)
 
 
 def _momentum_without(

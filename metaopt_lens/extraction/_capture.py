@@ -133,7 +133,7 @@ def _stack(tensors: Sequence[Tensor], dim: int) -> Tensor:
 
 def _require_finite(model: AttentionModel, layer: int, **tensors: Tensor) -> None:
     for what, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # NaN passes through minimum and maximum
             raise NonFiniteError(
                 f"{model.info.name}: the {what} of layer {layer} hold NaN or infinity on this prompt "
                 f"(dtype {model.info.dtype}). In half precision, load the model in float32 or bfloat16."

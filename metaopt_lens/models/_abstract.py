@@ -467,6 +467,8 @@ class AttentionModel(ABC):
         def keep(store: dict[int, Tensor], layer: int) -> Callable[[Tensor], None]:
             def use(tensor: Tensor) -> None:
                 store[layer] = tensor[0]
+                if layer == self.info.n_layers - 1 and layer in keys and layer in values:
+                    raise StopForward  # the last layer's attention is read by nobody
 
             return use
 
@@ -474,11 +476,6 @@ class AttentionModel(ABC):
         for layer in range(self.info.n_layers):
             own += self.query_key_hooks(layer, ignore, keep(keys, layer), offset=0)
             own.append((self.hook_name("v", layer), keep(values, layer)))
-
-        def halt(_: Tensor) -> None:
-            raise StopForward
-
-        own.append((self.hook_name("z", self.info.n_layers - 1), halt))
         with inference_state(self.roots, grad=grad), self.hooked([*hooks, *own]):
             read_cache = self._forward_prefix(tokens[None].to(self.device))
         order = range(self.info.n_layers)

@@ -210,10 +210,11 @@ class HookedModel(AttentionModel):
         return self._run_host(tokens, cache)
 
     def _forward_prefix(self, tokens: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-        cache = self._cache(1, None)
+        # Only with rotary positions does the cache hold other keys than the scores see.
+        cache = self._cache(1, None) if self.info.positions == "rotary" else None
         with suppress(StopForward):
             self._run_host(tokens, cache)
-        return lambda: tuple(entry.past_keys[0] for entry in cache.entries)
+        return tuple if cache is None else (lambda: tuple(entry.past_keys[0] for entry in cache.entries))
 
     def _refuse_immovable(self) -> None:
         pass  # learned positions and rotations are replaced at their hooks; ALiBi scores are computed anew

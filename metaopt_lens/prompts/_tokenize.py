@@ -126,6 +126,7 @@ class _PieceEncoder:
         self._bos: int | None = getattr(tokenizer, "bos_token_id", None)
         self._unk: int | None = getattr(tokenizer, "unk_token_id", None)
         self._allow_unk = allow_unk
+        self._known: dict[str, tuple[int, ...]] = {}  # pieces recur, and every piece is probed with the same letters
 
     def bos(self, prepend: bool | None) -> list[int]:
         """The ids that stand before the text: BOS, or none."""
@@ -149,7 +150,10 @@ class _PieceEncoder:
 
     def whole(self, text: str) -> list[int]:
         """Ids of a text on its own, as the tokenizer gives them."""
-        return [int(i) for i in self._tokenizer.encode(text, add_special_tokens=False)] if text else []
+        if text not in self._known:
+            ids = self._tokenizer.encode(text, add_special_tokens=False) if text else ()
+            self._known[text] = tuple(int(i) for i in ids)
+        return list(self._known[text])
 
     def encode(self, text: str, *, first: bool) -> list[int]:
         """Ids of a piece; `first` says whether it stands at the start of the text."""
