@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -182,11 +181,7 @@ def _high_water() -> float:
 
 
 def child(*arguments: str) -> dict[str, Any]:
-    # Threads that wait asleep: on a machine that others use too, spinning would be counted as work.
-    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
-    run = subprocess.run(
-        [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, check=True, text=True, env=environment
-    )
+    run = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, check=True, text=True)
     result: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     return result
 
