@@ -192,6 +192,17 @@ def has_hooked_transformer() -> bool:
     return HookedTransformer is not None
 
 
+_LENS_SIZES: dict[str, Any] = {
+    "n_layers": 3,
+    "d_model": 32,
+    "n_heads": 4,
+    "d_head": 8,
+    "d_mlp": 48,
+    "n_ctx": N_CTX,
+    "d_vocab": VOCAB,
+    "act_fn": "gelu",
+}
+
 HOOKED: dict[str, dict[str, Any]] = {
     "learned": {"normalization_type": "LN"},
     "rotary": {
@@ -238,20 +249,8 @@ def make_hooked(kind: str = "learned", *, seed: int = 0, dtype: torch.dtype = to
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
     options: dict[str, Any] = {
-        "n_layers": 3,
-        "d_model": 32,
-        "n_heads": 4,
-        "d_head": 8,
-        "d_mlp": 48,
-        "n_ctx": N_CTX,
-        "d_vocab": VOCAB,
-        "act_fn": "gelu",
-        "dtype": dtype,
-        "device": "cpu",
-        "seed": seed,
-        **HOOKED[kind],
-        **overrides,
-    }
+        **_LENS_SIZES, "dtype": dtype, "device": "cpu", "seed": seed, **HOOKED[kind], **overrides
+    }  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         model = HookedTransformer(HookedTransformerConfig(**options), tokenizer=tokenizer())
@@ -282,19 +281,7 @@ def make_native_model(
     from transformer_lens.config import TransformerBridgeConfig
     from transformer_lens.model_bridge.sources.native import NativeModel
 
-    options: dict[str, Any] = {
-        "n_layers": 3,
-        "d_model": 32,
-        "n_heads": 4,
-        "d_head": 8,
-        "d_mlp": 48,
-        "n_ctx": N_CTX,
-        "d_vocab": VOCAB,
-        "act_fn": "gelu",
-        **NATIVE[kind],
-        **overrides,
-    }
-    model = NativeModel(TransformerBridgeConfig(**options))
+    model = NativeModel(TransformerBridgeConfig(**{**_LENS_SIZES, **NATIVE[kind], **overrides}))
     randomize_(model, seed)
     return model.to(dtype).eval()
 

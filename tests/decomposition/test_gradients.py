@@ -43,6 +43,8 @@ def parameter_of(name: str, model: Any, which: str) -> Tensor:
         ("bridge:gpt2", "v", [(0, 3), (31, 7)]),
         ("bridge:gpt2", "k", [(5, 8)]),
         ("bridge:gpt_neox", "v", [(0, 3), (31, 7)]),
+        ("native:learned", "v", [(0, 3), (31, 7)]),
+        ("native:learned", "k", [(5, 8)]),
         *[(name, "W_V", [(0, 0, 0), (3, 31, 7)]) for name in HOOKED_NAMES[:1]],
         *[(name, "W_K", [(1, 2, 3)]) for name in HOOKED_NAMES[:1]],
     ],
