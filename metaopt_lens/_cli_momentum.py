@@ -25,6 +25,7 @@ app = typer.Typer(
 Device = Annotated[str | None, typer.Option(help="Where to train: cpu, cuda, ... (default: cuda if there is one).")]
 Eta = Annotated[float | None, typer.Option(help="Instead of the configuration's eta; 0 is plain attention.")]
 Learned = Annotated[bool, typer.Option("--learned", help="Learn one eta per head.")]
+Lags = Annotated[int | None, typer.Option(min=1, help="A control: sum only so many past tokens' values.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Instead of the configuration's number of steps.")]
 
 
@@ -34,6 +35,7 @@ def train(
     out: Annotated[Path, typer.Option("--out", help="Folder of checkpoints and result; an unfinished run goes on.")],
     eta: Eta = None,
     learned: Learned = False,
+    lags: Lags = None,
     seed: Annotated[int | None, typer.Option(help="Instead of the configuration's seed.")] = None,
     steps: Steps = None,
     device: Device = None,
@@ -42,7 +44,7 @@ def train(
     """Train one model; resumes where it was interrupted."""
     from metaopt_lens.experiments.momentum import train as run
 
-    changed = _changed(config, eta, learned, steps)
+    changed = _changed(config, eta, learned, lags, steps)
     if seed is not None:
         changed = changed.replace(seed=seed)
     if threads is not None:
@@ -68,6 +70,7 @@ def compare(
     jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time, each on one CPU thread.")] = 1,
     eta: Eta = None,
     learned: Learned = False,
+    lags: Lags = None,
     steps: Steps = None,
     device: Device = None,
 ) -> None:
@@ -75,7 +78,7 @@ def compare(
     from metaopt_lens.experiments.momentum import compare_momentum
     from metaopt_lens.viz import write_momentum_page
 
-    chosen = [_changed(name, eta, learned, steps) for name in configs or ["icl-small", "text-small"]]
+    chosen = [_changed(name, eta, learned, lags, steps) for name in configs or ["icl-small", "text-small"]]
     names = [c.name for c in chosen]
     if len(set(names)) < len(names):
         raise OptionError(f"every configuration needs its own name, got {', '.join(names)}.")
@@ -84,18 +87,23 @@ def compare(
     for config in chosen:
         comparison = compare_momentum(config, out / config.name, seeds=seeds, jobs=jobs, device=device)
         found.append(comparison)
-        console.print(f"\n{config.name}: {len(comparison.seeds)} pairs, momentum minus plain with its 95 % interval")
+        control = f" (only the last {config.momentum.lags} tokens: a control)" if config.momentum.lags else ""
+        console.print(
+            f"\n{config.name}: {len(comparison.seeds)} pairs, momentum{control} minus plain with its 95 % interval"
+        )
         console.print(_table(comparison.summary()))
         written = write_momentum_page(found, out / "momentum.html")
     console.print(f"wrote {written}, and tables as CSV and JSON beside it", soft_wrap=True)
 
 
-def _changed(name: str, eta: float | None, learned: bool, steps: int | None) -> TrainingConfig:
+def _changed(name: str, eta: float | None, learned: bool, lags: int | None, steps: int | None) -> TrainingConfig:
     from metaopt_lens.experiments.momentum import TrainingConfig
 
     momentum: dict[str, Any] = {} if eta is None else {"eta": eta}
     if learned:
         momentum["learned"] = True
+    if lags is not None:
+        momentum["lags"] = lags
     return TrainingConfig.load(name).replace(momentum=momentum, optimizer={} if steps is None else {"steps": steps})
 
 

@@ -122,10 +122,12 @@ def _experiment(comparison: MomentumComparison, key: str) -> str:
             for i, m in enumerate(metrics)
         )
     seconds = comparison.seconds_per_step
+    lags = config.momentum.lags
     settings = {
         "model": f"{config.model.n_layers} layers x {config.model.n_heads} heads, d_model {config.model.d_model}, "
         f"context {config.model.n_ctx}",
         "eta": f"learned, from {config.momentum.eta:g}" if config.momentum.learned else f"{config.momentum.eta:g}",
+        "average": f"a control: only the last {lags} tokens" if lags else "of all past tokens",
         "corpus": config.data.name or config.data.path or config.data.source,
         "training": f"{config.optimizer.steps} steps of {config.optimizer.batch} sequences, lr {config.optimizer.lr:g}",
         "seeds": ", ".join(map(str, comparison.seeds)),

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hosts import requires_hooked
+from hosts import HOOKED_NAMES, host_values, host_z, left_as_it_was, requires_hooked, shared
 from safetensors.torch import load_file
 
-from metaopt_lens import MetaoptLensError, decompose, intervene
+from metaopt_lens import MetaoptLensError, decompose, intervene, wrap
 from metaopt_lens.experiments.momentum import (
     SHIPPED,
     MomentumComparison,
+    ShortConvolution,
     TrainedModel,
     TrainingConfig,
     build_model,
@@ -278,6 +279,45 @@ def test_a_trained_model_loads_and_computes_what_was_evaluated(tmp_path: Path) -
         episodes = sample_episodes(n=8, n_demos=4, n_categories=2, held_out=held_out, seed=1)
         with intervene(lm.model, MomentumAttention(torch.tensor(run.eta))):
             assert table[4] == accuracy(lm.model.host, episodes)["candidates"]
+
+
+@pytest.mark.parametrize("name", ["bridge:gpt2", "bridge:llama", "native:rotary", *HOOKED_NAMES[:1]])
+def test_the_control_adds_the_last_values_only(name: str) -> None:
+    """Layer by layer, from the host's own values; padded and behind the host's cache as alone."""
+    model, ids = shared(name), [1, 30, 31, 3, 32, 40, 41, 3, 50]
+    eta = torch.linspace(0.2, 0.9, 12).reshape(3, 4)
+    term = ShortConvolution(eta, lags=2)
+    plain, values = host_z(model, ids)[:, 0], host_values(model, ids, "attn.hook_v")[0]
+    v = values.reshape(len(ids), -1, plain.shape[-1])
+    with left_as_it_was(model), intervene(model, term):
+        found = host_z(model, ids)[:, 0]
+        logits = model(torch.tensor([ids]))[0, -1]
+    for t in range(len(ids)):
+        for head in range(4):
+            expected = plain[t, head].clone()
+            for i in range(max(0, t - 2), t):
+                expected += eta[0, head] ** (t - i) * v[i, head // (4 // v.shape[1])]
+            torch.testing.assert_close(found[t, head], expected, rtol=0, atol=1e-5)
+    mask = torch.tensor([[0, 0, *[1] * len(ids)]])
+    with intervene(model, term):
+        padded = model(torch.tensor([[0, 0, *ids]]), attention_mask=mask)[0, -1]
+        prefix = wrap(model).run_prefix(torch.tensor(ids[:5]))
+        behind = wrap(model).run(torch.tensor([ids[5:]]), prefix=prefix)
+    torch.testing.assert_close(padded, logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(behind[0, -1], logits, rtol=0, atol=1e-4)  # type: ignore[index]
+    with intervene(model, ShortConvolution(eta, lags=100)):
+        all_lags = model(torch.tensor([ids]))
+    with intervene(model, MomentumAttention(eta)):
+        torch.testing.assert_close(all_lags, model(torch.tensor([ids])), rtol=0, atol=1e-4)
+
+
+def test_the_control_trains(tmp_path: Path) -> None:
+    config = small(momentum={"lags": 2})
+    run = train(config, tmp_path / "short", progress=False, device="cpu")
+    assert isinstance(load_trained(tmp_path / "short").momentum(), ShortConvolution)
+    whole = train(small(), tmp_path / "whole", progress=False, device="cpu")
+    assert run.losses[0] != whole.losses[0]
+    assert run.losses[-1] < run.losses[0]
 
 
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
@@ -544,6 +584,9 @@ def test_commands(tmp_path: Path) -> None:
     arguments = ["momentum", "compare", file, "--steps", "2", "--seeds", "2", "--learned", "--out", str(out / "two")]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
+    control = CliRunner().invoke(app, [*arguments[:-1], str(out / "control"), "--lags", "2"])
+    assert "momentum (only the last 2 tokens: a control) minus plain" in control.output
+    assert MomentumComparison.load(out / "control" / "small").plain[0].config.momentum.lags == 0
     assert "accuracy on seen bindings" in done.output
     page = (out / "two" / "momentum.html").read_text(encoding="utf-8")
     assert "momentum minus plain" in page

@@ -10,6 +10,7 @@ from metaopt_lens.experiments.momentum._corpora import Corpus as Corpus
 from metaopt_lens.experiments.momentum._corpora import load_corpus as load_corpus
 from metaopt_lens.experiments.momentum._evaluate import Evaluation as Evaluation
 from metaopt_lens.experiments.momentum._evaluate import evaluate as evaluate
+from metaopt_lens.experiments.momentum._short import ShortConvolution as ShortConvolution
 from metaopt_lens.experiments.momentum._train import TrainedModel as TrainedModel
 from metaopt_lens.experiments.momentum._train import load_trained as load_trained
 from metaopt_lens.experiments.momentum._train import train as train

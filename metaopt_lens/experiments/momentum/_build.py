@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from metaopt_lens._errors import UnsupportedModelError
 from metaopt_lens.experiments.momentum._config import ModelSettings, MomentumSettings, TrainingConfig
 from metaopt_lens.experiments.momentum._corpora import word_tokenizer
+from metaopt_lens.experiments.momentum._short import ShortConvolution
 from metaopt_lens.interventions import MomentumAttention, intervene
 from metaopt_lens.models import AttentionModel, wrap
 
@@ -50,11 +51,11 @@ class LanguageModel:
             return torch.full((info.n_layers, info.n_heads), self.settings.eta, dtype=torch.float64)
         return _HIGHEST * torch.sigmoid(self.logits_of_eta)
 
-    def momentum(self) -> MomentumAttention | None:
-        """The momentum attention it has now; None for plain attention."""
+    def momentum(self) -> MomentumAttention | ShortConvolution | None:
+        """The momentum attention it has now, or its control; None for plain attention."""
         if self.logits_of_eta is None and self.settings.eta == 0.0:
             return None
-        return MomentumAttention(self.eta)
+        return ShortConvolution(self.eta, self.settings.lags) if self.settings.lags else MomentumAttention(self.eta)
 
     @contextmanager
     def with_momentum(self) -> Iterator[None]:

@@ -193,7 +193,7 @@ def compare_momentum(
     if not config.has_momentum:
         raise OptionError("the configuration has no momentum to compare with plain attention: set momentum.eta.")
     out = Path(folder)
-    arms = {"plain": config.replace(momentum={"eta": 0.0, "learned": False}), "momentum": config}
+    arms = {"plain": config.replace(momentum={"eta": 0.0, "learned": False, "lags": 0}), "momentum": config}
     tasks = [
         (arms[arm].replace(seed=seed, name=f"{config.name} {arm} seed {seed}"), run_folder(out, arm, seed))
         for seed in chosen

@@ -44,11 +44,13 @@ class MomentumSettings:
         eta: 0 is plain attention. Where it is learned, the value it starts from.
         learned: learn one eta per head, kept in [0, 1) by a sigmoid.
         lr_factor: learning rate of the learned etas, relative to that of the weights.
+        lags: a control: only this many past tokens are summed, a short convolution instead of an average; 0 for all.
     """
 
     eta: float = 0.5
     learned: bool = False
     lr_factor: float = 3.0
+    lags: int = 0
 
 
 @dataclass(frozen=True)
@@ -288,7 +290,12 @@ def _check(config: TrainingConfig) -> None:
         ("checkpoint_every", config.checkpoint_every),
     ):
         _need(value >= 1, f"{name} must be at least 1", value)
-    for name, value in (("optimizer.warmup", o.warmup), ("evaluation.every", e.every), ("seed", config.seed)):
+    for name, value in (
+        ("momentum.lags", config.momentum.lags),
+        ("optimizer.warmup", o.warmup),
+        ("evaluation.every", e.every),
+        ("seed", config.seed),
+    ):
         _need(value >= 0, f"{name} must not be negative", value)
     for name in ("lr", "clip", "power"):
         value = getattr(o, name)
