@@ -28,7 +28,9 @@ def momentum_figure(comparison: MomentumComparison, metric: str) -> go.Figure:
     summary = comparison.summary()
     summary = summary[summary["metric"] == metric].sort_values("at")
     by = str(summary["by"].iloc[0])
-    plot = make_subplots(rows=1, cols=2, subplot_titles=(metric, "momentum minus plain, 95 % interval"))
+    plot = make_subplots(
+        rows=1, cols=2, subplot_titles=(metric, f"{_label(comparison, 'momentum')} minus plain, 95 % interval")
+    )
     for (arm, _seed), line in runs.sort_values("at").groupby(["arm", "seed"], sort=False):
         plot.add_scatter(
             x=_text(line["at"]), y=line["value"].tolist(), mode="lines", line={"color": _FILL[str(arm)], "width": 1},
@@ -36,7 +38,8 @@ def momentum_figure(comparison: MomentumComparison, metric: str) -> go.Figure:
         )  # fmt: skip
     for arm, colour in _COLOURS.items():
         plot.add_scatter(
-            x=_text(summary["at"]), y=summary[arm].tolist(), name=arm, mode="lines+markers", line={"color": colour},
+            x=_text(summary["at"]), y=summary[arm].tolist(), name=_label(comparison, arm), mode="lines+markers",
+            line={"color": colour},
             row=1, col=1,
         )  # fmt: skip
     mean = summary["difference"]
@@ -69,7 +72,13 @@ def history_figure(comparison: MomentumComparison, metric: str) -> go.Figure:
                 line={"color": _FILL[arm], "width": 1},
             )  # fmt: skip
         mean = of_arm.groupby("step")["value"].mean()
-        plot.add_scatter(x=mean.index.tolist(), y=mean.tolist(), mode="lines+markers", name=arm, line={"color": colour})
+        plot.add_scatter(
+            x=mean.index.tolist(),
+            y=mean.tolist(),
+            mode="lines+markers",
+            name=_label(comparison, arm),
+            line={"color": colour},
+        )
     what = "demonstrations" if history["by"].iloc[0] == "demos" else "tokens"
     plot.update_layout(
         height=320, margin={"t": 20, "b": 40, "l": 50, "r": 10}, template="plotly_white",
@@ -86,8 +95,9 @@ def loss_figure(comparison: MomentumComparison) -> go.Figure:
         for index, run in enumerate(runs):
             smooth = pd.Series(run.losses).rolling(20, min_periods=1).mean().iloc[::5]
             plot.add_scatter(
-                x=smooth.index.tolist(), y=smooth.round(5).tolist(), mode="lines", name=arm, legendgroup=arm,
-                showlegend=index == 0, line={"color": _COLOURS[arm], "width": 1},
+                x=smooth.index.tolist(), y=smooth.round(5).tolist(), mode="lines",
+                name=_label(comparison, arm), legendgroup=arm, showlegend=index == 0,
+                line={"color": _COLOURS[arm], "width": 1},
             )  # fmt: skip
     plot.update_layout(
         height=320, margin={"t": 20, "b": 40, "l": 50, "r": 10}, template="plotly_white",
@@ -152,6 +162,11 @@ def _etas(comparison: MomentumComparison) -> pd.DataFrame:
         for seed, run in zip(comparison.seeds, comparison.momentum, strict=True)
     }
     return pd.DataFrame({"head": names, **columns})
+
+
+def _label(comparison: MomentumComparison, arm: str) -> str:
+    lags = comparison.config.momentum.lags
+    return f"last {lags} values" if lags and arm == "momentum" else arm
 
 
 def _text(column: pd.Series) -> list[str]:

@@ -586,6 +586,7 @@ def test_commands(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     control = CliRunner().invoke(app, [*arguments[:-1], str(out / "control"), "--lags", "2"])
     assert "momentum (only the last 2 tokens: a control) minus plain" in control.output
+    assert "last 2 values minus plain" in (out / "control" / "momentum.html").read_text(encoding="utf-8")
     assert MomentumComparison.load(out / "control" / "small").plain[0].config.momentum.lags == 0
     assert "accuracy on seen bindings" in done.output
     page = (out / "two" / "momentum.html").read_text(encoding="utf-8")
