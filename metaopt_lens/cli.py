@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +17,7 @@ from metaopt_lens._cli_experiments import run, sweep
 from metaopt_lens._cli_momentum import app as momentum
 from metaopt_lens._cli_report import report
 from metaopt_lens._errors import MetaoptLensError, OptionError
+from metaopt_lens._threads import torch_threads
 from metaopt_lens._types import HeadRef
 
 if TYPE_CHECKING:
@@ -106,7 +105,8 @@ def demo(out: Out = Path("metaopt-lens-out"), top: Top = 12) -> None:
     from metaopt_lens.prompts import ICLPrompt
     from metaopt_lens.viz import write_comparison_outputs
 
-    with _one_thread():
+    # The bundled model is so small that more threads only wait for each other, the longer the busier the machine.
+    with torch_threads(1):
         episode = sample_episode(random.Random(3), n_demos=8, n_categories=2)
         prompt = ICLPrompt(episode.demos, episode.query, label=episode.answer, candidates=episode.candidates)
         model = load_model("tiny")
@@ -219,19 +219,6 @@ def _write(
 
     for path in write_outputs(result, out, heads=heads, answers=answers):
         _say(f"wrote {path}", to_stderr=to_stderr)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The bundled model is so small that more threads only wait for each other, the longer the busier the machine."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _position(text: str) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -16,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from metaopt_lens._errors import FileFormatError, OptionError
+from metaopt_lens._threads import torch_threads
 from metaopt_lens.analysis import (
     QueryStatistic,
     context_columns,
@@ -105,7 +105,8 @@ def analyze_records(
     labels: list[list[int]] = []
     waiting: list[tuple[Tensor, Tensor]] = []
     longest = compared = 0
-    with _one_thread(), open_recording(directory, workers) as (index, parse):
+    # The parsing processes have the cores: torch threads beside them wait for each other, many times slower.
+    with torch_threads(1), open_recording(directory, workers) as (index, parse):
         n = index.n_queries
         (first,) = parse(index.lines["icl"][:1])
         demos = _stack_demos(index, parse(index.lines["ft"]), first)
@@ -158,17 +159,6 @@ def _check_options(top_k: Mapping[str, int], *, level: float, **counts: int) -> 
             raise OptionError(f"{name} must be at least 1, got {count}.")
     if not 0 < level < 1:
         raise OptionError(f"level must lie between 0 and 1, got {level}: 0.95 gives 95 % intervals.")
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The parsing processes have the cores: torch threads beside them wait for each other, many times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _similarities(chunk: _Chunk, options: _Options) -> _Found:

@@ -11,7 +11,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +19,7 @@ from tqdm.auto import tqdm
 
 from metaopt_lens._errors import DataError, MetaoptLensError, OptionError
 from metaopt_lens._storage import provenance
+from metaopt_lens._threads import torch_threads
 from metaopt_lens.experiments._attribution_stage import attribution
 from metaopt_lens.experiments._model_identity import model_identity
 from metaopt_lens.experiments._prompt_set import PromptSet, make_prompts
@@ -158,7 +158,7 @@ class _Run:
         if not todo:
             return result
         self._check_before_any_run([p.seed for p in todo if p.stage == "prompts" and p.seed is not None])
-        with self._threads():
+        with torch_threads(self._n_threads):
             self._make(todo, result, progress=progress)
         return result
 
@@ -182,15 +182,10 @@ class _Run:
                 self._add_to_log(piece, time.monotonic() - started)
         self._end_log()
 
-    @contextmanager
-    def _threads(self) -> Iterator[None]:
-        before = torch.get_num_threads()
+    @property
+    def _n_threads(self) -> int:
         small = sum(p.numel() for p in self.model.host.parameters()) < _SMALL_MODEL
-        torch.set_num_threads(self.config.threads or (1 if small else before))
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+        return self.config.threads or (1 if small else torch.get_num_threads())
 
     def _plan(self, seeds: Sequence[int]) -> list[_Piece]:
         """All pieces, in the order in which they need each other."""

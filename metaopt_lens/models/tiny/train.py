@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from metaopt_lens._storage import atomic_path, write_text
+from metaopt_lens._threads import torch_threads
 from metaopt_lens.models.tiny._evaluate import measure
 from metaopt_lens.models.tiny._load import METRICS_FILE, WEIGHTS_FILE, model_config
 from metaopt_lens.models.tiny._sampling import sample_stream
@@ -111,9 +112,7 @@ def train(config: TrainConfig, *, progress: bool = False) -> tuple[LlamaForCausa
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from transformers import LlamaForCausalLM
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with torch_threads(1):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = LlamaForCausalLM(model_config(attention="sdpa"))
@@ -148,8 +147,6 @@ def train(config: TrainConfig, *, progress: bool = False) -> tuple[LlamaForCausa
                 note = f"nouns {n_nouns_at(step, config)}  label loss {sum(recent) / len(recent):.3f}"
                 bar.update(task, advance=1, note=note)
         return model.eval(), losses
-    finally:
-        torch.set_num_threads(threads)
 
 
 def save(model: LlamaForCausalLM, out: Path) -> None:
