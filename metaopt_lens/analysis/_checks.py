@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from metaopt_lens._errors import NonFiniteError, OptionError
+from metaopt_lens.dual import is_finite
 
 Seed = int | torch.Generator
 
@@ -18,10 +19,8 @@ def as_generator(seed: Seed) -> torch.Generator:
 def check_finite(**tensors: Tensor) -> None:
     """Raise `NonFiniteError` naming the first argument that holds NaN or infinity."""
     for name, tensor in tensors.items():
-        if bool(torch.isfinite(tensor.sum())):  # one quick pass; a sum may overflow where no entry is infinite
-            continue
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
+        if not is_finite(tensor):
+            bad = int((~torch.isfinite(tensor)).sum())
             raise NonFiniteError(
                 f"{name} must be finite, but {bad} of its {tensor.numel()} entries are NaN or infinite: "
                 "leave out the damaged queries, or record them again in higher precision."

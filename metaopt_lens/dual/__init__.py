@@ -1,5 +1,6 @@
 """The mathematics: pure tensor functions, no model, no hook, no tokenizer."""
 
+from metaopt_lens.dual._finite import is_finite as is_finite
 from metaopt_lens.dual._implicit import implicit_weight_update as implicit_weight_update
 from metaopt_lens.dual._linear import LinearParts as LinearParts
 from metaopt_lens.dual._linear import linear_memory as linear_memory

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metaopt_lens._errors import NonFiniteError
-from metaopt_lens.dual import softmax_with_sink
+from metaopt_lens.dual import is_finite, softmax_with_sink
 from metaopt_lens.models import AttentionCall, AttentionModel, Hook, Prefix
 
 
@@ -133,7 +133,7 @@ def _stack(tensors: Sequence[Tensor], dim: int) -> Tensor:
 
 def _require_finite(model: AttentionModel, layer: int, **tensors: Tensor) -> None:
     for what, tensor in tensors.items():
-        if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # NaN passes through minimum and maximum
+        if not is_finite(tensor):
             raise NonFiniteError(
                 f"{model.info.name}: the {what} of layer {layer} hold NaN or infinity on this prompt "
                 f"(dtype {model.info.dtype}). In half precision, load the model in float32 or bfloat16."

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from metaopt_lens._errors import ModelMismatchError, NonFiniteError, OptionError, PromptError
+from metaopt_lens.dual import is_finite
 from metaopt_lens.finetuning._examples import TrainingExample, text_examples, training_examples
 from metaopt_lens.finetuning._losses import layer_causal_losses, ordinary_loss
 from metaopt_lens.finetuning._settings import FinetuneSettings, Loss, Order, Projection, Readout
@@ -111,7 +112,7 @@ def finetune(
     final: dict[str, Any] = {
         name: torch.stack([_heads_first(name, leaf) for leaf in tensors]) for name, tensors in leaves.items()
     }
-    if not all(_is_finite(tensor) for tensor in final.values()):
+    if not all(is_finite(tensor) for tensor in final.values()):
         raise NonFiniteError(
             f"the update became NaN or infinite by step {len(schedule) - 1} of {len(schedule)} (lr {settings.lr:g}): "
             "try a smaller learning rate. The model is unchanged."
@@ -188,11 +189,6 @@ def _leaves(model: AttentionModel, settings: FinetuneSettings) -> dict[str, list
         if settings.bias and all(model.has_bias(projection, layer) for layer in range(info.n_layers)):
             leaves[f"b_{projection}"] = zeros(info.d_model) if is_out else zeros(heads, info.d_head)
     return leaves
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """A finite sum has no NaN or infinity in it and is quick to make; an infinite one may be an overflow."""
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def _heads_first(name: str, leaf: Tensor) -> Tensor:

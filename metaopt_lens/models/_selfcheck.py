@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from metaopt_lens._errors import NonFiniteError, UnsupportedModelError
-from metaopt_lens.dual import softmax_with_sink, weighted_values
+from metaopt_lens.dual import is_finite, softmax_with_sink, weighted_values
 from metaopt_lens.models._abstract import AttentionCall, AttentionModel
 from metaopt_lens.models._hooks import Hook
 
@@ -29,7 +29,7 @@ def self_check(model: AttentionModel) -> None:
     def check(call: AttentionCall) -> None:
         seen.add(call.layer)
         for what, tensor in (("queries", call.q), ("keys", call.k), ("values", call.v), ("head outputs", call.z)):
-            if not torch.isfinite(tensor).all():
+            if not is_finite(tensor):
                 raise NonFiniteError(f"{model.info.name}: {what} of layer {call.layer} hold NaN or infinity.")
         pattern, _ = softmax_with_sink(call.scores(), call.rule.sinks)
         _require(call.pattern, pattern, tolerance, model, call.layer, "attention pattern from q and k")
