@@ -135,7 +135,7 @@ class _Layer:
             after = momentum_state(v.detach(), eta.detach(), state=state, valid=new_valid)
             self._remembered = (host_pass.n_past + v.shape[1], v[:, -1].detach(), after.detach())
         if self._corrections:
-            values = v if past is None else torch.cat([past.to(v), v], dim=1)
+            values = host_pass.all_values(self._layer, v)
             for correct in self._corrections:
                 average = correct(self._layer, host_pass, values, average)
         return (z.to(average.dtype) + average).to(z.dtype)

@@ -6,10 +6,9 @@ The average is linear in the values, so the demonstrations' share is added or ta
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from metaopt_lens._errors import UnsupportedModelError
 from metaopt_lens.dual import momentum_state, momentum_values
 from metaopt_lens.interventions._apply import AppliedMetaGradient
 from metaopt_lens.interventions._heads import head_mask
@@ -28,7 +27,7 @@ def with_meta_gradient(applied: AppliedMetaGradient, eta: Float[Tensor, "layer h
     tokens = mg.tokens
 
     def correct(layer: int, host_pass: HostPass, values: Tensor, average: Tensor) -> Tensor:
-        index, valid = _all_sources(layer, host_pass, values)
+        index, valid = host_pass.sources(layer, values)
         rate, v = eta[layer].to(average), mg.v[layer].to(average)
         inside = tokens.mask(mg.chosen, tokens.stop).to(v.device)
         of_demos = momentum_state(v.masked_fill(~inside[:, None, None], 0.0), rate)
@@ -52,7 +51,7 @@ def without_knocked_out(model: AttentionModel, knock_out: KnockOut, eta: Float[T
     inside = tokens.mask(tuple(demos), model.info.n_ctx)
 
     def correct(layer: int, host_pass: HostPass, values: Tensor, average: Tensor) -> Tensor:
-        index, valid = _all_sources(layer, host_pass, values)
+        index, valid = host_pass.sources(layer, values)
         n_dst = average.shape[1]
         kept = values.masked_fill((inside.to(valid.device)[index] & valid)[..., None, None], 0.0)
         without = momentum_values(kept, eta[layer].to(average), valid=valid)[:, -n_dst:]
@@ -65,16 +64,3 @@ def without_knocked_out(model: AttentionModel, knock_out: KnockOut, eta: Float[T
         return torch.where(chosen[..., None], without, average)
 
     return correct
-
-
-def _all_sources(
-    layer: int, host_pass: HostPass, values: Tensor
-) -> tuple[Int[Tensor, "batch slot"], Bool[Tensor, "batch slot"]]:
-    """Positions of all sources, and which are no padding; refuses a cache that has forgotten some."""
-    index, valid = (t.to(values.device) for t in (host_pass.index, host_pass.valid))
-    if values.shape[1] != index.shape[1]:
-        raise UnsupportedModelError(
-            f"the cache of layer {layer} no longer holds all past tokens (sliding window), so the demonstrations' "
-            "share of the momentum cannot be told: run the whole sequence in one pass."
-        )
-    return index, valid

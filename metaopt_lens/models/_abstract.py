@@ -381,9 +381,9 @@ class AttentionModel(ABC):
         def at_z(z: Tensor) -> Tensor | None:
             host_pass, moved = current()
             q, k, v = seen.pop("q"), seen.pop("k"), seen.pop("v")
-            past_k, past_v = host_pass.past(layer)
+            past_k, _ = host_pass.past(layer)
             k = k if past_k is None else torch.cat([past_k.to(k), k], dim=1)
-            v = v if past_v is None else torch.cat([past_v.to(v), v], dim=1)
+            v = host_pass.all_values(layer, v)
             where = (host_pass.index if moved is None else moved).to(z.device)
             call = PlacedCall(
                 layer,

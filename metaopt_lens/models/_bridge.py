@@ -116,8 +116,11 @@ class BridgeModel(AttentionModel):
     def early_exit(self, residual: Tensor) -> Tensor:
         normed = self.host.ln_final(residual) if "ln_final" in self.host._modules else residual
         logits: Tensor = self.host.unembed(normed)
-        cap = getattr(self.host.original_model.config, "final_logit_softcapping", None)
+        cap = self._logit_cap()
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _logit_cap(self) -> float | None:
+        return getattr(_config(self.host), "final_logit_softcapping", None)
 
     def hook_name(self, kind: str, layer: int) -> str:
         suffix = "o.hook_out" if kind == "attn_out" else f"hook_{kind}"
@@ -331,17 +334,32 @@ def _gptj_hooks(
     """GPT-J rotates inside transformers' own attention; its own function and table are applied again."""
     from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb
 
-    def rotated(use: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
-        def rotate(tensor: Tensor) -> None:
-            n = tensor.shape[1]
-            where = torch.arange(offset, offset + n)[None] if positions is None else positions()
-            table = module.embed_positions[where.to(module.embed_positions.device)].to(tensor.device)
-            sin, cos = table.chunk(2, dim=-1)
-            dim = module.rotary_dim
-            turned = apply_rotary_pos_emb(tensor[..., :dim], sin, cos)
-            use(torch.cat([turned, tensor[..., dim:]], dim=-1).to(tensor.dtype))
+    def rotate(tensor: Tensor, where: Tensor) -> Tensor:
+        table = module.embed_positions[where.to(module.embed_positions.device)].to(tensor.device)
+        sin, cos = table.chunk(2, dim=-1)
+        dim = module.rotary_dim
+        turned = apply_rotary_pos_emb(tensor[..., :dim], sin, cos)
+        return torch.cat([turned, tensor[..., dim:]], dim=-1).to(tensor.dtype)
 
-        return rotate
+    return rotated_hooks(at, rotate, use_q, use_k, offset, positions)
+
+
+def rotated_hooks(
+    at: str,
+    rotate: Callable[[Tensor, Tensor], Tensor],
+    use_q: Callable[[Tensor], None],
+    use_k: Callable[[Tensor], None],
+    offset: int,
+    positions: Callable[[], Tensor] | None,
+) -> list[Hook]:
+    """Hooks for an attention that rotates inside: ``rotate(tensor, positions)`` does it again to what they show."""
+
+    def rotated(use: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+        def at_hook(tensor: Tensor) -> None:
+            n = tensor.shape[1]
+            use(rotate(tensor, torch.arange(offset, offset + n)[None] if positions is None else positions()))
+
+        return at_hook
 
     return [(f"{at}.hook_q", rotated(use_q)), (f"{at}.hook_k", rotated(use_k))]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metaopt_lens.dual import ScoreRule, attention_scores, softmax_with_sink, weighted_values
 from metaopt_lens.models._abstract import Prefix
-from metaopt_lens.models._bridge import BridgeModel
+from metaopt_lens.models._bridge import BridgeModel, rotated_hooks
 from metaopt_lens.models._hooks import Hook
 
 ARCHITECTURE = "TransformerLensNative"
@@ -25,15 +25,10 @@ class NativeBridgeModel(BridgeModel):
 
     def score_rule(self, layer: int) -> ScoreRule:
         module = self._component(layer)
-        return ScoreRule(
-            scale=1.0 / float(module.scale),
-            softcap=module.attn_scores_soft_cap if module.attn_scores_soft_cap > 0 else None,
-        )
+        return ScoreRule(scale=1.0 / float(module.scale), softcap=_enabled(module.attn_scores_soft_cap))
 
-    def early_exit(self, residual: Tensor) -> Tensor:
-        logits: Tensor = self.host.unembed(self.host.ln_final(residual))
-        cap = self.host.original_model.output_logits_soft_cap
-        return cap * torch.tanh(logits / cap) if cap > 0 else logits
+    def _logit_cap(self) -> float | None:
+        return _enabled(self.host.original_model.output_logits_soft_cap)
 
     def query_key_hooks(
         self,
@@ -44,18 +39,12 @@ class NativeBridgeModel(BridgeModel):
         offset: int,
         positions: Callable[[], Tensor] | None = None,
     ) -> list[Hook]:
-        at = f"blocks.{layer}.attn"
         rotary = self._component(layer).rotary
 
-        def rotated(use: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
-            def rotate(tensor: Tensor) -> None:
-                n = tensor.shape[1]
-                where = torch.arange(offset, offset + n)[None] if positions is None else positions()
-                use(_rotated(rotary, tensor, where.to(tensor.device)))
+        def rotate(tensor: Tensor, where: Tensor) -> Tensor:
+            return _rotated(rotary, tensor, where.to(tensor.device))
 
-            return rotate
-
-        return [(f"{at}.hook_q", rotated(use_q)), (f"{at}.hook_k", rotated(use_k))]
+        return rotated_hooks(f"blocks.{layer}.attn", rotate, use_q, use_k, offset, positions)
 
     def _forward(self, tokens: Tensor, prefix: Prefix | None) -> Tensor:
         if prefix is None:
@@ -99,6 +88,10 @@ class NativeBridgeModel(BridgeModel):
             yield
         finally:
             del module.forward  # the class's own again
+
+
+def _enabled(cap: Any) -> float | None:
+    return float(cap) if cap > 0 else None  # -1 says none
 
 
 def _rotated(rotary: Any, tensor: Tensor, positions: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from metaopt_lens._errors import UnsupportedModelError
 from metaopt_lens.dual import ScoreRule, attention_scores, softmax_with_sink, weighted_values
 
 # In a list of hooks: the function is called with the `HostPass` before every forward pass.
@@ -38,6 +39,25 @@ class HostPass:
     def index(self) -> Int[Tensor, "batch slot"]:
         """Position of every slot among its sequence's tokens (0 for padding on the left)."""
         return (self.valid.long().cumsum(1) - 1).clamp_min(0)
+
+    def all_values(self, layer: int, v: Tensor) -> Float[Tensor, "batch slot kv_head d_head"]:
+        """The new tokens' values behind those in the host's cache."""
+        past = self.past(layer)[1]
+        return v if past is None else torch.cat([past.to(v), v], dim=1)
+
+    def sources(self, layer: int, values: Tensor) -> tuple[Int[Tensor, "batch slot"], Bool[Tensor, "batch slot"]]:
+        """Positions of all values (see `all_values`), and which are no padding.
+
+        Raises:
+            UnsupportedModelError: the cache has forgotten some.
+        """
+        index, valid = (t.to(values.device) for t in (self.index, self.valid))
+        if values.shape[1] != index.shape[1]:
+            raise UnsupportedModelError(
+                f"the cache of layer {layer} no longer holds all past tokens (sliding window), and momentum needs "
+                "them all: run the whole sequence in one pass."
+            )
+        return index, valid
 
 
 @dataclass(frozen=True)

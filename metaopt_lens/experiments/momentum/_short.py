@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metaopt_lens._errors import UnsupportedModelError
 from metaopt_lens.dual import momentum_weights, weighted_values
 from metaopt_lens.models import PASS, AttentionModel, Hook, HostPass, Late
 
@@ -48,14 +47,8 @@ class ShortConvolution:
 
         def add(z: Tensor) -> Tensor:
             host_pass, v = current(), seen.pop()
-            past = host_pass.past(layer)[1] if host_pass.n_past else None
-            values = v if past is None else torch.cat([past.to(v), v], dim=1)
-            index, valid = (t.to(v.device) for t in (host_pass.index, host_pass.valid))
-            if values.shape[1] != index.shape[1]:
-                raise UnsupportedModelError(
-                    f"the cache of layer {layer} no longer holds all past tokens (sliding window): run the whole "
-                    "sequence in one pass."
-                )
+            values = host_pass.all_values(layer, v)
+            index, valid = host_pass.sources(layer, values)
             if bool(valid.all()):  # all rows have the same weights
                 index, valid = index[:1], valid[:1]
             new = index[:, -v.shape[1] :]
