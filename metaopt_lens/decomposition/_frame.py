@@ -39,7 +39,7 @@ def _values(result: Decomposition) -> dict[str, Tensor]:
     softmax, linear = result.softmax, result.linear
     values = {
         "mass": softmax.mass,
-        "z_norm": softmax.z.norm(dim=-1) if result.eta is None else (softmax.z + result.momentum).norm(dim=-1),
+        "z_norm": (softmax.z + result.momentum).norm(dim=-1),
         "zero_shot_norm": softmax.zero_shot.norm(dim=-1),
         "meta_gradient_norm": softmax.meta_gradient.norm(dim=-1),
         "update_norm": softmax.update.norm(dim=-1),

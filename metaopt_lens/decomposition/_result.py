@@ -156,9 +156,7 @@ class Decomposition:
         z without `momentum`, which is no part of what is relaxed.
         """
         z = self._squeeze(self.z).to(self.linear.total)
-        if self.eta is not None:
-            z = z - self.momentum.to(z)
-        return torch.nn.functional.cosine_similarity(self.linear.total, z, dim=-1)
+        return torch.nn.functional.cosine_similarity(self.linear.total, z - self.momentum.to(z), dim=-1)
 
     @cached_property
     def effects(self) -> Effects:
@@ -169,11 +167,9 @@ class Decomposition:
         """
         if self.z_zero_shot is None:
             raise OptionError("no zero-shot run was made: decompose with zero_shot_runs='both' or 'plain'.")
-        without = self.softmax.without_demos
-        unseen = self.softmax.mass[..., None] == 0
-        if self.eta is not None:  # a sum, so that D's share is taken out and nothing is renormalised
-            without = without + self.momentum - self.momentum_meta_gradient
-            unseen = unseen & (self.momentum_meta_gradient == 0)
+        # The average is a sum: D's share is taken out and nothing is renormalised.
+        without = self.softmax.without_demos + self.momentum - self.momentum_meta_gradient
+        unseen = (self.softmax.mass[..., None] == 0) & (self.momentum_meta_gradient == 0)
         z, plain = (self._squeeze(t).to(without) for t in (self.z, self.z_zero_shot))
         direct = torch.where(unseen, 0.0, z - without)
         rest = z - plain - direct
@@ -204,7 +200,7 @@ class Decomposition:
 
     def _momentum_part(self, span: TokenSpan) -> Tensor:
         if self.eta is None:
-            return torch.zeros_like(self.softmax.zero_shot)
+            return self.softmax.zero_shot.new_zeros(()).expand_as(self.softmax.zero_shot)  # a view: costs no memory
         eta = self.eta.to(self.softmax.zero_shot)
         dst = torch.tensor(self.positions, device=eta.device)
         src = torch.arange(span.start, span.stop, device=eta.device)
