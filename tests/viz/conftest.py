@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 from families import make_bridge
+from runs import SMALL
 from shown import prompt
 
 from metaopt_lens import Decomposition, DecompositionSet, decompose, load_tiny, wrap
-from metaopt_lens.experiments import ExperimentResult, RunConfig, run_experiment
+from metaopt_lens.experiments import ExperimentResult, run_experiment
 
 
 @pytest.fixture(scope="session")
@@ -40,16 +41,4 @@ def with_sinks() -> Decomposition:
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> ExperimentResult:
     """A whole run of seconds."""
-    config = RunConfig(
-        "tiny",
-        "synthetic-2",
-        shots=4,
-        seeds=(0, 1),
-        queries=3,
-        lr=0.02,
-        rules=("gd",),
-        n_null_draws=2,
-        random_weights=False,
-        attribution_queries=1,
-    )
-    return run_experiment(config, tmp_path_factory.mktemp("run"), progress=False)
+    return run_experiment(SMALL, tmp_path_factory.mktemp("run"), progress=False)
