@@ -86,13 +86,13 @@ def build_model(
         torch.manual_seed(config.seed)
         host, weights = make(config.model, n_vocab, tokenizer)
     host.to(device, print_details=False)
-    info = wrap(host).info
+    model = wrap(host)
     logits = None
     if config.momentum.learned:
         start = config.momentum.eta / _HIGHEST
-        logits = torch.full((info.n_layers, info.n_heads), math.log(start / (1 - start)), device=device)
+        logits = torch.full((model.info.n_layers, model.info.n_heads), math.log(start / (1 - start)), device=device)
         logits.requires_grad_()
-    return LanguageModel(wrap(host), weights, logits, config.momentum)
+    return LanguageModel(model, weights, logits, config.momentum)
 
 
 def _bridge(settings: ModelSettings, n_vocab: int, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Any, nn.Module]:

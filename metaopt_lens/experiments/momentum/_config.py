@@ -6,13 +6,13 @@ import dataclasses
 import json
 import math
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from metaopt_lens._errors import FileFormatError, OptionError
+from metaopt_lens.experiments._run_config import read_settings
 
 SHIPPED = ("icl-small", "text-small", "paper-350m")
 
@@ -191,15 +191,9 @@ class TrainingConfig:
         file = Path(path)
         if str(path) in SHIPPED:
             file = Path(__file__).parent / "configs" / f"{path}.toml"
-        try:
-            body = tomllib.loads(file.read_text(encoding="utf-8"))
-        except OSError:
-            raise FileFormatError(
-                f"there is no configuration {path}: give a TOML file or one of {', '.join(SHIPPED)}."
-            ) from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise FileFormatError(f"{path} is not valid TOML ({error}).") from None
-        return cls.from_dict(body, where=str(path))
+        if not file.is_file():
+            raise FileFormatError(f"there is no configuration {path}: give a TOML file or one of {', '.join(SHIPPED)}.")
+        return cls.from_dict(read_settings(file), where=str(path))
 
     def replace(self, **changes: Any) -> TrainingConfig:
         """A copy with other values; for ``model``, ``momentum``, ... a dict changes fields of the table."""
