@@ -278,7 +278,7 @@ def _config(host: Any) -> Any:
 
 def _gain(norm: Any, cfg: Any) -> Tensor | None:
     """The factor a norm puts on its normalised input; None without a norm or without a learnable one."""
-    weight = None if norm is None else getattr(norm.original_component, "weight", None)
+    weight: Tensor | None = None if norm is None else getattr(norm.original_component, "weight", None)
     if weight is None:
         return None
     return 1.0 + weight if getattr(cfg, "rmsnorm_uses_offset", False) else weight  # Gemma stores it as an offset

@@ -74,4 +74,4 @@ def reads_a_folded_norm(projections: Sequence[Sequence[Float[Tensor, "d_model _"
             shared += float(one @ other)
             total += float(one.norm() * other.norm())
     correlation = shared / total if total else 0.0
-    return correlation > max(_SHARED_GAIN, _STANDARD_ERRORS / n_rows**0.5)
+    return bool(correlation > max(_SHARED_GAIN, _STANDARD_ERRORS / n_rows**0.5))

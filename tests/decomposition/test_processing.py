@@ -128,7 +128,7 @@ def test_processing_without_compatibility_mode_is_seen(name: str) -> None:
         assert "folded norms" in wrap(model).info.processing
     with pytest.raises(
         ModelMismatchError,
-        match="folded norms, which changes what finetuning|folded norms and folded value biases, which",
+        match=r"folded norms, which changes what finetuning|folded norms and folded value biases, which",
     ):
         finetune(model, PROMPT, lr=0.1)
 
