@@ -20,7 +20,7 @@ NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 FIRST = ("theory.md", "results.md", "momentum.md")
 ORDER = (
     "prompts",
-    "prompts.tasks",
+    "tasks",
     "models",
     "models.tiny",
     "decomposition",

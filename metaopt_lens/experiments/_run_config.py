@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from metaopt_lens._errors import FileFormatError, OptionError
 from metaopt_lens.extraction import Scoring
-from metaopt_lens.prompts.tasks import SELECTIONS, Selection
+from metaopt_lens.tasks import SELECTIONS, Selection
 
 Rule = Literal["gd", "lcgd"]
 RULES: tuple[Rule, ...] = ("gd", "lcgd")

@@ -19,7 +19,7 @@ from metaopt_lens.experiments._run_config import RunConfig, read_settings
 from metaopt_lens.experiments._run_result import ExperimentResult
 from metaopt_lens.experiments._run_store import RunStore
 from metaopt_lens.experiments._workers import Workers
-from metaopt_lens.prompts.tasks import Task
+from metaopt_lens.tasks import Task
 
 if TYPE_CHECKING:
     import pandas as pd

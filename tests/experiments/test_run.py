@@ -29,7 +29,7 @@ from metaopt_lens._errors import (
     PromptError,
 )
 from metaopt_lens.experiments import ExperimentResult, RunConfig, run_experiment
-from metaopt_lens.prompts.tasks import Row, Task, TaskRows
+from metaopt_lens.tasks import Row, Task, TaskRows
 
 _KILLS = 20
 
