@@ -15,8 +15,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 from pydantic.json_schema import WithJsonSchema
 
+from metaopt_lens._configuration import read, read_file, settings
 from metaopt_lens._errors import DataError, FileFormatError, OptionError
-from metaopt_lens._settings import read, read_file, settings
 from metaopt_lens.prompts import Template
 
 _COLUMN = re.compile(r"\{(\w+)\}")
