@@ -14,11 +14,11 @@ from rich.console import Console
 
 from metaopt_lens._cli_compare import analyze, compare, show_comparison
 from metaopt_lens._cli_experiments import run, sweep
-from metaopt_lens._cli_momentum import app as momentum
 from metaopt_lens._cli_report import report
 from metaopt_lens._errors import MetaoptLensError, OptionError
 from metaopt_lens._threads import torch_threads
 from metaopt_lens._types import HeadRef
+from metaopt_lens.training._commands import app as momentum
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

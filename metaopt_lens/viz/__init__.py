@@ -1,4 +1,4 @@
-"""Pictures: plotly maps, circuitsvis token views, one self-contained page. The only place that imports those two."""
+"""Pictures: plotly maps, circuitsvis token views, one self-contained page."""
 
 from metaopt_lens.viz._comparison import accuracies_text as accuracies_text
 from metaopt_lens.viz._comparison import comparison_data as comparison_data
@@ -11,8 +11,6 @@ from metaopt_lens.viz._comparison_page import write_comparison_page as write_com
 from metaopt_lens.viz._effects import effects_map as effects_map
 from metaopt_lens.viz._heads import choose_heads as choose_heads
 from metaopt_lens.viz._maps import head_map as head_map
-from metaopt_lens.viz._momentum import momentum_figure as momentum_figure
-from metaopt_lens.viz._momentum import write_momentum_page as write_momentum_page
 from metaopt_lens.viz._output import write_outputs as write_outputs
 from metaopt_lens.viz._page import write_page as write_page
 from metaopt_lens.viz._report import write_report as write_report
