@@ -10,6 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from metaopt_lens._errors import OptionError, PromptError
+from metaopt_lens.extraction import candidate_labels
 from metaopt_lens.interventions._head_effects import HeadEffects
 from metaopt_lens.interventions._knock_out_runs import KnockOutRuns, RowMetric
 from metaopt_lens.interventions._meta_gradient import meta_gradient
@@ -115,8 +116,7 @@ def _rows(
     labels = [_label(model, prompt, prompt.label, metric) for prompt in prompts]
     if metric == "logit_difference":
         others = [
-            [_label(model, p, word, metric)[0] for word in p.candidates or _demo_labels(p) if word != p.label]
-            for p in prompts
+            [_label(model, p, word, metric)[0] for word in candidate_labels(p) if word != p.label] for p in prompts
         ]
         for prompt, label, wrong in zip(prompts, labels, others, strict=True):
             if not wrong or label[0] in wrong:
@@ -143,10 +143,6 @@ def _rows(
         return sign * log_probs[torch.arange(len(label), device=logits.device), label].mean()
 
     return rows, log_prob
-
-
-def _demo_labels(prompt: ICLPrompt) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(demo.label for demo in prompt.demos))
 
 
 def _label(model: AttentionModel, prompt: ICLPrompt, label: str | None, metric: str) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ from metaopt_lens.prompts._prompt import ICLPrompt as ICLPrompt
 from metaopt_lens.prompts._prompt import Piece as Piece
 from metaopt_lens.prompts._template import Template as Template
 from metaopt_lens.prompts._tokenize import HFTokenizer as HFTokenizer
+from metaopt_lens.prompts._tokenize import read_token as read_token
 from metaopt_lens.prompts._tokenize import tokenize_label as tokenize_label
 from metaopt_lens.prompts._tokenize import tokenize_prompt as tokenize_prompt
 from metaopt_lens.prompts._tokenized import TokenizedPrompt as TokenizedPrompt
