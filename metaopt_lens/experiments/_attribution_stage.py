@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metaopt_lens._errors import UndefinedMetricError, UnsupportedModelError
-from metaopt_lens.analysis import hierarchical_bootstrap
+from metaopt_lens.analysis import mean_interval
 from metaopt_lens.experiments._prompt_set import PromptSet
 from metaopt_lens.experiments._run_config import RunConfig
 from metaopt_lens.experiments._stages import Save, read_json, untimed, write_json
@@ -86,7 +86,7 @@ def _heads(metric: str, effects: Sequence[HeadEffects]) -> pd.DataFrame:
     import pandas as pd
 
     sets = torch.cat([torch.full((len(e.in_context),), i) for i, e in enumerate(effects)])
-    exact = hierarchical_bootstrap(torch.cat([e.exact for e in effects]).double(), sets=sets, seed=0)
+    exact = mean_interval(torch.cat([e.exact for e in effects]).double(), sets=sets)
     estimate = torch.stack([e.first_order.double().mean(0) for e in effects]).mean(0)
     n_layers, n_heads = estimate.shape
     layer, head = torch.meshgrid(torch.arange(n_layers), torch.arange(n_heads), indexing="ij")

@@ -119,7 +119,7 @@ def _verdict(comparison: Comparison, rule: str) -> str:
     )
     note = (
         f"Finetuning by {_RULES[rule]}; intervals {escape(comparison.scope)}. <em>yes</em>: the 95 % interval lies "
-        "above 0, <em>no</em>: below, <em>unclear</em>: it holds 0."
+        "above 0, <em>no</em>: below, <em>unclear</em>: it holds 0, <em>undecided</em>: the data cannot say."
     )
     return section(
         f"Verdict: {_RULES[rule]}",
@@ -171,7 +171,7 @@ def _attribution(run: ExperimentResult, prefix: str) -> str:
     ranked = table.sort_values("exact", ascending=False, kind="stable").head(40)
     body = f'<div class="ml-maps">{"".join(plots)}</div><h3>Heads needed for 90 % of the in-context gain</h3>'
     body += sortable_table(seeds) + "<h3>Heads by effect</h3>" + sortable_table(ranked)
-    note = "Exact knock-outs with 95 % intervals, beside the first-order estimate from one backward pass."
+    note = "Exact knock-outs with 95 % intervals, next to the first-order estimate from one backward pass."
     return section("Which heads make the answer", body, note)
 
 
@@ -206,10 +206,10 @@ def _methods(run: ExperimentResult) -> str:
         "In-context, zero-shot and finetuned zero-shot runs are read at the token that predicts the label; labels are",
         "scored by the mean log-probability of their tokens. Updates are differences of head outputs before the output",
         "projection unless said otherwise.",
-        "Nulls: another query's finetuning update (shuffled), random directions, shuffled demonstration labels,",
-        "finetuning on unrelated text of equal update norm, and permuted weights, where they were run; SimAOU also has",
-        "its analytic null. Intervals: hierarchical bootstrap (demonstration set, then query), 95 %; heads are ranked",
-        "with Benjamini-Hochberg correction.",
+        "Nulls: another query's finetuning update (other query), random directions, randomly shuffled demonstration",
+        "labels (several draws), flipped label words, finetuning on unrelated text of equal update norm, and permuted",
+        "weights, where they were run; SimAOU also has its analytic null. Intervals: 95 %, Student's t over",
+        "demonstration sets; counts of heads by a t test over at least three sets with Benjamini-Hochberg correction.",
         f"Data: {escape(str(data.get('source', c.data or 'hub')))}.",
     ]
     text = " ".join(sentences)
@@ -239,7 +239,7 @@ def _across(runs: Sequence[ExperimentResult]) -> str:
             found = run.comparison(rule)
             answers = findings(found)
             row: dict[str, Any] = {"run": _name(run), "rule": rule}
-            row |= {f.question: f.answer for f in answers}
+            row |= {f.key: f.answer for f in answers}
             row["z total"] = float(found["z total"].values.nanmean())
             row["SimAOU"] = float(found["SimAOU"].values.nanmean())
             row["SimAOU null"] = float(found["SimAOU"].nulls["analytic"].nanmean())
