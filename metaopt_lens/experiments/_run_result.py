@@ -116,8 +116,9 @@ class ExperimentResult:
           ones, and the queries ``n`` that each is of;
         * ``predictions``: one row per rule, seed and query;
         * ``learning_rates``: what was tried, where the rate was chosen; ``losses``: of every finetuning step;
-        * ``attributions``: effect of every head's meta-gradient over all seeds, with intervals; ``attribution_seeds``:
-          per seed, gain and the heads that make 90 percent of it.
+        * ``attributions``: effect of every head's meta-gradient over all seeds, ranked, with intervals;
+          ``attribution_seeds``: per seed, gain and the heads that recover 90 percent of it on held-out queries;
+          ``attribution_recovery``: how many heads that takes over all seeds, one row per metric.
 
         Raises:
             OptionError: there is no such table, or the run is not finished.
