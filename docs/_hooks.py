@@ -29,7 +29,7 @@ ORDER = (
     "analysis",
     "experiments",
     "viz",
-    "extraction",
+    "runs",
     "dual",
 )
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from metaopt_lens.decomposition import Decomposition, DecompositionSet
-    from metaopt_lens.extraction import LabelPrediction
+    from metaopt_lens.runs import LabelPrediction
 
 _DEMO_LR = 0.02
 _MISTAKE = 2  # exit code for everything the user can put right; typer's own for bad options
@@ -172,8 +172,8 @@ def _run(
     model: Any, prompts: Sequence[Any], *, position: Any, prepend_bos: bool | None, heads: list[HeadRef] | None
 ) -> tuple[Decomposition | DecompositionSet, list[LabelPrediction | None]]:
     from metaopt_lens.decomposition import decompose as run
-    from metaopt_lens.extraction import candidate_labels, predict_labels
     from metaopt_lens.models import wrap
+    from metaopt_lens.runs import candidate_labels, predict_labels
 
     wrapped = wrap(model)
     for ref in heads or ():

@@ -25,11 +25,17 @@ from metaopt_lens.analysis._set_statistics import (
     usable_factors,
     with_null,
 )
-from metaopt_lens.decomposition import prompt_groups
-from metaopt_lens.extraction import Scoring, candidate_labels, check_candidates, run_shared_prefix, score_candidates
 from metaopt_lens.finetuning import WeightUpdate, finetune, require_raw_weights
 from metaopt_lens.models import AttentionModel, wrap
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_label, tokenize_prompt
+from metaopt_lens.runs import (
+    Scoring,
+    candidate_labels,
+    check_candidates,
+    prompt_groups,
+    run_shared_prefix,
+    score_candidates,
+)
 
 
 @dataclass(frozen=True)

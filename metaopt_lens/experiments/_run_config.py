@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from metaopt_lens._errors import FileFormatError, OptionError
-from metaopt_lens.extraction import Scoring
 from metaopt_lens.prompts.tasks import SELECTIONS, Selection
+from metaopt_lens.runs import Scoring
 
 Rule = Literal["gd", "lcgd"]
 RULES: tuple[Rule, ...] = ("gd", "lcgd")

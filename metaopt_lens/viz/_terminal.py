@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metaopt_lens._types import HeadRef
 from metaopt_lens.decomposition import Decomposition, DecompositionSet
-from metaopt_lens.extraction import LabelPrediction
+from metaopt_lens.runs import LabelPrediction
 from metaopt_lens.viz._table import decompositions, head_means, head_table, measure, measures, n_averaged, number
 
 _SHOWN_DEMOS = 4  # at either end

@@ -13,10 +13,10 @@ from own_parameters import OwnParameters
 from torch import Tensor
 
 from metaopt_lens import ICLPrompt
-from metaopt_lens.extraction import run_shared_prefix
 from metaopt_lens.finetuning import UpdatedMemory, WeightUpdate, finetune, updated_memory
 from metaopt_lens.models import wrap
 from metaopt_lens.prompts import TokenizedPrompt
+from metaopt_lens.runs import run_shared_prefix
 
 F64 = torch.float64
 BRIDGES = ["gpt2", "llama", "qwen3", "gemma2", "bloom", "mistral", "stablelm"]

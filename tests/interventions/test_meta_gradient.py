@@ -13,9 +13,9 @@ from hosts import HOOKED_NAMES, HOST_NAMES, NATIVE_NAMES, build, left_as_it_was,
 from torch import Tensor
 
 from metaopt_lens import ICLPrompt, KnockOut, MetaGradient, MetaoptLensError, Template, intervene, meta_gradient, wrap
-from metaopt_lens.extraction import score_candidates
 from metaopt_lens.finetuning import WeightUpdate
 from metaopt_lens.models.tiny import load_tiny
+from metaopt_lens.runs import score_candidates
 
 QUERIES = ("w16 w17 :", "w40 :", "w31 w90 w16 w60 :")
 # transformers' mixture-of-experts kernels have no float64.

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from metaopt_lens import ICLPrompt, wrap
 from metaopt_lens._errors import PromptError
-from metaopt_lens.extraction import candidate_labels, label_log_probs, predict_labels
 from metaopt_lens.models import AttentionModel
 from metaopt_lens.prompts import TokenizedPrompt, tokenize_prompt
+from metaopt_lens.runs import candidate_labels, label_log_probs, predict_labels
 
 PROMPT = ICLPrompt([("w7", "w8"), ("w9", "w10"), ("w11", "w8")], "w12", label="w10")
 

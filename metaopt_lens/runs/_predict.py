@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metaopt_lens._errors import PromptError
-from metaopt_lens.extraction._scoring import check_candidates, score_candidates
 from metaopt_lens.models import AttentionModel
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_label
+from metaopt_lens.runs._scoring import check_candidates, score_candidates
 
 
 @dataclass(frozen=True)

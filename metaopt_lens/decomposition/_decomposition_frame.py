@@ -10,7 +10,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     import pandas as pd
 
-    from metaopt_lens.decomposition._result import Decomposition
+    from metaopt_lens.decomposition._decomposition import Decomposition
 
 
 def decomposition_frame(result: Decomposition) -> pd.DataFrame:
