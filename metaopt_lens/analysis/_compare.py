@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -31,10 +31,12 @@ from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_label, tok
 from metaopt_lens.runs import (
     Scoring,
     candidate_labels,
+    candidate_mass,
     check_candidates,
     prompt_groups,
+    read_queries,
     run_shared_prefix,
-    score_candidates,
+    scored_tokens,
 )
 
 
@@ -90,7 +92,8 @@ def compare(
         controls: further updates by name, shaped like `update`, whose similarity to the ICL update is a null.
         label_shuffled: also run the demonstrations with shuffled labels.
         random_weights: also run everything on copies of the model with permuted weights (finetuned anew).
-        candidates: label words to choose from; by default each prompt's own, else the labels of its demonstrations.
+        candidates: label words to choose from; by default each prompt's own, else the labels of its demonstrations,
+            and the query's label, which always belongs to them.
         scoring: ``"mean"`` log-probability of the label's tokens, or that of the ``"first"`` token.
         subspace_dim: dimension of the singular subspaces.
         n_null_draws: draws of the random and shuffled nulls per query.
@@ -164,6 +167,7 @@ def compare(
             "seed": seed,
             "candidates": None if words is None else list(words.names),
             "scoring": scoring,
+            "answers": _absolute(predictions, order),
             "subspace_dim": subspace_dim,
             "n_null_draws": n_null_draws,
             "reference": reference,
@@ -241,18 +245,20 @@ def _candidates(
     given: Sequence[str] | None,
     scoring: Scoring,
 ) -> _Words | None:
-    """None if there is only one label word."""
+    """None if a query has nothing to choose among: fewer than two label words."""
     own = tuple(candidate_labels(p) if given is None else tuple(given) for p in prompts)
     names = tuple(dict.fromkeys(word for words in own for word in words))
-    if given is None and len(names) < 2:
+    if given is None and min(map(len, own)) < 2:
         return None
     for index, (prompt, words) in enumerate(zip(prompts, own, strict=True)):
         if prompt.label is not None and prompt.label not in words:
             raise PromptError(
-                f"the gold label {prompt.label!r} of query {index} is not among its candidates {list(words)}."
+                f"the gold label {prompt.label!r} of query {index} is not among its candidates {list(words)}: add it "
+                "to them, or leave candidates out."
             )
     for group in sets:
-        check_candidates(_label_ids(model, group, names), names, scoring=scoring)
+        for words in dict.fromkeys(own[index] for index in group.indices):
+            check_candidates(_label_ids(model, group, words), words, scoring=scoring)
     return _Words(names, own)
 
 
@@ -314,33 +320,70 @@ def _further_records(
 # ---- predictions and joining --------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Predictions:
+    """Of one set, in the settings ZS, ICL and FT: the predicted candidate, and the answer in absolute numbers.
+
+    Attributes:
+        best: index of the candidate with the highest score among the query's own.
+        mass: probability that the answer begins with one of the query's candidates.
+        rank: rank of the right label's first token in the whole vocabulary; -1 where it is not known.
+    """
+
+    best: Int[Tensor, "setting query"]
+    mass: Float[Tensor, "setting query"]
+    rank: Int[Tensor, "setting query"]
+
+
 def _predict(
     model: AttentionModel,
     group: _Set,
     words: _Words,
     scoring: Scoring,
     batch_size: int | None,
-) -> Int[Tensor, "setting query"]:
-    """Predicted candidate zero-shot, in context and finetuned; demonstrations run once."""
-    prompt, labels = group.tokenized[0], _label_ids(model, group, words.names)
-    allowed = torch.tensor([[name in words.own[index] for name in words.names] for index in group.indices])
+) -> _Predictions:
+    """What the model answers zero-shot, in context and finetuned; demonstrations run once."""
+    prompt = group.tokenized[0]
+    labels = [scored_tokens(ids, scoring) for ids in _label_ids(model, group, words.names)]
+    own = [[words.names.index(name) for name in words.own[index]] for index in group.indices]
+    gold = [_gold(p, words.names) for p in group.prompts]
     queries = [t.ids[t.query.start :] for t in group.tokenized]
     shared = run_shared_prefix(model, prompt.ids[: prompt.query.start])
     assert shared is not None
 
-    def best(prefix: Any) -> Tensor:
-        scores = score_candidates(model, prefix, queries, labels, scoring=scoring, batch_size=batch_size)
-        return scores.masked_fill(~allowed, -torch.inf).argmax(-1)
+    def answers(prefix: Any) -> list[tuple[int, float, int]]:
+        readings = read_queries(model, prefix, queries, labels, n_top=1, batch_size=batch_size)
+        return [
+            (
+                among[int(reading.scores[among].argmax())],
+                candidate_mass(reading.log_probs[among], [labels[i] for i in among]),
+                -1 if right < 0 else int(reading.ranks[right]),
+            )
+            for reading, among, right in zip(readings, own, gold, strict=True)
+        ]
 
     before = prompt.demonstrations.start
-    zs, icl = best(shared.truncate(before)), best(shared)
+    zs, icl = answers(shared.truncate(before)), answers(shared)
     with group.update.applied(model):
-        ft = best(run_shared_prefix(model, prompt.ids[:before]))
-    return torch.stack([zs, icl, ft])
+        ft = answers(run_shared_prefix(model, prompt.ids[:before]))
+    best, mass, rank = zip(*(zip(*setting, strict=True) for setting in (zs, icl, ft)), strict=True)
+    return _Predictions(torch.tensor(best), torch.tensor(mass, dtype=torch.float64), torch.tensor(rank))
 
 
-def _column(predictions: list[Tensor], setting: int, order: Tensor) -> Tensor | None:
-    return torch.cat([p[setting] for p in predictions])[order] if predictions else None
+def _absolute(predictions: list[_Predictions], order: Tensor) -> dict[str, dict[str, list[Any]]] | None:
+    """Candidate mass and right label's rank (None where not known) of every query, in the order of the prompts."""
+    if not predictions:
+        return None
+    mass = torch.cat([p.mass for p in predictions], dim=1)[:, order].tolist()
+    rank = torch.cat([p.rank for p in predictions], dim=1)[:, order].tolist()
+    return {
+        name: {"candidate_mass": mass[i], "label_rank": [None if r < 0 else r for r in rank[i]]}
+        for i, name in enumerate(("ZS", "ICL", "FT"))
+    }
+
+
+def _column(predictions: list[_Predictions], setting: int, order: Tensor) -> Tensor | None:
+    return torch.cat([p.best[setting] for p in predictions])[order] if predictions else None
 
 
 def _join(collected: list[list[Statistic]], order: Tensor) -> tuple[Statistic, ...]:

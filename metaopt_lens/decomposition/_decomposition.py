@@ -23,6 +23,7 @@ from metaopt_lens.dual import LinearParts, SoftmaxParts
 from metaopt_lens.models import AttentionModel, ModelInfo, wrap
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt
 from metaopt_lens.runs import (
+    LabelPrediction,
     Run,
     Runs,
     delta_w_icl,
@@ -30,6 +31,7 @@ from metaopt_lens.runs import (
     momentum_part,
     output_bias,
     part_of,
+    predict_labels,
     run_linear_weights,
     softmax_parts,
     softmax_weights,
@@ -248,6 +250,20 @@ class Decomposition:
         order = ratio.flatten().argsort(descending=True, stable=True)[:top].tolist()
         return [HeadRef(index // self.model.n_heads, index % self.model.n_heads) for index in order]
 
+    def predict(self, *, labels: Sequence[str] | None = None) -> LabelPrediction:
+        """What the model answers to this prompt, with and without its demonstrations (see `predict_labels`).
+
+        The model is run as it is now: a result made inside `intervene` is to be asked inside it.
+
+        Args:
+            labels: the candidates; by default the prompt's own or its demonstrations' labels, and the right label.
+
+        Raises:
+            ModelMismatchError: the result was loaded from a file; give it its model with `with_model` first.
+            PromptError: two candidates with the same tokens.
+        """
+        return predict_labels(self._source("predictions"), self.prompt, self.tokenized, labels=labels)
+
     def with_model(self, model: Any) -> Decomposition:
         """The same result with a model to take W_O from, after `load`.
 
@@ -340,7 +356,7 @@ class Decomposition:
 
     def _source(self, what: str) -> AttentionModel:
         if self.source is None:
-            raise ModelMismatchError(f"{what} need the model's W_O: call with_model(model) on the loaded result first.")
+            raise ModelMismatchError(f"{what} need the model: call with_model(model) on the loaded result first.")
         return self.source
 
 

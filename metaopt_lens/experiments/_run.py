@@ -35,10 +35,9 @@ from metaopt_lens.experiments._stages import (
     save_prompts,
     write_json,
 )
-from metaopt_lens.experiments._synthetic import register_synthetic_tasks
 from metaopt_lens.finetuning import require_raw_weights
 from metaopt_lens.models import AttentionModel, load_model, wrap
-from metaopt_lens.prompts.tasks import Task, TaskRows, find_task, load_rows
+from metaopt_lens.tasks import Task, TaskRows, find_task, load_rows
 
 _WAIT_S = 0.2  # between looks at a piece that another process works on
 _SHARES = {
@@ -113,7 +112,6 @@ def find_run_task(config: RunConfig) -> Task:
     Raises:
         OptionError: there is no such task.
     """
-    register_synthetic_tasks()
     found = find_task(config.task)
     return found.one_line() if config.variant == "one-line" else found
 

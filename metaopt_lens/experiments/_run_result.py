@@ -20,7 +20,7 @@ from metaopt_lens.experiments._run_store import RUN_FILE, RunStore
 from metaopt_lens.experiments._stages import load_comparison, load_example, load_learning_rate, read_json
 from metaopt_lens.finetuning import LearningRateChoice, WeightUpdate
 from metaopt_lens.interventions import HeadEffects
-from metaopt_lens.prompts.tasks import Task
+from metaopt_lens.tasks import Task
 
 if TYPE_CHECKING:
     import pandas as pd

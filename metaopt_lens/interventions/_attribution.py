@@ -15,6 +15,7 @@ from metaopt_lens.interventions._knock_out_runs import KnockOutRuns, RowMetric
 from metaopt_lens.interventions._meta_gradient import meta_gradient
 from metaopt_lens.models import AttentionModel, wrap
 from metaopt_lens.prompts import ICLPrompt, tokenize_label, tokenize_prompt
+from metaopt_lens.runs import candidate_labels
 
 Metric = str | Callable[[Tensor], Tensor]
 
@@ -115,8 +116,7 @@ def _rows(
     labels = [_label(model, prompt, prompt.label, metric) for prompt in prompts]
     if metric == "logit_difference":
         others = [
-            [_label(model, p, word, metric)[0] for word in p.candidates or _demo_labels(p) if word != p.label]
-            for p in prompts
+            [_label(model, p, word, metric)[0] for word in candidate_labels(p) if word != p.label] for p in prompts
         ]
         for prompt, label, wrong in zip(prompts, labels, others, strict=True):
             if not wrong or label[0] in wrong:
@@ -143,10 +143,6 @@ def _rows(
         return sign * log_probs[torch.arange(len(label), device=logits.device), label].mean()
 
     return rows, log_prob
-
-
-def _demo_labels(prompt: ICLPrompt) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(demo.label for demo in prompt.demos))
 
 
 def _label(model: AttentionModel, prompt: ICLPrompt, label: str | None, metric: str) -> tuple[int, ...]:

@@ -285,11 +285,20 @@ class AttentionModel(ABC):
             head = stored[layer].expand(tensor.shape[0], -1, -1, -1)
             return torch.cat([head, tensor], dim=1)
 
+        def take(key: str) -> Tensor:
+            if key not in seen:
+                raise UnsupportedModelError(
+                    f"{self.info.name} ({self.info.architecture}): the hook on {key} of layer {layer} does not fire "
+                    "before the heads' outputs are computed, so its attention cannot be read. This architecture is "
+                    "not supported."
+                )
+            return seen.pop(key)
+
         def at_z(z: Tensor) -> Tensor | None:
-            q = seen.pop("q")
-            k = with_prefix(seen.pop("k"), prefix.k if prefix else None)
-            v = with_prefix(seen.pop("v"), prefix.v if prefix else None)
-            pattern = seen.pop("pattern") if self.pattern_before_z else _rebuilt_pattern(rule, q, k, offset)
+            q = take("q")
+            k = with_prefix(take("k"), prefix.k if prefix else None)
+            v = with_prefix(take("v"), prefix.v if prefix else None)
+            pattern = take("pattern") if self.pattern_before_z else _rebuilt_pattern(rule, q, k, offset)
             return use(AttentionCall(layer, q=q, k=k, v=v, pattern=pattern, z=z, rule=rule, offset=offset))
 
         hooks = self.query_key_hooks(layer, keep("q"), keep("k"), offset=offset)

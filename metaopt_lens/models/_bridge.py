@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Rotary types whose angles depend on how long the sequence is: nothing cached stays valid.
 _LENGTH_DEPENDENT_ROTARY = {"dynamic", "longrope"}
+_LLAMA_4 = "some of its layers attend in chunks, others scale queries by their position, and no hook shows it"
+_REFUSED = {"Llama4ForCausalLM": _LLAMA_4, "Llama4ForConditionalGeneration": _LLAMA_4}
 _POST_NORM = {"Olmo2ForCausalLM", "Olmo3ForCausalLM"}
 
 
@@ -50,7 +52,9 @@ class BridgeModel(AttentionModel):
             dtype=dtype_name(next(host.original_model.parameters()).dtype),
             positions=_positions(cfg),
             processing=processing_of(
-                folded_norms=bool(host.compatibility_mode and host._weights_processed),
+                host_says=bool(host._weights_processed),
+                gains=[_gain(block._modules.get("ln1"), cfg) for block in host.blocks],
+                projections=lambda: [_projections(block.attn) for block in host.blocks],
                 value_biases=[block.attn.b_V for block in host.blocks],
                 output_biases=[block.attn.b_O for block in host.blocks],
             ),
@@ -272,6 +276,19 @@ def _config(host: Any) -> Any:
     return getattr(host.original_model, "config", None)
 
 
+def _gain(norm: Any, cfg: Any) -> Tensor | None:
+    """The factor a norm puts on its normalised input; None without a norm or without a learnable one."""
+    weight: Tensor | None = None if norm is None else getattr(norm.original_component, "weight", None)
+    if weight is None:
+        return None
+    return 1.0 + weight if getattr(cfg, "rmsnorm_uses_offset", False) else weight  # Gemma stores it as an offset
+
+
+def _projections(attn: Any) -> list[Tensor]:
+    """Query, key and value matrices, ``[d_model, (head d_head)]``."""
+    return [w.transpose(0, 1).flatten(1) for w in (attn.W_Q, attn.W_K, attn.W_V)]
+
+
 def _positions(cfg: Any) -> str:
     kind = str(cfg.positional_embedding_type)
     return {"standard": "learned"}.get(kind, kind)
@@ -370,6 +387,8 @@ def _refuse_unsupported(host: Any, hook_points: Mapping[str, HookPoint], name: s
     cfg = host.cfg
     owner = f"{name} ({cfg.architecture})"
     config = _config(host)
+    if str(cfg.architecture) in _REFUSED:
+        raise UnsupportedModelError(f"{owner} is not supported: {_REFUSED[str(cfg.architecture)]}.")
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{owner} is an encoder-decoder; only decoder-only models are supported.")
     if str(cfg.architecture).endswith("ForMaskedLM"):

@@ -48,7 +48,9 @@ class HookedModel(AttentionModel):
             dtype=dtype_name(blocks[0].attn.W_Q.dtype),
             positions=_POSITIONS[cfg.positional_embedding_type],
             processing=processing_of(
-                folded_norms=cfg.normalization_type in {"LNPre", "RMSPre"},
+                host_says=cfg.normalization_type in {"LNPre", "RMSPre"},
+                gains=[_gain(block.ln1, cfg) for block in blocks],
+                projections=lambda: [_projections(block.attn, cfg) for block in blocks],
                 value_biases=[block.attn.b_V for block in blocks],
                 output_biases=[block.attn.b_O for block in blocks],
             ),
@@ -300,6 +302,20 @@ class HookedModel(AttentionModel):
             for layer, block in enumerate(self.host.blocks)
             for kind in ("q", "k")
         ]
+
+
+def _gain(norm: Any, cfg: Any) -> Tensor | None:
+    """The factor a norm puts on its normalised input; folded norms have none left, which is 1."""
+    if cfg.normalization_type is None:
+        return None
+    return norm.w if cfg.normalization_type in {"LN", "RMS"} else torch.ones(1)
+
+
+def _projections(attn: Any, cfg: Any) -> list[Tensor]:
+    """Query, key and value matrices, ``[d_model, (head d_head)]``."""
+    grouped = cfg.n_key_value_heads is not None
+    k, v = (attn._W_K, attn._W_V) if grouped else (attn.W_K, attn.W_V)
+    return [w.transpose(0, 1).flatten(1) for w in (attn.W_Q, k, v)]
 
 
 def _refuse_unsupported(cfg: Any) -> None:

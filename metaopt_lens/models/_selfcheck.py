@@ -11,6 +11,7 @@ from metaopt_lens.models._abstract import AttentionCall, AttentionModel
 from metaopt_lens.models._hooks import Hook
 
 _N_TOKENS = 9
+_LONGEST_WINDOW = 1024  # longer ones would cost too much to look behind
 # Largest difference allowed, relative to the largest entry: rounding of the model's own arithmetic, with room to spare.
 _TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
@@ -18,11 +19,16 @@ _TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-
 def self_check(model: AttentionModel) -> None:
     """Run a few tokens and rebuild, in every layer, the pattern from q and k and z from pattern and v.
 
+    Where layers have sliding windows, the prompt reaches beyond all of them that are shorter than 1,024 tokens.
+
     Raises:
         UnsupportedModelError: a layer does something to q, k, v or z that its hooks do not show.
         NonFiniteError: activations are NaN or infinite; names the first such layer.
     """
-    tokens = (torch.arange(_N_TOKENS) * 7919 + 5) % model.info.d_vocab
+    windows = [model.score_rule(layer).window for layer in range(model.info.n_layers)]
+    longest = max((window for window in windows if window is not None and window < _LONGEST_WINDOW), default=0)
+    n_tokens = min(longest + _N_TOKENS, model.info.n_ctx)
+    tokens = (torch.arange(n_tokens) * 7919 + 5) % model.info.d_vocab
     tolerance = _TOLERANCE[model.info.dtype]
     seen: set[int] = set()
 

@@ -28,9 +28,12 @@ from metaopt_lens.runs._parts import softmax_parts as softmax_parts
 from metaopt_lens.runs._parts import softmax_weights as softmax_weights
 from metaopt_lens.runs._parts import w_zsl as w_zsl
 from metaopt_lens.runs._predict import LabelPrediction as LabelPrediction
+from metaopt_lens.runs._predict import TopToken as TopToken
+from metaopt_lens.runs._predict import VocabularyAnswer as VocabularyAnswer
 from metaopt_lens.runs._predict import candidate_labels as candidate_labels
 from metaopt_lens.runs._predict import label_log_probs as label_log_probs
 from metaopt_lens.runs._predict import predict_labels as predict_labels
+from metaopt_lens.runs._predict import small_mass_note as small_mass_note
 from metaopt_lens.runs._prompt_run import SETTINGS as SETTINGS
 from metaopt_lens.runs._prompt_run import Run as Run
 from metaopt_lens.runs._prompt_run import Runs as Runs
@@ -39,6 +42,10 @@ from metaopt_lens.runs._recording import record as record
 from metaopt_lens.runs._recording import record_batches as record_batches
 from metaopt_lens.runs._runs_file import runs_from_file as runs_from_file
 from metaopt_lens.runs._runs_file import runs_to_file as runs_to_file
+from metaopt_lens.runs._scoring import QueryReading as QueryReading
 from metaopt_lens.runs._scoring import Scoring as Scoring
+from metaopt_lens.runs._scoring import candidate_mass as candidate_mass
 from metaopt_lens.runs._scoring import check_candidates as check_candidates
+from metaopt_lens.runs._scoring import read_queries as read_queries
 from metaopt_lens.runs._scoring import score_candidates as score_candidates
+from metaopt_lens.runs._scoring import scored_tokens as scored_tokens

@@ -10,6 +10,7 @@ from pathlib import Path
 from metaopt_lens._errors import UndefinedMetricError
 from metaopt_lens._storage import atomic_path, write_text
 from metaopt_lens.analysis import Comparison
+from metaopt_lens.viz._answers import comparison_sentences
 from metaopt_lens.viz._assets import page
 from metaopt_lens.viz._comparison import comparison_data, comparison_map
 from metaopt_lens.viz._html import facts, figure, section, sortable_table
@@ -48,7 +49,8 @@ def predictions_section(comparison: Comparison, name: str = "Predictions") -> st
         f"finetuned, zero-shot prompt. Recall to finetuning predictions (Rec2FTP): {escape(value)}, against a base "
         f"rate P(ICL right | ZS wrong) of {base}."
     )
-    return section(name, sortable_table(table), note)
+    answers = "".join(f"<p>{escape(sentence)}</p>" for sentence in comparison_sentences(comparison))
+    return section(name, sortable_table(table) + answers, note)
 
 
 def summary_section(comparison: Comparison, name: str = "Similarities and their nulls") -> str:

@@ -16,6 +16,7 @@ from metaopt_lens._types import HeadRef
 from metaopt_lens.decomposition import Decomposition, DecompositionSet
 from metaopt_lens.models import ModelInfo
 from metaopt_lens.runs import LabelPrediction
+from metaopt_lens.viz._answers import answer_html
 from metaopt_lens.viz._assets import page
 from metaopt_lens.viz._heads import choose_heads
 from metaopt_lens.viz._html import facts, figure, section
@@ -159,30 +160,11 @@ def _prompt(item: Decomposition, answer: LabelPrediction | None, title: str) -> 
         f"query of {len(tokenized.query)}.{bos} Heads are read at {where}."
     )
     body = f'<div class="ml-prompt{many}">{blocks}</div><div class="ml-prompt">{query}</div>'
-    return section(title, body + ("" if answer is None else _answer(answer)), note)
+    return section(title, body + ("" if answer is None else answer_html(answer)), note)
 
 
 def _piece(kind: str, colour: str, name: str, text: str) -> str:
     return f'<div class="ml-piece ml-{kind}" style="--band:{colour}"><span>{name}</span><pre>{text}</pre></div>'
-
-
-def _answer(answer: LabelPrediction) -> str:
-    def row(name: str, best: str, shares: list[float]) -> str:
-        cells = "".join(
-            f"<td{' class=ml-best' if label == best else ''}>{share:.1%}</td>"
-            for label, share in zip(answer.labels, shares, strict=True)
-        )
-        return f"<tr><td>{name}</td>{cells}</tr>"
-
-    head = "".join(f"<th>{escape(label)}{' ✓' if label == answer.correct else ''}</th>" for label in answer.labels)
-    known = "" if answer.correct is None else " ✓ marks the right label."
-    return (
-        "<h3>What the model answers</h3>"
-        f'<p class="ml-quiet">Probability among the candidate labels.{known}</p>'
-        f'<table class="ml-answers"><thead><tr><th></th>{head}</tr></thead><tbody>'
-        f"{row('zero-shot', answer.zero_shot_answer, answer.zero_shot_shares.tolist())}"
-        f"{row('in context', answer.in_context_answer, answer.in_context_shares.tolist())}</tbody></table>"
-    )
 
 
 def _maps(result: Decomposition | DecompositionSet) -> str:

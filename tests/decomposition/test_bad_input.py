@@ -20,6 +20,7 @@ from metaopt_lens._errors import (
     SpanError,
     UnsupportedModelError,
 )
+from metaopt_lens.decomposition import _decomposition
 
 MODEL = "bridge:gpt2"
 HOSTS = [MODEL, *HOOKED_NAMES[:1]]
@@ -128,9 +129,8 @@ def test_a_position_that_was_not_decomposed() -> None:
 
 
 def test_an_unknown_form() -> None:
-    result = decompose(shared(MODEL), prompt())
     with pytest.raises(OptionError, match=r"form must be 'softmax' or 'linear', got 'exact'"):
-        unchecked(type(result).per_demo)(result, "exact")
+        unchecked(_decomposition._weights)("exact")
 
 
 def test_nan_weights_name_the_first_layer() -> None:

@@ -128,7 +128,7 @@ def test_round_trip_is_bit_equal(tmp_path: Path, runs: Any, position: Any) -> No
     assert torch.equal(loaded.softmax.meta_gradient, result.softmax.meta_gradient)
     assert torch.equal(loaded.linear.zero_shot, result.linear.zero_shot)
     assert loaded.source is None
-    with pytest.raises(ModelMismatchError, match=r"need the model's W_O: call with_model"):
+    with pytest.raises(ModelMismatchError, match=r"need the model: call with_model"):
         _ = loaded.residual
     again = Decomposition.load(tmp_path / "one.json", model=shared("bridge:gpt_oss"))
     assert torch.equal(again.residual.meta_gradient, result.residual.meta_gradient)
