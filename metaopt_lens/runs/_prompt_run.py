@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -107,7 +107,7 @@ class Run:
 
 
 @dataclass(frozen=True, eq=False)
-class Runs(Mapping[Setting, Run]):
+class Runs:
     """One prompt's runs by setting: ``runs["icl"]`` or ``runs.icl``; ``"ft" in runs`` says whether it was made."""
 
     by_setting: Mapping[Setting, Run]
@@ -126,8 +126,13 @@ class Runs(Mapping[Setting, Run]):
     def __iter__(self) -> Iterator[Setting]:
         return iter(self.by_setting)
 
-    def __len__(self) -> int:
-        return len(self.by_setting)
+    def items(self) -> Iterable[tuple[Setting, Run]]:
+        """Settings and runs, in the order they were asked for."""
+        return self.by_setting.items()
+
+    def values(self) -> Iterable[Run]:
+        """The runs, in the order they were asked for."""
+        return self.by_setting.values()
 
     @property
     def icl(self) -> Run:

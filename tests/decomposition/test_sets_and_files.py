@@ -199,7 +199,7 @@ def test_results_are_compared_by_identity() -> None:
     one, other = (decompose(shared("bridge:gpt2"), PROMPTS[0]) for _ in range(2))
     assert one == one
     assert one != other
-    assert len({one, other, one.runs, one.runs.icl, one.effects}) == 5
+    assert len({one, other, one.runs, one.runs.icl, one.effects, one.softmax, one.linear}) == 7
 
 
 @pytest.mark.parametrize("position", ["last", "all"])
@@ -280,7 +280,7 @@ def test_the_table_without_zero_shot_runs_and_of_a_set() -> None:
 
 def test_heads_are_ordered_by_their_meta_gradients_share() -> None:
     result = decompose(shared("bridge:gpt2"), PROMPTS[0])
-    ratio = result.softmax.meta_gradient.norm(dim=-1) / result.z[0].norm(dim=-1)
+    ratio = result.softmax.meta_gradient.norm(dim=-1) / result.z.norm(dim=-1)
     heads = result.heads()
     assert len(heads) == len(set(heads)) == 12
     values = [float(ratio[h.layer, h.head]) for h in heads]
