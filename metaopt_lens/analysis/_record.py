@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from metaopt_lens._errors import UndefinedMetricError
 from metaopt_lens.analysis._matrices import Factors, effective_rank, frobenius_cosine, principal_angles
+from metaopt_lens.analysis._similarity import difference
 from metaopt_lens.dual import at_least_float32
 from metaopt_lens.finetuning import UpdatedMemory, WeightUpdate, delta_w_ft, updated_memory
 from metaopt_lens.models import AttentionModel
@@ -51,6 +52,7 @@ class SetRecord:
         queries_ft: query vectors of the finetuned run before rotary, times the score scale, heads side by side.
         mass: attention mass on the demonstrations.
         lengths: tokens of each query.
+        eps: rounding unit of the dtype that the model ran in (the record itself is float32 or float64).
     """
 
     z_icl: Float[Tensor, "query layer head d_head"]
@@ -77,6 +79,12 @@ class SetRecord:
     queries_ft: Float[Tensor, "query layer d_q"]
     mass: Float[Tensor, "query layer head"]
     lengths: Int[Tensor, " query"]
+    eps: Float[Tensor, " query"]
+
+    @property
+    def rounding(self) -> float:
+        """`eps`, which is one for all queries of a set."""
+        return float(self.eps[0])
 
 
 def record_set(
@@ -96,6 +104,7 @@ def record_set(
         for index, runs, memory in zip(indices, batch, memories, strict=True):
             row = _attention(model, runs, update) | _linear(runs.icl, memory, subspace_dim)
             rows[index] = {name: _kept(t) for name, t in row.items()}
+            rows[index]["eps"] = torch.tensor(torch.finfo(runs.icl.z.dtype).eps)
     return _stack([rows[index] for index in range(len(tokenized))], max(len(t.query) for t in tokenized))
 
 
@@ -146,8 +155,21 @@ def _linear(icl: Run, memory: UpdatedMemory, subspace_dim: int) -> dict[str, Ten
             "rank_icl": effective_rank(a),
             "rank_ft": effective_rank(b),
         }
-        layers.append(row | {name: t.repeat_interleave(group) for name, t in matrices.items()})
+        row |= {name: t.repeat_interleave(group) for name, t in matrices.items()}
+        changed = _changed(memory, layer, visible[~icl.in_demos]).repeat_interleave(group)  # else dW_FT is rounding
+        for name in row.keys() - {"linear_icl", "rank_icl"}:
+            row[name] = torch.where(changed[:, None] if row[name].ndim > 1 else changed, row[name], torch.nan)
+        layers.append(row)
     return {name: torch.stack([row[name] for row in layers]) for name in layers[0]}
+
+
+def _changed(memory: UpdatedMemory, layer: int, seen: Bool[Tensor, " src"]) -> Bool[Tensor, " kv_head"]:
+    """Whether an update changed a head's keys or values by more than rounding."""
+    pairs = ((memory.k_updated, memory.k), (memory.v_updated, memory.v))
+    # [src kv_head d_head] -> [kv_head src * d_head]
+    flat = [[t[layer][seen].transpose(0, 1).flatten(1) for t in pair] for pair in pairs]
+    keys, values = (~difference(new, old).isnan().any(-1) for new, old in flat)
+    return keys | values
 
 
 def _applied(memory: FactoredMatrix, q: Float[Tensor, "head d_head"]) -> Float[Tensor, "head d_head"]:

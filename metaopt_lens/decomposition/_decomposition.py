@@ -19,6 +19,7 @@ from metaopt_lens._types import HeadRef, TokenSpan
 from metaopt_lens.decomposition._decomposition_file import decomposition_fields, save_decomposition
 from metaopt_lens.decomposition._decomposition_frame import decomposition_frame
 from metaopt_lens.decomposition._effects import Effects, ResidualParts, effects_of
+from metaopt_lens.decomposition._head_order import rank_heads
 from metaopt_lens.dual import LinearParts, SoftmaxParts
 from metaopt_lens.models import AttentionModel, ModelInfo, wrap
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt
@@ -60,6 +61,7 @@ class Decomposition:
         runs: in context (``runs.icl``) and, where they were made, zero-shot (``runs.zs``, ``runs.zs_matched``).
         keep_position_axis: whether all positions of the query were asked for.
         provenance: versions and time.
+        stored_strength: `strength`, of a loaded result.
         source: the wrapped model, for W_O; None after loading (see `with_model`).
     """
 
@@ -67,6 +69,7 @@ class Decomposition:
     runs: Runs
     keep_position_axis: bool
     provenance: dict[str, Any]
+    stored_strength: Float[Tensor, "*dst layer head"] | None = None
     source: AttentionModel | None = None
 
     # ---- what was recorded --------------------------------------------------------------------------------------
@@ -242,13 +245,27 @@ class Decomposition:
 
     # ---- reading, storing, showing ------------------------------------------------------------------------------
 
-    def heads(self, top: int | None = None) -> list[HeadRef]:
-        """Heads by the size of their meta-gradient relative to their output, largest first."""
-        z = self.z.to(self.softmax.meta_gradient)
-        ratio = self.softmax.meta_gradient.norm(dim=-1) / z.norm(dim=-1).clamp_min(torch.finfo(z.dtype).tiny)
-        ratio = ratio.reshape(-1, *ratio.shape[-2:]).mean(0).detach()
-        order = ratio.flatten().argsort(descending=True, stable=True)[:top].tolist()
-        return [HeadRef(index // self.model.n_heads, index % self.model.n_heads) for index in order]
+    @cached_property
+    def strength(self) -> Float[Tensor, "*dst layer head"]:
+        """Norm of every head's meta-gradient in the residual stream, ``|meta_gradient W_O|``: the order of `heads`.
+
+        Raises:
+            ModelMismatchError: the result was loaded from a file that has no strengths; give it its model first.
+        """
+        if self.stored_strength is not None:
+            return self.stored_strength
+        return through_w_o(self._source("the strengths of heads"), self.softmax.meta_gradient).norm(dim=-1)
+
+    def heads(self, top: int | None = None, *, by: Float[Tensor, "layer head"] | None = None) -> list[HeadRef]:
+        """Heads in order of importance, largest first.
+
+        Args:
+            top: how many; all by default.
+            by: a measured effect of every head (`HeadEffects.map`), which says more than any size. By default the size
+                of the meta-gradient in the residual stream, `strength`, mean over positions. Its share of z ranks
+                nothing: it is near 1 for many heads, whatever they do.
+        """
+        return rank_heads(mean_strength([self]) if by is None else by, top)
 
     def predict(self, *, labels: Sequence[str] | None = None) -> LabelPrediction:
         """What the model answers to this prompt, with and without its demonstrations (see `predict_labels`).
@@ -317,8 +334,9 @@ class Decomposition:
             f"query of {len(t.query)} tokens, {len(t.prefix)} before",
             f"  attention mass on the demonstrations: mean {mass.mean():.3f}, highest {mass.max():.3f}",
             f"  linear relaxation: mean cosine {fidelity.mean():.3f} to the exact output",
-            "  largest meta-gradient share: " + ", ".join(str(h) for h in self.heads(5)),
         ]
+        if self.stored_strength is not None or self.source is not None:
+            lines.append("  largest meta-gradients in the residual stream: " + ", ".join(map(str, self.heads(5))))
         if self.eta is not None:
             share = float(self.momentum.detach().norm() / self.z.detach().norm())
             highest = float(self.eta.detach().max())
@@ -364,3 +382,13 @@ def _weights(form: Form) -> Callable[[Run, int], Tensor]:
     if form not in _WEIGHTS:
         raise OptionError(f"form must be 'softmax' or 'linear', got {form!r}.")
     return _WEIGHTS[form]
+
+
+def mean_strength(results: Sequence[Decomposition]) -> Float[Tensor, "layer head"]:
+    """Strength of every head, mean over results and positions.
+
+    Args:
+        results: decompositions on one model.
+    """
+    # [*dst layer head] -> [(result dst) layer head]
+    return torch.cat([r.strength.detach().reshape(-1, *r.strength.shape[-2:]) for r in results]).mean(0)

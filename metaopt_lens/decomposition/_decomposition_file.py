@@ -21,6 +21,8 @@ KIND = "decomposition"
 def save_decomposition(path: str | os.PathLike[str], result: Decomposition) -> Path:
     """Write ``path.safetensors`` and ``path.json``; returns the latter."""
     tensors, runs = runs_to_file(result.runs)
+    if result.source is not None or result.stored_strength is not None:
+        tensors["strength"] = result.strength
     meta = {
         "runs": runs,
         "prompt": dataclasses.asdict(result.prompt),
@@ -51,6 +53,7 @@ def decomposition_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
             "runs": runs_from_file(tensors, meta["runs"]),
             "keep_position_axis": meta["keep_position_axis"],
             "provenance": meta["provenance"],
+            "stored_strength": tensors.get("strength"),
         }
     except (KeyError, TypeError) as error:
         raise FileFormatError(f"{path} is not a complete {KIND}: {error!r}.") from None

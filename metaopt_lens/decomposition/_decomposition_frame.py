@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from metaopt_lens.decomposition._decomposition import Decomposition
 
 
+_STRENGTH = "meta_gradient_residual_norm"
+
+
 def decomposition_frame(result: Decomposition) -> pd.DataFrame:
     """One row per position, layer and head; see the README for the columns."""
     import pandas as pd
@@ -42,6 +45,7 @@ def _values(result: Decomposition) -> dict[str, Tensor]:
         "z_norm": (softmax.z + result.momentum).norm(dim=-1),
         "zero_shot_norm": softmax.zero_shot.norm(dim=-1),
         "meta_gradient_norm": softmax.meta_gradient.norm(dim=-1),
+        **({} if result.stored_strength is None and result.source is None else {_STRENGTH: result.strength}),
         "update_norm": softmax.update.norm(dim=-1),
         "fidelity": result.fidelity,
         "linear_zero_shot_norm": linear.zero_shot.norm(dim=-1),

@@ -9,10 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from jaxtyping import Float
+from torch import Tensor
+
 from metaopt_lens._errors import FileFormatError
 from metaopt_lens._storage import write_text
-from metaopt_lens.decomposition._decomposition import Decomposition
+from metaopt_lens._types import HeadRef
+from metaopt_lens.decomposition._decomposition import Decomposition, mean_strength
 from metaopt_lens.decomposition._decomposition_file import KIND
+from metaopt_lens.decomposition._head_order import rank_heads
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,6 +43,15 @@ class DecompositionSet(Sequence[Decomposition]):
 
     def __iter__(self) -> Iterator[Decomposition]:
         return iter(self.items)
+
+    def heads(self, top: int | None = None, *, by: Float[Tensor, "layer head"] | None = None) -> list[HeadRef]:
+        """Heads in order of importance (see `Decomposition.heads`), strengths averaged over prompts and positions.
+
+        Args:
+            top: how many; all by default.
+            by: a measured effect of every head, such as `HeadEffects.map`, instead of the strengths.
+        """
+        return rank_heads(mean_strength(self.items) if by is None else by, top)
 
     def to_frame(self) -> pd.DataFrame:
         """All tables below each other, with a `query` column that counts the prompts."""

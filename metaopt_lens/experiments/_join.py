@@ -47,6 +47,12 @@ def join_comparisons(parts: Sequence[Comparison]) -> Comparison:
         zs=joined("zs"),
         icl=joined("icl"),
         ft=joined("ft"),
+        flipped_gold=joined("flipped_gold"),
+        controlled={
+            name: torch.cat([part.controlled[name] for part in parts], dim=1)
+            for name in first.controlled
+            if all(name in part.controlled for part in parts)
+        },
         n_demos=tuple(n for part in parts for n in part.n_demos),
         settings=settings,
     )

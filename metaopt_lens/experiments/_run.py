@@ -25,7 +25,7 @@ from metaopt_lens.experiments._model_identity import model_identity
 from metaopt_lens.experiments._prompt_set import PromptSet, make_prompts
 from metaopt_lens.experiments._run_config import RunConfig, deciding_fields
 from metaopt_lens.experiments._run_result import ExperimentResult, make_tables
-from metaopt_lens.experiments._run_store import RUN_FILE, RunStore
+from metaopt_lens.experiments._run_store import RUN_FILE, RUN_FORMAT, RunStore
 from metaopt_lens.experiments._stages import (
     Save,
     comparison,
@@ -145,6 +145,7 @@ class _Run:
 
     def work(self, *, recompute_damaged: bool, progress: bool) -> ExperimentResult:
         self.store.prepare()
+        self.store.read_run()
         self.store.check(RUN_FILE, self._description(), what="configuration")
         result = ExperimentResult(self.store.folder, self.config, self.task)
         removed = self.store.require_intact(
@@ -197,7 +198,7 @@ class _Run:
         return [*plan, _Piece(None, "tables")]
 
     def _ready(self, todo: list[_Piece], done: Callable[[_Piece], Any]) -> Iterator[_Piece]:
-        """Pieces to make, one at a time and locked; those that another process is making are come back to."""
+        """Pieces to make, one at a time and locked; those that another process is making are tried again later."""
         waiting = list(todo)
         while waiting:
             later = []
@@ -322,6 +323,7 @@ class _Run:
         body = self.config.to_dict()
         return {
             "kind": "metaopt-lens run",
+            "format": RUN_FORMAT,
             "config": {name: body[name] for name in deciding_fields()},
             "fingerprint": self.config.fingerprint,
             "task": self.task.to_dict(),

@@ -27,7 +27,7 @@ from metaopt_lens.viz._views import attention_view, token_view
 
 _MAPS = (
     "mass",
-    "meta_gradient_share",
+    "meta_gradient_residual_norm",
     "fidelity",
     "zero_shot_norm",
     "meta_gradient_norm",
@@ -56,7 +56,8 @@ def write_page(
     Args:
         result: what `decompose` returned.
         path: the file to write.
-        heads: heads for the token views; by default the four with the largest meta-gradient share.
+        heads: heads for the token views; by default the first four of `heads()`. Give
+            ``effects.ranked(4)`` where effects were measured.
         title: heading of the page; by default it names the model.
         predictions: for each prompt what the model answers (see `metaopt_lens.runs.predict_labels`), or None.
         max_prompts: how many prompts of a set get their own views; maps and table average over all of them.

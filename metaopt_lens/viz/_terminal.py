@@ -19,7 +19,7 @@ from metaopt_lens.viz._text import terminal_table, titled
 _SHOWN_DEMOS = 4  # at either end
 _COLUMNS = (
     "mass",
-    "meta_gradient_share",
+    "meta_gradient_residual_norm",
     "fidelity",
     "total_effect_norm",
     "direct_effect_norm",
@@ -27,7 +27,7 @@ _COLUMNS = (
     "position_effect_norm",
 )
 _SHORT = {
-    "meta_gradient_share": "meta-gr.\nshare",
+    "meta_gradient_residual_norm": "|meta-gr.\n·W_O|",
     "total_effect_norm": "total\neffect",
     "direct_effect_norm": "direct\neffect",
     "indirect_effect_norm": "indirect\neffect",
@@ -38,14 +38,13 @@ _SHORT = {
 def heads_text(
     result: Decomposition | DecompositionSet, *, heads: Sequence[HeadRef] | None = None, top: int | None = None
 ) -> Group:
-    """A terminal table of heads, largest meta-gradient share first, or of the heads given, in their order."""
+    """A terminal table of heads, in the order of `Decomposition.heads`, or of the heads given, in their order."""
     means = head_means(result)
-    if heads is None:
-        rows = means.sort_values("meta_gradient_share", ascending=False, kind="stable").head(top or len(means))
-    else:
-        rows = means.set_index("name").loc[[str(ref) for ref in heads]].reset_index()
+    shown_heads = result.heads(top) if heads is None else heads
+    rows = means.set_index("name").loc[[str(ref) for ref in shown_heads]].reset_index()
     n = n_averaged(result)
-    title = f"Heads by meta-gradient share ({len(rows)} of {len(means)})" if heads is None else "Heads"
+    order = f"Heads by |meta-gradient| in the residual stream ({len(rows)} of {len(means)})"
+    title = order if heads is None else "Heads"
     table = terminal_table()
     for name in ("layer", "head"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -10,10 +10,11 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from families import make_bridge
 from hosts import HOOKED_NAMES, HOST_NAMES, prompt, shared
 from torch import Tensor
 
-from metaopt_lens import Decomposition, DecompositionSet, ICLPrompt, decompose
+from metaopt_lens import Decomposition, DecompositionSet, HeadRef, ICLPrompt, decompose, wrap
 from metaopt_lens._errors import FileFormatError, ModelMismatchError
 
 # Two sets of demonstrations, interleaved; queries of different lengths; one prompt twice.
@@ -116,6 +117,7 @@ def equal(one: Decomposition, other: Decomposition) -> None:
                         assert (tensor is None and again is None) or torch.equal(tensor, again)
             else:
                 assert a == b, name
+    assert torch.equal(one.strength, other.strength)
 
 
 @pytest.mark.parametrize("runs", ["both", "plain", "none"])
@@ -278,14 +280,58 @@ def test_the_table_without_zero_shot_runs_and_of_a_set() -> None:
     assert frame["mass"].tolist()[12:24] == together[1].to_frame()["mass"].tolist()
 
 
-def test_heads_are_ordered_by_their_meta_gradients_share() -> None:
-    result = decompose(shared("bridge:gpt2"), PROMPTS[0])
-    ratio = result.softmax.meta_gradient.norm(dim=-1) / result.z.norm(dim=-1)
+@pytest.mark.parametrize("name", ["bridge:gpt2", "bridge:llama"])
+def test_heads_are_ordered_by_their_meta_gradient_in_the_residual_stream(name: str) -> None:
+    """Against W_O of the host, one head at a time; the share of z ranks nothing."""
+    model = shared(name)
+    result = decompose(model, PROMPTS[0])
+    expected = torch.stack(
+        [
+            torch.stack([(result.softmax.meta_gradient[i, h] @ model.blocks[i].attn.W_O[h]).norm() for h in range(4)])
+            for i in range(3)
+        ]
+    ).detach()
+    torch.testing.assert_close(result.strength, expected)
     heads = result.heads()
     assert len(heads) == len(set(heads)) == 12
-    values = [float(ratio[h.layer, h.head]) for h in heads]
+    values = [float(expected[h.layer, h.head]) for h in heads]
     assert values == sorted(values, reverse=True)
     assert result.heads(3) == heads[:3]
+    effects = torch.arange(12.0).view(3, 4)
+    assert [str(h) for h in result.heads(2, by=effects)] == ["L2H3", "L2H2"]
+    frame = result.to_frame().sort_values("meta_gradient_residual_norm", ascending=False)
+    assert frame["name"].tolist() == [str(h) for h in heads]
+
+
+def test_a_head_that_writes_nothing_is_never_the_strongest() -> None:
+    """Planted: the head with the largest share of z gets a W_O of 0; it does nothing, so it is last."""
+    model = make_bridge("gpt2")
+    before = decompose(model, PROMPTS[0])
+    share = before.softmax.meta_gradient.norm(dim=-1) / before.z.norm(dim=-1)
+    layer, head = divmod(int(share[2].argmax()) + 8, 4)  # the last layer: nothing later changes
+    with torch.no_grad():
+        wrap(model).w_o(layer)[head].zero_()
+    after = decompose(model, PROMPTS[0])
+    torch.testing.assert_close(after.softmax.meta_gradient[layer, head], before.softmax.meta_gradient[layer, head])
+    assert after.heads()[-1] == HeadRef(layer, head)
+    assert float(after.strength[layer, head]) == 0
+
+
+def test_a_loaded_result_and_a_set_know_the_order(tmp_path: Path) -> None:
+    result = decompose(shared("bridge:gpt2"), PROMPTS[0])
+    result.save(tmp_path / "one")
+    loaded = Decomposition.load(tmp_path / "one")
+    assert loaded.source is None
+    assert loaded.heads() == result.heads()
+    assert repr(loaded) == repr(result)
+    together = decompose(shared("bridge:gpt2"), PROMPTS[:3])
+    mean = torch.stack([item.strength for item in together]).mean(0).detach()
+    values = [float(mean[h.layer, h.head]) for h in together.heads()]
+    assert values == sorted(values, reverse=True)
+    bare = dataclasses.replace(loaded, stored_strength=None)
+    with pytest.raises(ModelMismatchError, match="the strengths of heads need the model"):
+        bare.heads()
+    assert "residual stream" not in repr(bare)
 
 
 def test_repr_says_what_it_is() -> None:

@@ -65,11 +65,12 @@ def test_every_head_is_in_the_table_with_its_numbers(result: Decomposition, tmp_
     for name, cells in rows.items():
         values = [float(v) for v in re.findall(r'data-order="([^"]+)"', cells)]
         assert values[0] == pytest.approx(frame.loc[name, "mass"])
-        assert values[2] == pytest.approx(frame.loc[name, "fidelity"])
+        assert values[1] == pytest.approx(frame.loc[name, "meta_gradient_residual_norm"])
+        assert values[3] == pytest.approx(frame.loc[name, "fidelity"])
 
 
 def test_maps_of_mass_norms_fidelity_and_effects(tiny: Any, result: Decomposition, tmp_path: Path) -> None:
-    always = ["mass", "meta_gradient_share", "fidelity", "zero_shot_norm", "meta_gradient_norm"]
+    always = ["mass", "meta_gradient_residual_norm", "fidelity", "zero_shot_norm", "meta_gradient_norm"]
     both = [*always, "total_effect_norm", "direct_effect_norm", "indirect_effect_norm", "position_effect_norm"]
     plain = [*always, "total_effect_norm", "direct_effect_norm", "indirect_and_position_norm"]
     for runs, expected in (("both", both), ("plain", plain), ("none", always)):
