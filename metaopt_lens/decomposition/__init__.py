@@ -6,4 +6,3 @@ from metaopt_lens.decomposition._decomposition_set import DecompositionSet as De
 from metaopt_lens.decomposition._effects import Effects as Effects
 from metaopt_lens.decomposition._effects import ResidualParts as ResidualParts
 from metaopt_lens.decomposition._effects import effects_of as effects_of
-from metaopt_lens.decomposition._head_order import rank_heads as rank_heads

@@ -19,7 +19,6 @@ from metaopt_lens._types import HeadRef, TokenSpan
 from metaopt_lens.decomposition._decomposition_file import decomposition_fields, save_decomposition
 from metaopt_lens.decomposition._decomposition_frame import decomposition_frame
 from metaopt_lens.decomposition._effects import Effects, ResidualParts, effects_of
-from metaopt_lens.decomposition._head_order import rank_heads
 from metaopt_lens.dual import LinearParts, SoftmaxParts
 from metaopt_lens.models import AttentionModel, ModelInfo, wrap
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt
@@ -33,6 +32,7 @@ from metaopt_lens.runs import (
     output_bias,
     part_of,
     predict_labels,
+    rank_heads,
     run_linear_weights,
     softmax_parts,
     softmax_weights,
@@ -254,7 +254,8 @@ class Decomposition:
         """
         if self.stored_strength is not None:
             return self.stored_strength
-        return through_w_o(self._source("the strengths of heads"), self.softmax.meta_gradient).norm(dim=-1)
+        norm: Tensor = through_w_o(self._source("the strengths of heads"), self.softmax.meta_gradient).norm(dim=-1)
+        return norm
 
     def heads(self, top: int | None = None, *, by: Float[Tensor, "layer head"] | None = None) -> list[HeadRef]:
         """Heads in order of importance, largest first.

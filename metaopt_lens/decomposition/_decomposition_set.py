@@ -17,7 +17,7 @@ from metaopt_lens._storage import write_text
 from metaopt_lens._types import HeadRef
 from metaopt_lens.decomposition._decomposition import Decomposition, mean_strength
 from metaopt_lens.decomposition._decomposition_file import KIND
-from metaopt_lens.decomposition._head_order import rank_heads
+from metaopt_lens.runs import rank_heads
 
 if TYPE_CHECKING:
     import pandas as pd

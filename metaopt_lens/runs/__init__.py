@@ -13,6 +13,7 @@ from metaopt_lens.runs._forward import attend_without as attend_without
 from metaopt_lens.runs._forward import hidden_sources as hidden_sources
 from metaopt_lens.runs._forward import run_rows as run_rows
 from metaopt_lens.runs._forward import run_shared_prefix as run_shared_prefix
+from metaopt_lens.runs._head_order import rank_heads as rank_heads
 from metaopt_lens.runs._outputs import attention_output as attention_output
 from metaopt_lens.runs._outputs import demo_scores as demo_scores
 from metaopt_lens.runs._outputs import output_bias as output_bias

@@ -236,6 +236,7 @@ def test_a_damaged_set_is_named(tmp_path: Path) -> None:
 def test_the_table_holds_the_tensors_numbers() -> None:
     result = decompose(shared("bridge:llama"), PROMPTS[1], position="all")
     frame = result.to_frame()
+    w_o = [block.attn.W_O.detach() for block in shared("bridge:llama").blocks]
     assert len(frame) == 5 * 3 * 4
     assert list(frame.columns[:5]) == ["position", "token", "layer", "head", "name"]
     for row, layer, head in [(0, 0, 0), (2, 1, 3), (4, 2, 1)]:
@@ -250,6 +251,7 @@ def test_the_table_holds_the_tensors_numbers() -> None:
         assert effects.position is not None
         expected = {
             "mass": result.softmax.mass[at],
+            "meta_gradient_residual_norm": (result.softmax.meta_gradient[at] @ w_o[layer][head]).norm(),
             "z_norm": result.z[at].norm(),
             "zero_shot_norm": result.softmax.zero_shot[at].norm(),
             "meta_gradient_norm": result.softmax.meta_gradient[at].norm(),
