@@ -28,7 +28,7 @@ from metaopt_lens.extraction import (
     run_shared_prefix,
 )
 from metaopt_lens.finetuning import UpdatedMemory, WeightUpdate, updated_memory
-from metaopt_lens.models import AttentionModel, Prefix
+from metaopt_lens.models import LensModel, Prefix
 from metaopt_lens.prompts import TokenizedPrompt
 
 
@@ -79,7 +79,7 @@ class SetRecord:
 
 
 def record_set(
-    model: AttentionModel,
+    model: LensModel,
     tokenized: Sequence[TokenizedPrompt],
     update: WeightUpdate,
     *,
@@ -113,7 +113,7 @@ def _stack(rows: list[dict[str, Tensor]], longest: int) -> SetRecord:
 
 
 def _record_batch(
-    model: AttentionModel,
+    model: LensModel,
     batch: list[TokenizedPrompt],
     update: WeightUpdate,
     base: Prefix,
@@ -156,7 +156,7 @@ def _record_batch(
 
 
 def _record_query(
-    model: AttentionModel,
+    model: LensModel,
     prompt: TokenizedPrompt,
     update: WeightUpdate,
     base: Prefix,
@@ -197,7 +197,7 @@ def _exact_part(icl: QueryCapture, v: Tensor, layer: int, prompt: TokenizedPromp
 
 
 def _attention_output(
-    model: AttentionModel, layer: int, capture: QueryCapture, update: WeightUpdate | None
+    model: LensModel, layer: int, capture: QueryCapture, update: WeightUpdate | None
 ) -> Float[Tensor, " d_model"]:
     """After W_O and b_O, with an update of the output projection where there is one."""
     z = capture.z[0, layer]
@@ -230,7 +230,7 @@ def _context_scores(rule: ScoreRule, q: Tensor, k: Tensor, prompt: TokenizedProm
 
 
 def _linear_part(
-    model: AttentionModel,
+    model: LensModel,
     q: Float[Tensor, "1 head d_head"],
     k: Float[Tensor, "src kv_head d_head"],
     v: Float[Tensor, "src kv_head d_head"],

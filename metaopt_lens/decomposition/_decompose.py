@@ -14,7 +14,7 @@ from metaopt_lens._storage import provenance
 from metaopt_lens.decomposition._result import Decomposition, DecompositionSet
 from metaopt_lens.decomposition._runs import ZeroShotRuns, run_settings
 from metaopt_lens.extraction import QueryCapture, run_shared_prefix
-from metaopt_lens.models import AttentionModel, MomentumTerm, Prefix, active_momentum, announced_momentum, wrap
+from metaopt_lens.models import LensModel, MomentumTerm, Prefix, active_momentum, wrap
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_prompt
 
 Position = int | Literal["last", "all"]
@@ -137,18 +137,17 @@ def decompose(
 
 
 @contextmanager
-def _momentum_on(model: AttentionModel, momentum: MomentumTerm | None) -> Iterator[None]:
+def _momentum_on(model: LensModel, momentum: MomentumTerm | None) -> Iterator[None]:
     if momentum is None:
         yield
         return
-    eta = momentum.etas(model)
-    with model.hooked(momentum.hooks(model)), announced_momentum(model, eta):
+    with model.hooked(momentum.hooks(model)):
         active_momentum(model)  # refuses a head that has momentum already
         yield
 
 
 def _decompose_batch(
-    model: AttentionModel,
+    model: LensModel,
     prompts: list[ICLPrompt],
     tokenized: list[TokenizedPrompt],
     destinations: list[tuple[int, ...]],
@@ -223,7 +222,7 @@ def _destinations(prompt: TokenizedPrompt, position: Position) -> tuple[int, ...
     return (index,)
 
 
-def _check_vocabulary(model: AttentionModel, tokenized: list[TokenizedPrompt]) -> None:
+def _check_vocabulary(model: LensModel, tokenized: list[TokenizedPrompt]) -> None:
     highest = max(max(t.ids) for t in tokenized)
     if highest >= model.info.d_vocab:
         raise PromptError(

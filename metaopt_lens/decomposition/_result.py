@@ -31,7 +31,7 @@ from metaopt_lens.dual import (
     split_softmax,
     weighted_values,
 )
-from metaopt_lens.models import AttentionModel, ModelInfo, wrap
+from metaopt_lens.models import LensModel, ModelInfo, wrap
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Decomposition:
     z_position_matched: Float[Tensor, "dst layer head d_head"] | None
     provenance: dict[str, Any]
     eta: Float[Tensor, "layer head"] | None = None
-    source: AttentionModel | None = field(default=None, compare=False)
+    source: LensModel | None = field(default=None, compare=False)
 
     # ---- the split ----------------------------------------------------------------------------------------------
 
@@ -448,7 +448,7 @@ class Decomposition:
         """A weight of the model, with a graph only if this result was made with one."""
         return (weight if self.z.requires_grad else weight.detach()).to(like)
 
-    def _source(self, what: str) -> AttentionModel:
+    def _source(self, what: str) -> LensModel:
         if self.source is None:
             raise ModelMismatchError(f"{what} need the model's W_O: call with_model(model) on the loaded result first.")
         return self.source

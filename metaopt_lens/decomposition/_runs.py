@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metaopt_lens._types import TokenSpan
-from metaopt_lens.dual import momentum_values, softmax_with_sink, weighted_values
+from metaopt_lens.dual import momentum_values
 from metaopt_lens.extraction import QueryCapture, capture_queries
-from metaopt_lens.models import AttentionCall, AttentionModel, Prefix, active_momentum
+from metaopt_lens.models import AttentionCall, LensModel, Prefix, active_momentum
 from metaopt_lens.prompts import TokenizedPrompt
 
 ZeroShotRuns = Literal["both", "plain", "none"]
@@ -29,7 +29,7 @@ class SettingRuns:
 
 
 def run_settings(
-    model: AttentionModel,
+    model: LensModel,
     shared: Prefix,
     tokenized: Sequence[TokenizedPrompt],
     destinations: Sequence[Sequence[int]],
@@ -74,16 +74,10 @@ def run_settings(
 def without_demos(
     call: AttentionCall, demos: TokenSpan, batch: slice = slice(None)
 ) -> Float[Tensor, "rows dst head d_head"]:
-    """z with the demonstrations masked out, q, k and v unchanged, for some rows of the batch.
-
-    Taken from the scores rather than from the pattern: half-precision patterns flush small probabilities to 0.
-    """
-    kept = {name: getattr(call, name)[batch] for name in ("q", "k", "v", "pattern", "z")}
-    scores = replace(call, **kept).scores()
-    inside = torch.zeros(scores.shape[-1], dtype=torch.bool, device=scores.device)
+    """z with the demonstrations masked out, q, k and v unchanged, for some rows of the batch."""
+    inside = torch.zeros(call.k.shape[1], dtype=torch.bool)
     inside[demos.slice] = True
-    weights, _ = softmax_with_sink(scores.masked_fill(inside, -torch.inf), call.rule.sinks)
-    return weighted_values(weights, kept["v"]).to(call.z.dtype)
+    return call.rows(batch).without(inside)
 
 
 def _momentum_without(

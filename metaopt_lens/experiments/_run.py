@@ -37,7 +37,7 @@ from metaopt_lens.experiments._stages import (
 )
 from metaopt_lens.experiments._synthetic import register_synthetic_tasks
 from metaopt_lens.finetuning import require_raw_weights
-from metaopt_lens.models import AttentionModel, load_model, wrap
+from metaopt_lens.models import LensModel, load_model, wrap
 from metaopt_lens.prompts.tasks import Task, TaskRows, find_task, load_rows
 
 _WAIT_S = 0.2  # between looks at a piece that another process works on
@@ -256,7 +256,7 @@ class _Run:
         self.store.pin("model.json", self._model_description, what="model")
 
     @cached_property
-    def model(self) -> AttentionModel:
+    def model(self) -> LensModel:
         """Loaded when first needed."""
         c = self.config
         if self._given_model is not None:

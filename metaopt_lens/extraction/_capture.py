@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metaopt_lens._errors import NonFiniteError
 from metaopt_lens.dual import is_finite, softmax_with_sink
-from metaopt_lens.models import AttentionCall, AttentionModel, Hook, Prefix
+from metaopt_lens.models import AttentionCall, Hook, LensModel, Prefix
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class QueryCapture:
     v: Float[Tensor, "layer pos kv_head d_head"]
 
 
-def run_shared_prefix(model: AttentionModel, ids: Sequence[int], *, grad: bool = False) -> Prefix | None:
+def run_shared_prefix(model: LensModel, ids: Sequence[int], *, grad: bool = False) -> Prefix | None:
     """Run tokens that many prompts begin with, once; None if there are none.
 
     Raises:
@@ -49,7 +49,7 @@ def run_shared_prefix(model: AttentionModel, ids: Sequence[int], *, grad: bool =
 
 
 def capture_queries(
-    model: AttentionModel,
+    model: LensModel,
     prefix: Prefix | None,
     queries: Sequence[Sequence[int]],
     destinations: Sequence[Sequence[int]],
@@ -131,7 +131,7 @@ def _stack(tensors: Sequence[Tensor], dim: int) -> Tensor:
     return torch.stack([t.to(tensors[0].device) for t in tensors], dim=dim)
 
 
-def _require_finite(model: AttentionModel, layer: int, **tensors: Tensor) -> None:
+def _require_finite(model: LensModel, layer: int, **tensors: Tensor) -> None:
     for what, tensor in tensors.items():
         if not is_finite(tensor):
             raise NonFiniteError(

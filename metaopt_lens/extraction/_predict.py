@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metaopt_lens._errors import PromptError
 from metaopt_lens.extraction._scoring import check_candidates, score_candidates
-from metaopt_lens.models import AttentionModel
+from metaopt_lens.models import LensModel
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_label
 
 
@@ -57,7 +57,7 @@ def candidate_labels(prompt: ICLPrompt) -> tuple[str, ...]:
 
 
 def label_log_probs(
-    model: AttentionModel, tokenized: TokenizedPrompt, candidates: Sequence[Sequence[int]]
+    model: LensModel, tokenized: TokenizedPrompt, candidates: Sequence[Sequence[int]]
 ) -> Float[Tensor, " candidate"]:
     """Mean log-probability of each candidate's tokens where they would follow the prompt.
 
@@ -73,7 +73,7 @@ def label_log_probs(
 
 
 def predict_labels(
-    model: AttentionModel,
+    model: LensModel,
     prompt: ICLPrompt,
     tokenized: TokenizedPrompt,
     *,

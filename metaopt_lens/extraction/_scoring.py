@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metaopt_lens._errors import OptionError, PromptError
 from metaopt_lens.extraction._batching import choose_batch_size, map_batches
-from metaopt_lens.models import AttentionModel, Hook, Prefix
+from metaopt_lens.models import Hook, LensModel, Prefix
 
 Scoring = Literal["mean", "first"]
 
@@ -38,7 +38,7 @@ def check_candidates(candidates: Sequence[Sequence[int]], names: Sequence[str], 
 
 
 def score_candidates(
-    model: AttentionModel,
+    model: LensModel,
     prefix: Prefix | None,
     queries: Sequence[Sequence[int]],
     candidates: Sequence[Sequence[int]],

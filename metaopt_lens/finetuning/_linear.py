@@ -12,7 +12,7 @@ from torch import Tensor
 from metaopt_lens._types import TokenSpan
 from metaopt_lens.decomposition import without_demos
 from metaopt_lens.finetuning._update import WeightUpdate
-from metaopt_lens.models import AttentionCall, AttentionModel, Hook, Prefix
+from metaopt_lens.models import AttentionCall, Hook, LensModel, Prefix
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class UpdatedMemory:
 
 
 def updated_memory(
-    model: AttentionModel,
+    model: LensModel,
     update: WeightUpdate,
     shared: Prefix,
     demos: TokenSpan,
@@ -65,7 +65,7 @@ def updated_memory(
 
 
 def _twins(
-    model: AttentionModel,
+    model: LensModel,
     update: WeightUpdate,
     prefix: Prefix | None,
     sequences: Sequence[Sequence[int]],

@@ -13,7 +13,7 @@ from metaopt_lens._errors import OptionError, PromptError
 from metaopt_lens.interventions._head_effects import HeadEffects
 from metaopt_lens.interventions._knock_out_runs import KnockOutRuns, RowMetric
 from metaopt_lens.interventions._meta_gradient import meta_gradient
-from metaopt_lens.models import AttentionModel, wrap
+from metaopt_lens.models import LensModel, wrap
 from metaopt_lens.prompts import ICLPrompt, tokenize_label, tokenize_prompt
 
 Metric = str | Callable[[Tensor], Tensor]
@@ -103,7 +103,7 @@ def _one_each(n_layers: int, n_heads: int) -> Bool[Tensor, "variant layer head"]
 
 
 def _rows(
-    model: AttentionModel, prompts: Sequence[ICLPrompt], metric: Metric, prepend_bos: bool | None
+    model: LensModel, prompts: Sequence[ICLPrompt], metric: Metric, prepend_bos: bool | None
 ) -> tuple[list[tuple[int, ...]], RowMetric]:
     """Tokens behind the demonstrations, and the metric of their logits."""
     tokens = [
@@ -149,7 +149,7 @@ def _demo_labels(prompt: ICLPrompt) -> tuple[str, ...]:
     return tuple(dict.fromkeys(demo.label for demo in prompt.demos))
 
 
-def _label(model: AttentionModel, prompt: ICLPrompt, label: str | None, metric: str) -> tuple[int, ...]:
+def _label(model: LensModel, prompt: ICLPrompt, label: str | None, metric: str) -> tuple[int, ...]:
     if label is None:
         raise PromptError(f"metric {metric!r} needs the label of query {prompt.query!r}: ICLPrompt(..., label=...).")
     return tokenize_label(label, prompt.template, model.tokenizer)

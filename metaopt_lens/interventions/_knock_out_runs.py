@@ -9,10 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from metaopt_lens.dual import softmax_with_sink, weighted_values
 from metaopt_lens.extraction import choose_batch_size, map_batches
 from metaopt_lens.interventions._meta_gradient import MetaGradient
-from metaopt_lens.models import AttentionCall, AttentionModel, Hook
+from metaopt_lens.models import AttentionCall, Hook, LensModel
 
 # Metric of each row: logits of the row's own tokens, and which query it is.
 RowMetric = Callable[[Tensor, int], Tensor]
@@ -27,7 +26,7 @@ class KnockOutRuns:
         metric: called with the logits of a row's tokens and the query's number.
     """
 
-    model: AttentionModel
+    model: LensModel
     meta_gradient: MetaGradient
     rows: Sequence[tuple[int, ...]]
     metric: RowMetric
@@ -113,10 +112,8 @@ def _without(
     call: AttentionCall, rows: Tensor | slice, hidden: Bool[Tensor, "row prefix"]
 ) -> Float[Tensor, "row dst head d_head"]:
     """z of some rows of the batch with sources of the prefix hidden, q, k and v unchanged."""
-    scores = call.scores()[rows]
-    padded = torch.nn.functional.pad(hidden, (0, scores.shape[-1] - hidden.shape[-1])).to(scores.device)
-    weights, _ = softmax_with_sink(scores.masked_fill(padded[:, None, None], -torch.inf), call.rule.sinks)
-    return weighted_values(weights, call.v[rows]).to(call.z.dtype)
+    padded = torch.nn.functional.pad(hidden, (0, call.k.shape[1] - hidden.shape[-1]))
+    return call.rows(rows).without(padded)
 
 
 def _knocked_out(

@@ -19,7 +19,7 @@ from metaopt_lens.experiments.momentum._config import ModelSettings, MomentumSet
 from metaopt_lens.experiments.momentum._corpora import word_tokenizer
 from metaopt_lens.experiments.momentum._short import ShortConvolution
 from metaopt_lens.interventions import MomentumAttention, intervene
-from metaopt_lens.models import AttentionModel, wrap
+from metaopt_lens.models import LensModel, wrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +38,7 @@ class LanguageModel:
         settings: of the momentum.
     """
 
-    model: AttentionModel
+    model: LensModel
     weights: nn.Module
     logits_of_eta: Float[Tensor, "layer head"] | None
     settings: MomentumSettings

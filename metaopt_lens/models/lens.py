@@ -1,0 +1,292 @@
+"""The only view of a TransformerLens model that the rest of the library has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from metaopt_lens._errors import ContextWindowError, ModelMismatchError, UnsupportedModelError
+from metaopt_lens.dual import ScoreRule
+from metaopt_lens.models.attention_hooks import AttentionCallback, layer_hooks
+from metaopt_lens.models.hooks import Hook, StopForward, attached, check_hook_names, inference_state
+from metaopt_lens.models.host import Host
+from metaopt_lens.models.info import ModelInfo
+from metaopt_lens.models.mlp import MlpSite
+from metaopt_lens.models.movable import check_movable
+from metaopt_lens.models.output_head import OutputHead
+from metaopt_lens.models.passes import PASS, HostPass, Standing
+from metaopt_lens.models.prefix import Prefix
+
+if TYPE_CHECKING:
+    from transformer_lens.hook_points import HookPoint
+    from transformers import PreTrainedTokenizerBase
+
+
+@final
+class LensModel:
+    """A TransformerLens model, wrapped. The model itself is never modified. Build one with `metaopt_lens.wrap`.
+
+    Attributes:
+        info: names and sizes.
+        host: TransformerLens's own model.
+    """
+
+    def __init__(self, adapter: Host) -> None:
+        self._adapter = adapter
+        self._moves = False  # whether `check_movable` has passed
+        self.info: ModelInfo = adapter.info
+        self.host: Any = adapter.model
+
+    # ---- what it is made of -------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The host's tokenizer."""
+        return self.host.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where input tokens go."""
+        return next(self._adapter.roots[-1].parameters()).device
+
+    @property
+    def hook_points(self) -> Mapping[str, HookPoint]:
+        """All hook points by name, aliases included."""
+        return self._adapter.hook_points
+
+    @property
+    def pattern_before_z(self) -> bool:
+        """Whether the attention pattern is seen before z in a forward pass."""
+        return self._adapter.blocks[0].pattern_before_z
+
+    @property
+    def head(self) -> OutputHead:
+        """Final norm and unembedding."""
+        return self._adapter.head()
+
+    def score_rule(self, layer: int) -> ScoreRule:
+        """How `layer` turns ``q . k`` into scores."""
+        return self._adapter.blocks[layer].rule()
+
+    def w_o(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+        """Output projection of every head."""
+        return self._adapter.blocks[layer].w_o()
+
+    def b_o(self, layer: int) -> Float[Tensor, " d_model"] | None:
+        """Output bias, which belongs to no head; None where there is none."""
+        return self._adapter.blocks[layer].b_o()
+
+    def has_bias(self, projection: str, layer: int) -> bool:
+        """Whether projection `"q"`, `"k"`, `"v"` or `"o"` of a layer has a bias."""
+        return self._adapter.blocks[layer].has_bias(projection)
+
+    def mlp_site(self, layer: int) -> MlpSite:
+        """The layer's MLP.
+
+        Raises:
+            UnsupportedModelError: there is none, or one of another kind than plain and gated.
+        """
+        mlp = self._adapter.blocks[layer].mlp()
+        if isinstance(mlp, str):
+            raise UnsupportedModelError(f"the MLP in layer {layer} of {self.info.name} cannot be read: {mlp}.")
+        return mlp
+
+    def why_no_mlp(self, layer: int) -> str | None:
+        """Why `mlp_site` would refuse; None where it would not."""
+        mlp = self._adapter.blocks[layer].mlp()
+        return mlp if isinstance(mlp, str) else None
+
+    def early_exit(
+        self, residual: Float[Tensor, "*batch d_model"], tokens: Int[Tensor, " token"] | None = None
+    ) -> Float[Tensor, "*batch token"]:
+        """Final norm, unembedding and soft-cap applied to any residual stream; after the last block, the logits.
+
+        Args:
+            residual: any residual stream, at any positions.
+            tokens: only these tokens' logits; None for the whole vocabulary.
+        """
+        return self.head.logits(residual, tokens)
+
+    # ---- hooks --------------------------------------------------------------------------------------------------
+
+    def hook_name(self, kind: str, layer: int) -> str:
+        """Name of a hook point.
+
+        Args:
+            kind: `"q"`, `"k"`, `"v"` (before rotary and QK-norm), `"z"`, `"pattern"`, `"attn_out"` (after W_O, before
+                any norm), `"mlp_out"`, `"resid_pre"`, `"resid_mid"` (between attention and MLP, where they follow
+                one another) or `"resid_post"`.
+            layer: which.
+        """
+        return self._adapter.blocks[layer].hook_name(kind)
+
+    def residual_hook(self, end: str, layer: int) -> str:
+        """Name of the hook point on the residual stream before (`"pre"`), within (`"mid"`) or after (`"post"`)."""
+        return self.hook_name(f"resid_{end}", layer)
+
+    def attention_input_hook(self, layer: int, use: Callable[[Tensor], None]) -> Hook:
+        """A hook that hands the attention input x, ``[batch, pos, d_model]``, to `use`."""
+        return self._adapter.blocks[layer].attention_input_hook(use)
+
+    def attention_hooks(self, layer: int, use: AttentionCallback, *, prefix: Prefix | None = None) -> list[Hook]:
+        """Hooks for `run` that call `use` with the layer's `AttentionCall`; what it returns replaces z.
+
+        Args:
+            layer: which.
+            use: called just before W_O.
+            prefix: the one that `run` is given.
+        """
+
+        def standing(tensor: Tensor) -> Standing:
+            return Standing.behind(prefix, tensor.shape[1], tensor.device)
+
+        block = self._adapter.blocks[layer]
+        return layer_hooks(self.info, block, layer, standing, use, read_pattern=True)
+
+    def placed_hooks(
+        self,
+        place: Callable[[HostPass], Tensor | None],
+        use: AttentionCallback,
+        *,
+        layers: Sequence[int] | None = None,
+    ) -> list[Hook]:
+        """Hooks for any forward pass of the host, also padded, cached and generating, with positions of our choosing.
+
+        Args:
+            place: called before every pass; returns the position every slot is to have, ``[batch, slot]``, or None to
+                leave them as they are. The host then computes with these positions; where its own masks or biases
+                go by the slot instead (sliding window, ALiBi), z is computed anew.
+            use: called with the layer's `AttentionCall` just before W_O; what it returns replaces z.
+            layers: where to call `use`; all by default.
+        """
+        running: list[Standing] = []
+
+        def begin(host_pass: HostPass) -> Tensor | None:
+            moved = place(host_pass)
+            running[:] = [Standing.of(host_pass, moved)]
+            return moved
+
+        hooks: list[Hook] = [(PASS, begin)]
+        for layer, block in enumerate(self._adapter.blocks):
+            chosen = use if layers is None or layer in layers else None
+            hooks += layer_hooks(self.info, block, layer, lambda _: running[0], chosen, read_pattern=False)
+        return hooks
+
+    @contextmanager
+    def hooked(self, hooks: Sequence[Hook]) -> Iterator[None]:
+        """Attach hooks for the length of the block, names checked first."""
+        begins = [function for name, function in hooks if name == PASS]
+        others = [hook for hook in hooks if hook[0] != PASS]
+        check_hook_names(self.hook_points, [name for name, _ in others], owner=self.info.name)
+
+        def begin(host_pass: HostPass) -> Tensor | None:
+            placed = [function(host_pass) for function in begins]
+            return next((positions for positions in placed if positions is not None), None)
+
+        with ExitStack() as stack:
+            if begins:
+                stack.enter_context(self._adapter.watching(begin))
+            stack.enter_context(attached(self.hook_points, others))
+            yield
+
+    # ---- passes -------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        *,
+        hooks: Sequence[Hook] = (),
+        prefix: Prefix | None = None,
+        stop_after_attention: bool = False,
+        grad: bool = False,
+    ) -> Tensor | None:
+        """One forward pass in eval mode.
+
+        Args:
+            tokens: token ids; batches of unequal length are padded on the right (causal: padding is never seen).
+            hooks: what to attach for this pass.
+            prefix: run `tokens` behind this shared prefix.
+            stop_after_attention: end the pass at the last layer's z and return None: no last MLP, no unembedding.
+            grad: keep the graph.
+
+        Returns:
+            Logits ``[batch, pos, d_vocab]``, or None.
+        """
+        stop = [(self.hook_name("z", self.info.n_layers - 1), _halt)] if stop_after_attention else []
+        with inference_state(self._adapter.roots, grad=grad), self.hooked([*hooks, *stop]):
+            try:
+                return self._adapter.forward(tokens.to(self.device), prefix)
+            except StopForward:
+                return None
+
+    def run_prefix(self, tokens: Int[Tensor, " pos"], *, hooks: Sequence[Hook] = (), grad: bool = False) -> Prefix:
+        """Run tokens once and keep every layer's keys and values (docs/theory.md, section 5).
+
+        Args:
+            tokens: ids.
+            hooks: what to attach for this pass.
+            grad: keep the graph.
+        """
+        keys: dict[int, Tensor] = {}
+        values: dict[int, Tensor] = {}
+        last = self.info.n_layers - 1
+
+        def keep(store: dict[int, Tensor], layer: int) -> Callable[[Tensor], None]:
+            def use(tensor: Tensor) -> None:
+                store[layer] = tensor[0]
+                if layer == last and layer in keys and layer in values:
+                    raise StopForward  # the last layer's attention is read by nobody
+
+            return use
+
+        def positions(tensor: Tensor) -> Tensor:
+            return torch.arange(tensor.shape[1], device=tensor.device)
+
+        own: list[Hook] = []
+        for layer, block in enumerate(self._adapter.blocks):
+            own += block.query_key_hooks(lambda _: None, keep(keys, layer), positions)
+            own.append((block.hook_name("v"), keep(values, layer)))
+        with inference_state(self._adapter.roots, grad=grad), self.hooked([*hooks, *own]):
+            read_cache = self._adapter.fill(tokens[None].to(self.device))
+        k, v = (tuple(store[layer] for layer in range(last + 1)) for store in (keys, values))
+        return Prefix(k=k, v=v, host_k=read_cache() or k)
+
+    # ---- checks -------------------------------------------------------------------------------------------------
+
+    def check_window(self, n_tokens: int, what: str = "the prompt") -> None:
+        """Raise `ContextWindowError` if `n_tokens` do not fit the context window."""
+        if n_tokens > self.info.n_ctx:
+            raise ContextWindowError(
+                f"{what} has {n_tokens} tokens, but the context window of {self.info.name} is {self.info.n_ctx}."
+            )
+
+    def check_same(self, other: ModelInfo, what: str) -> None:
+        """Raise `ModelMismatchError` unless `other` has this model's sizes and parametrisation."""
+        for field in ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "processing"):
+            mine, theirs = getattr(self.info, field), getattr(other, field)
+            if mine != theirs:
+                raise ModelMismatchError(
+                    f"{what} was made with {other.name} ({field} = {theirs}); {self.info.name} has {field} = {mine}."
+                )
+
+    def check_movable(self) -> None:
+        """Require that moved tokens have the queries and keys they have where they are moved to.
+
+        Raises:
+            UnsupportedModelError: they have not.
+        """
+        if not self._moves:
+            check_movable(self)
+            self._moves = True
+
+    def __repr__(self) -> str:
+        return f"LensModel({self.info})"
+
+
+def _halt(_: Tensor) -> None:
+    raise StopForward
