@@ -14,6 +14,8 @@ from metaopt_lens.models.momentum_term import active_momentum as active_momentum
 from metaopt_lens.models.momentum_term import join_etas as join_etas
 from metaopt_lens.models.momentum_term import refuse_momentum as refuse_momentum
 from metaopt_lens.models.output_head import OutputHead as OutputHead
+from metaopt_lens.models.partial_passes import Readout as Readout
+from metaopt_lens.models.partial_passes import Start as Start
 from metaopt_lens.models.passes import PASS as PASS
 from metaopt_lens.models.passes import HostPass as HostPass
 from metaopt_lens.models.prefix import Prefix as Prefix

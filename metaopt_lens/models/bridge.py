@@ -105,6 +105,7 @@ def bridge_head(model: Any, family: Family) -> OutputHead:
         norm=(lambda residual: residual) if norm is None else norm,
         unembed=model.unembed,
         norm_kind=None if norm is None else "RMS" if norm.uses_rms_norm else "LN",
+        eps=0.0 if norm is None else _eps(norm.original_component),
         gain=_gain(norm, model.cfg),
         bias=None if norm is None else getattr(norm.original_component, "bias", None),
         w_u=model.unembed.original_component.weight.mT,
@@ -119,6 +120,11 @@ def _gain(norm: Any, cfg: Any) -> Tensor | None:
     if weight is None:
         return None
     return 1.0 + weight if getattr(cfg, "rmsnorm_uses_offset", False) else weight  # Gemma stores it as an offset
+
+
+def _eps(norm: Any) -> float:
+    """Under the root; transformers calls it one thing or the other."""
+    return float(norm.variance_epsilon if "variance_epsilon" in vars(norm) else norm.eps)
 
 
 def _projections(attn: Any) -> list[Tensor]:

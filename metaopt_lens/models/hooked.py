@@ -75,6 +75,7 @@ class HookedHost:
             norm=(lambda residual: residual) if norm is None else norm,
             unembed=model.unembed,
             norm_kind=None if norm is None else "RMS" if type(norm).__name__.startswith("RMS") else "LN",
+            eps=0.0 if norm is None else float(norm.eps),
             gain=None if norm is None else norm._parameters.get("w"),
             bias=None if norm is None else norm._parameters.get("b"),
             w_u=model.W_U,

@@ -30,6 +30,7 @@ def watching(model: Any, begin: Callable[[HostPass], Tensor | None]) -> Iterator
     device = model.W_E.device
     running: list[tuple[HostPass, Tensor | None]] = []
     tokens: list[Tensor] = []
+    seen: list[int] = []  # layers whose attention has been reached in this pass
     entries: dict[int, Any] = {}
     begun: list[bool] = []
 
@@ -44,6 +45,8 @@ def watching(model: Any, begin: Callable[[HostPass], Tensor | None]) -> Iterator
 
     def at_embed(_: Any, args: tuple[Any, ...]) -> None:
         tokens[:] = [args[0]]
+        begun.clear()
+        seen.clear()
 
     def at_positions(_: Any, args: tuple[Any, ...]) -> None:
         sequence, n_past, mask = args
@@ -55,11 +58,14 @@ def watching(model: Any, begin: Callable[[HostPass], Tensor | None]) -> Iterator
         def before(_: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:  # noqa: ARG001
             entry = options.get("past_kv_cache_entry")
             n_past = 0 if entry is None else entry.past_keys.shape[1]
-            if layer == 0:
-                if not begun:
-                    batch, n_new = options["query_input"].shape[:2]
-                    start(batch, n_new, n_past, options.get("attention_mask"))
+            if layer in seen:  # another pass, whose tokens nobody embedded
                 begun.clear()
+                seen.clear()
+            seen.append(layer)
+            if not begun:
+                batch, n_new = options["query_input"].shape[:2]
+                start(batch, n_new, n_past, options.get("attention_mask"))
+                begun[:] = [True]
             if entry is None:
                 entries[layer] = (None, None)
             else:

@@ -34,6 +34,11 @@ class Block(Protocol):
         ...
 
     @property
+    def block(self) -> Any:
+        """TransformerLens's own module."""
+        ...
+
+    @property
     def pattern_before_z(self) -> bool:
         """Whether the attention pattern is seen before z in a forward pass."""
         ...

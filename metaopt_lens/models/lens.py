@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -13,18 +14,35 @@ from torch import Tensor
 from metaopt_lens._errors import ContextWindowError, ModelMismatchError, UnsupportedModelError
 from metaopt_lens.dual import ScoreRule
 from metaopt_lens.models.attention_hooks import AttentionCallback, layer_hooks
-from metaopt_lens.models.hooks import Hook, StopForward, attached, check_hook_names, inference_state
+from metaopt_lens.models.hooks import Hook, attached, check_hook_names
 from metaopt_lens.models.host import Host
 from metaopt_lens.models.info import ModelInfo
 from metaopt_lens.models.mlp import MlpSite
 from metaopt_lens.models.movable import check_movable
 from metaopt_lens.models.output_head import OutputHead
+from metaopt_lens.models.partial_passes import Readout, Start
 from metaopt_lens.models.passes import PASS, HostPass, Standing
 from metaopt_lens.models.prefix import Prefix
+from metaopt_lens.models.running import run, run_prefix
 
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class Tried:
+    """What a model can do, as far as it was tried.
+
+    Attributes:
+        moves: `LensModel.check_movable` has passed.
+        exits: `LensModel.early_exit` of the last residual stream gives the model's own logits; None if not tried.
+        widths: how many values every block returns, if passes may start at any; None if not tried.
+    """
+
+    moves: bool = False
+    exits: bool | None = None
+    widths: list[int] | None = None
 
 
 @final
@@ -34,11 +52,13 @@ class LensModel:
     Attributes:
         info: names and sizes.
         host: TransformerLens's own model.
+        adapter: how that is read; for `metaopt_lens.models` only.
+        tried: what was tried once; likewise.
     """
 
     def __init__(self, adapter: Host) -> None:
-        self._adapter = adapter
-        self._moves = False  # whether `check_movable` has passed
+        self.adapter = adapter
+        self.tried = Tried()
         self.info: ModelInfo = adapter.info
         self.host: Any = adapter.model
 
@@ -52,38 +72,38 @@ class LensModel:
     @property
     def device(self) -> torch.device:
         """Where input tokens go."""
-        return next(self._adapter.roots[-1].parameters()).device
+        return next(self.adapter.roots[-1].parameters()).device
 
     @property
     def hook_points(self) -> Mapping[str, HookPoint]:
         """All hook points by name, aliases included."""
-        return self._adapter.hook_points
+        return self.adapter.hook_points
 
     @property
     def pattern_before_z(self) -> bool:
         """Whether the attention pattern is seen before z in a forward pass."""
-        return self._adapter.blocks[0].pattern_before_z
+        return self.adapter.blocks[0].pattern_before_z
 
     @property
     def head(self) -> OutputHead:
         """Final norm and unembedding."""
-        return self._adapter.head()
+        return self.adapter.head()
 
     def score_rule(self, layer: int) -> ScoreRule:
         """How `layer` turns ``q . k`` into scores."""
-        return self._adapter.blocks[layer].rule()
+        return self.adapter.blocks[layer].rule()
 
     def w_o(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         """Output projection of every head."""
-        return self._adapter.blocks[layer].w_o()
+        return self.adapter.blocks[layer].w_o()
 
     def b_o(self, layer: int) -> Float[Tensor, " d_model"] | None:
         """Output bias, which belongs to no head; None where there is none."""
-        return self._adapter.blocks[layer].b_o()
+        return self.adapter.blocks[layer].b_o()
 
     def has_bias(self, projection: str, layer: int) -> bool:
         """Whether projection `"q"`, `"k"`, `"v"` or `"o"` of a layer has a bias."""
-        return self._adapter.blocks[layer].has_bias(projection)
+        return self.adapter.blocks[layer].has_bias(projection)
 
     def mlp_site(self, layer: int) -> MlpSite:
         """The layer's MLP.
@@ -91,14 +111,14 @@ class LensModel:
         Raises:
             UnsupportedModelError: there is none, or one of another kind than plain and gated.
         """
-        mlp = self._adapter.blocks[layer].mlp()
+        mlp = self.adapter.blocks[layer].mlp()
         if isinstance(mlp, str):
             raise UnsupportedModelError(f"the MLP in layer {layer} of {self.info.name} cannot be read: {mlp}.")
         return mlp
 
     def why_no_mlp(self, layer: int) -> str | None:
         """Why `mlp_site` would refuse; None where it would not."""
-        mlp = self._adapter.blocks[layer].mlp()
+        mlp = self.adapter.blocks[layer].mlp()
         return mlp if isinstance(mlp, str) else None
 
     def early_exit(
@@ -123,7 +143,7 @@ class LensModel:
                 one another) or `"resid_post"`.
             layer: which.
         """
-        return self._adapter.blocks[layer].hook_name(kind)
+        return self.adapter.blocks[layer].hook_name(kind)
 
     def residual_hook(self, end: str, layer: int) -> str:
         """Name of the hook point on the residual stream before (`"pre"`), within (`"mid"`) or after (`"post"`)."""
@@ -131,7 +151,7 @@ class LensModel:
 
     def attention_input_hook(self, layer: int, use: Callable[[Tensor], None]) -> Hook:
         """A hook that hands the attention input x, ``[batch, pos, d_model]``, to `use`."""
-        return self._adapter.blocks[layer].attention_input_hook(use)
+        return self.adapter.blocks[layer].attention_input_hook(use)
 
     def attention_hooks(self, layer: int, use: AttentionCallback, *, prefix: Prefix | None = None) -> list[Hook]:
         """Hooks for `run` that call `use` with the layer's `AttentionCall`; what it returns replaces z.
@@ -145,7 +165,7 @@ class LensModel:
         def standing(tensor: Tensor) -> Standing:
             return Standing.behind(prefix, tensor.shape[1], tensor.device)
 
-        block = self._adapter.blocks[layer]
+        block = self.adapter.blocks[layer]
         return layer_hooks(self.info, block, layer, standing, use, read_pattern=True)
 
     def placed_hooks(
@@ -172,7 +192,7 @@ class LensModel:
             return moved
 
         hooks: list[Hook] = [(PASS, begin)]
-        for layer, block in enumerate(self._adapter.blocks):
+        for layer, block in enumerate(self.adapter.blocks):
             chosen = use if layers is None or layer in layers else None
             hooks += layer_hooks(self.info, block, layer, lambda _: running[0], chosen, read_pattern=False)
         return hooks
@@ -190,7 +210,7 @@ class LensModel:
 
         with ExitStack() as stack:
             if begins:
-                stack.enter_context(self._adapter.watching(begin))
+                stack.enter_context(self.adapter.watching(begin))
             stack.enter_context(attached(self.hook_points, others))
             yield
 
@@ -202,27 +222,38 @@ class LensModel:
         *,
         hooks: Sequence[Hook] = (),
         prefix: Prefix | None = None,
+        start: Start | None = None,
+        read: Readout | None = None,
         stop_after_attention: bool = False,
         grad: bool = False,
-    ) -> Tensor | None:
+    ) -> Float[Tensor, "batch chosen token"] | None:
         """One forward pass in eval mode.
 
         Args:
             tokens: token ids; batches of unequal length are padded on the right (causal: padding is never seen).
             hooks: what to attach for this pass.
             prefix: run `tokens` behind this shared prefix.
+            start: begin at a block, with a residual stream computed before.
+            read: compute the logits of these positions and tokens only.
             stop_after_attention: end the pass at the last layer's z and return None: no last MLP, no unembedding.
             grad: keep the graph.
 
         Returns:
-            Logits ``[batch, pos, d_vocab]``, or None.
+            Logits, of what `read` names if it is given; None if the pass was ended before.
+
+        Raises:
+            UnsupportedModelError: the host cannot start at a block.
         """
-        stop = [(self.hook_name("z", self.info.n_layers - 1), _halt)] if stop_after_attention else []
-        with inference_state(self._adapter.roots, grad=grad), self.hooked([*hooks, *stop]):
-            try:
-                return self._adapter.forward(tokens.to(self.device), prefix)
-            except StopForward:
-                return None
+        return run(
+            self,
+            tokens,
+            hooks=hooks,
+            prefix=prefix,
+            start=start,
+            read=read,
+            stop_after_attention=stop_after_attention,
+            grad=grad,
+        )
 
     def run_prefix(self, tokens: Int[Tensor, " pos"], *, hooks: Sequence[Hook] = (), grad: bool = False) -> Prefix:
         """Run tokens once and keep every layer's keys and values (docs/theory.md, section 5).
@@ -232,29 +263,7 @@ class LensModel:
             hooks: what to attach for this pass.
             grad: keep the graph.
         """
-        keys: dict[int, Tensor] = {}
-        values: dict[int, Tensor] = {}
-        last = self.info.n_layers - 1
-
-        def keep(store: dict[int, Tensor], layer: int) -> Callable[[Tensor], None]:
-            def use(tensor: Tensor) -> None:
-                store[layer] = tensor[0]
-                if layer == last and layer in keys and layer in values:
-                    raise StopForward  # the last layer's attention is read by nobody
-
-            return use
-
-        def positions(tensor: Tensor) -> Tensor:
-            return torch.arange(tensor.shape[1], device=tensor.device)
-
-        own: list[Hook] = []
-        for layer, block in enumerate(self._adapter.blocks):
-            own += block.query_key_hooks(lambda _: None, keep(keys, layer), positions)
-            own.append((block.hook_name("v"), keep(values, layer)))
-        with inference_state(self._adapter.roots, grad=grad), self.hooked([*hooks, *own]):
-            read_cache = self._adapter.fill(tokens[None].to(self.device))
-        k, v = (tuple(store[layer] for layer in range(last + 1)) for store in (keys, values))
-        return Prefix(k=k, v=v, host_k=read_cache() or k)
+        return run_prefix(self, tokens, hooks=hooks, grad=grad)
 
     # ---- checks -------------------------------------------------------------------------------------------------
 
@@ -280,13 +289,9 @@ class LensModel:
         Raises:
             UnsupportedModelError: they have not.
         """
-        if not self._moves:
+        if not self.tried.moves:
             check_movable(self)
-            self._moves = True
+            self.tried.moves = True
 
     def __repr__(self) -> str:
         return f"LensModel({self.info})"
-
-
-def _halt(_: Tensor) -> None:
-    raise StopForward

@@ -18,6 +18,7 @@ class OutputHead:
         norm: the host's own final norm, on ``[batch, pos, d_model]``.
         unembed: the host's own unembedding.
         norm_kind: ``"LN"``, ``"RMS"``, or None where there is no final norm.
+        eps: under the root in its denominator; 0 without a norm.
         gain: what the norm multiplies with; None where it has none (any more).
         bias: what the norm adds; None where it has none (any more).
         w_u: the unembedding matrix.
@@ -28,6 +29,7 @@ class OutputHead:
     norm: Callable[[Tensor], Tensor]
     unembed: Callable[[Tensor], Tensor]
     norm_kind: str | None
+    eps: float
     gain: Float[Tensor, " d_model"] | None
     bias: Float[Tensor, " d_model"] | None
     w_u: Float[Tensor, "d_model d_vocab"]
