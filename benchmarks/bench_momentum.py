@@ -25,9 +25,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from metaopt_lens.dual import momentum_values
-from metaopt_lens.experiments.momentum import LanguageModel, TrainingConfig, build_model
-from metaopt_lens.experiments.momentum._corpora import Batch
-from metaopt_lens.experiments.momentum._train import _optimizer, training_step
+from metaopt_lens.training import LanguageModel, TrainingConfig, build_model
+from metaopt_lens.training._corpora import Batch
+from metaopt_lens.training._training_run import _optimizer, training_step
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 STEP_LIMIT, LINEAR_LIMIT, EXPONENT_LIMIT = 1.15, 1.1, 1.15

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from metaopt_lens._errors import UndefinedMetricError
 from metaopt_lens.analysis._matrices import Factors, effective_rank, frobenius_cosine, principal_angles
+from metaopt_lens.analysis._similarity import difference
 from metaopt_lens.decomposition import run_settings, without_demos
 from metaopt_lens.dual import (
     ScoreRule,
@@ -50,6 +51,7 @@ class SetRecord:
         queries_ft: query vectors of the finetuned run before rotary, times the score scale, heads side by side.
         mass: attention mass on the demonstrations.
         lengths: tokens of each query.
+        eps: rounding unit of the dtype that the model ran in (the record itself is float32 or float64).
     """
 
     z_icl: Float[Tensor, "query layer head d_head"]
@@ -76,6 +78,12 @@ class SetRecord:
     queries_ft: Float[Tensor, "query layer d_q"]
     mass: Float[Tensor, "query layer head"]
     lengths: Int[Tensor, " query"]
+    eps: Float[Tensor, " query"]
+
+    @property
+    def rounding(self) -> float:
+        """`eps`, which is one for all queries of a set."""
+        return float(self.eps[0])
 
 
 def record_set(
@@ -188,6 +196,7 @@ def _record_query(
         )
     record = {name: torch.stack([row[name] for row in layers]) for name in layers[0]}
     record["lengths"] = torch.tensor(len(prompt.query))
+    record["eps"] = torch.tensor(torch.finfo(icl.z.dtype).eps)
     return record
 
 
@@ -264,8 +273,21 @@ def _linear_part(
         "rank_ft": effective_rank(ft),
     }
     group = model.info.n_heads // model.info.n_kv_heads
+    changed = _above_rounding(v_new, v_old) | _above_rounding(k_new, k_old)  # else dW_FT is rounding
+    for name in matrices.keys() - {"rank_icl"}:
+        matrices[name] = torch.where(changed, matrices[name], torch.nan)
     per_head = {name: t.to(k.device).repeat_interleave(group) for name, t in matrices.items()}
-    return {"linear_icl": applied(k[d], v[d]), "linear_ft": applied(ft_keys, ft_values), **per_head}
+    linear_ft = applied(ft_keys, ft_values)
+    linear_ft = torch.where(changed.repeat_interleave(group)[:, None], linear_ft, torch.nan)
+    return {"linear_icl": applied(k[d], v[d]), "linear_ft": linear_ft, **per_head}
+
+
+def _above_rounding(
+    new: Float[Tensor, "src kv_head d_head"], old: Float[Tensor, "src kv_head d_head"]
+) -> Bool[Tensor, " kv_head"]:
+    """Whether an update changed a head's keys (values) by more than rounding."""
+    flat = [_heads_first(t).flatten(1) for t in (new, old)]  # [kv_head, src * d_head]
+    return ~difference(*flat).isnan().any(-1)
 
 
 def _heads_first(tensor: Float[Tensor, "src kv_head d_head"]) -> Float[Tensor, "kv_head src d_head"]:

@@ -2,6 +2,7 @@
 
 from metaopt_lens.decomposition._decompose import decompose as decompose
 from metaopt_lens.decomposition._decompose import prompt_groups as prompt_groups
+from metaopt_lens.decomposition._frame import rank_heads as rank_heads
 from metaopt_lens.decomposition._result import Decomposition as Decomposition
 from metaopt_lens.decomposition._result import DecompositionSet as DecompositionSet
 from metaopt_lens.decomposition._result import Effects as Effects

@@ -19,7 +19,7 @@ from torch import Tensor
 from metaopt_lens._errors import FileFormatError, ModelMismatchError, OptionError, SpanError
 from metaopt_lens._storage import load_result, save_result, write_text
 from metaopt_lens._types import HeadRef, TokenSpan
-from metaopt_lens.decomposition._frame import decomposition_frame
+from metaopt_lens.decomposition._frame import decomposition_frame, rank_heads
 from metaopt_lens.decomposition._prompt_meta import prompt_from_meta, prompt_to_meta
 from metaopt_lens.dual import (
     LinearParts,
@@ -31,6 +31,7 @@ from metaopt_lens.dual import (
     split_softmax,
     weighted_values,
 )
+from metaopt_lens.extraction import LabelPrediction, predict_labels
 from metaopt_lens.models import LensModel, ModelInfo, wrap
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt
 
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 Form = Literal["softmax", "linear"]
 KIND = "decomposition"
 _TENSORS = ("q", "pattern", "sink", "z", "prefix_k", "prefix_v", "query_k", "query_v", "window")
-_OPTIONAL_TENSORS = ("z_zero_shot", "z_position_matched", "eta")
+_OPTIONAL_TENSORS = ("z_zero_shot", "z_position_matched", "eta", "stored_strength")
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class Decomposition:
         z_zero_shot, z_position_matched: head outputs of the zero-shot runs, where they were made.
         provenance: versions and time.
         eta: of every head, under momentum attention; z then has a third part, `momentum`.
+        stored_strength: `strength`, of a loaded result.
         source: the wrapped model, for W_O; None after loading (see `with_model`).
     """
 
@@ -121,6 +123,7 @@ class Decomposition:
     z_position_matched: Float[Tensor, "dst layer head d_head"] | None
     provenance: dict[str, Any]
     eta: Float[Tensor, "layer head"] | None = None
+    stored_strength: Float[Tensor, "*dst layer head"] | None = None
     source: LensModel | None = field(default=None, compare=False)
 
     # ---- the split ----------------------------------------------------------------------------------------------
@@ -307,13 +310,45 @@ class Decomposition:
         """Values of all tokens in a layer."""
         return torch.cat([self.prefix_v[layer], self.query_v[layer]])
 
-    def heads(self, top: int | None = None) -> list[HeadRef]:
-        """Heads by the size of their meta-gradient relative to their output, largest first."""
-        z = self._squeeze(self.z).to(self.softmax.meta_gradient)
-        ratio = self.softmax.meta_gradient.norm(dim=-1) / z.norm(dim=-1).clamp_min(torch.finfo(z.dtype).tiny)
-        ratio = ratio.reshape(-1, *ratio.shape[-2:]).mean(0).detach()
-        order = ratio.flatten().argsort(descending=True, stable=True)[:top].tolist()
-        return [HeadRef(index // self.model.n_heads, index % self.model.n_heads) for index in order]
+    @cached_property
+    def strength(self) -> Float[Tensor, "*dst layer head"]:
+        """Norm of every head's meta-gradient in the residual stream, ``|meta_gradient W_O|``: the order of `heads`.
+
+        Raises:
+            ModelMismatchError: the result was loaded from a file that has no strengths; give it its model first.
+        """
+        if self.stored_strength is not None:
+            return self.stored_strength
+        self._source("the strengths of heads")
+        per_layer = [
+            self._through_w_o(self.softmax.meta_gradient, layer).norm(dim=-1) for layer in range(self.model.n_layers)
+        ]
+        return torch.stack(per_layer, dim=-2)
+
+    def heads(self, top: int | None = None, *, by: Float[Tensor, "layer head"] | None = None) -> list[HeadRef]:
+        """Heads in order of importance, largest first.
+
+        Args:
+            top: how many; all by default.
+            by: a measured effect of every head (`HeadEffects.map`), which says more than any size. By default the size
+                of the meta-gradient in the residual stream, `strength`, mean over positions. Its share of z ranks
+                nothing: it is near 1 for many heads, whatever they do.
+        """
+        return DecompositionSet((self,)).heads(top, by=by)
+
+    def predict(self, *, labels: Sequence[str] | None = None) -> LabelPrediction:
+        """What the model answers to this prompt, with and without its demonstrations (see `predict_labels`).
+
+        The model is run as it is now: a result made inside `intervene` is to be asked inside it.
+
+        Args:
+            labels: the candidates; by default the prompt's own or its demonstrations' labels, and the right label.
+
+        Raises:
+            ModelMismatchError: the result was loaded from a file; give it its model with `with_model` first.
+            PromptError: two candidates with the same tokens.
+        """
+        return predict_labels(self._source("predictions"), self.prompt, self.tokenized, labels=labels)
 
     def with_model(self, model: Any) -> Decomposition:
         """The same result with a model to take W_O from, after `load`.
@@ -345,6 +380,8 @@ class Decomposition:
         """Write ``path.safetensors`` and ``path.json``; returns the latter."""
         tensors = {name: getattr(self, name) for name in _TENSORS}
         tensors |= {name: t for name in _OPTIONAL_TENSORS if (t := getattr(self, name)) is not None}
+        if self.source is not None:
+            tensors["stored_strength"] = self.strength
         meta = {
             "model": dataclasses.asdict(self.model),
             "prompt": prompt_to_meta(self.prompt, self.tokenized),
@@ -393,8 +430,9 @@ class Decomposition:
             f"query of {len(t.query)} tokens, {len(t.prefix)} before",
             f"  attention mass on the demonstrations: mean {mass.mean():.3f}, highest {mass.max():.3f}",
             f"  linear relaxation: mean cosine {fidelity.mean():.3f} to the exact output",
-            "  largest meta-gradient share: " + ", ".join(str(h) for h in self.heads(5)),
         ]
+        if self.stored_strength is not None or self.source is not None:
+            lines.append("  largest meta-gradients in the residual stream: " + ", ".join(map(str, self.heads(5))))
         if self.eta is not None:
             share = float(self.momentum.detach().norm() / self._squeeze(self.z).detach().norm())
             highest = float(self.eta.detach().max())
@@ -450,7 +488,7 @@ class Decomposition:
 
     def _source(self, what: str) -> LensModel:
         if self.source is None:
-            raise ModelMismatchError(f"{what} need the model's W_O: call with_model(model) on the loaded result first.")
+            raise ModelMismatchError(f"{what} need the model: call with_model(model) on the loaded result first.")
         return self.source
 
 
@@ -468,6 +506,19 @@ class DecompositionSet(Sequence[Decomposition]):
 
     def __iter__(self) -> Iterator[Decomposition]:
         return iter(self.items)
+
+    def heads(self, top: int | None = None, *, by: Float[Tensor, "layer head"] | None = None) -> list[HeadRef]:
+        """Heads in order of importance (see `Decomposition.heads`), strengths averaged over prompts and positions.
+
+        Args:
+            top: how many; all by default.
+            by: a measured effect of every head, such as `HeadEffects.map`, instead of the strengths.
+        """
+        if by is not None:
+            return rank_heads(by, top)
+        # [*dst layer head] -> [(prompt dst) layer head]
+        rows = [item.strength.detach().reshape(-1, *item.strength.shape[-2:]) for item in self.items]
+        return rank_heads(torch.cat(rows).mean(0), top)
 
     def to_frame(self) -> pd.DataFrame:
         """All tables below each other, with a `query` column that counts the prompts."""

@@ -13,7 +13,7 @@ from metaopt_lens.experiments._run_config import RunConfig
 from metaopt_lens.extraction import check_candidates
 from metaopt_lens.models import LensModel
 from metaopt_lens.prompts import Demo, ICLPrompt, Template, tokenize_label, tokenize_prompt
-from metaopt_lens.prompts.tasks import Row, Task, TaskRows, select_demos
+from metaopt_lens.tasks import Row, Task, TaskRows, select_demos
 
 
 @dataclass(frozen=True)

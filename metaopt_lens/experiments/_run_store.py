@@ -32,6 +32,7 @@ except ImportError:  # Windows: two processes may then do a piece twice, which h
     fcntl = None
 
 RUN_FILE = "run.json"
+RUN_FORMAT = 2  # 1: of version 0.1
 PIECE_FILE = "piece.json"
 _PIECE_KIND = "metaopt-lens piece"
 
@@ -76,6 +77,20 @@ class RunStore:
             raise FileFormatError(f"{file} is damaged ({error}): delete {self.folder} and run again.") from None
         if not isinstance(body, dict):
             raise FileFormatError(f"{file} is damaged: delete {self.folder} and run again.")
+        return body
+
+    def read_run(self) -> dict[str, Any] | None:
+        """The description of the run; None if there is none.
+
+        Raises:
+            FileFormatError: it is damaged, or of version 0.1.
+        """
+        body = self.read(RUN_FILE)
+        if body is not None and body.get("format") != RUN_FORMAT:
+            raise FileFormatError(
+                f"{self.folder} holds a run of metaopt-lens 0.1, whose shuffled labels, intervals and counts were "
+                "wrong: run it again in a new directory."
+            )
         return body
 
     def check(self, name: str, body: Mapping[str, Any], *, what: str) -> None:

@@ -6,9 +6,16 @@ from metaopt_lens.extraction._capture import QueryCapture as QueryCapture
 from metaopt_lens.extraction._capture import capture_queries as capture_queries
 from metaopt_lens.extraction._capture import run_shared_prefix as run_shared_prefix
 from metaopt_lens.extraction._predict import LabelPrediction as LabelPrediction
+from metaopt_lens.extraction._predict import TopToken as TopToken
+from metaopt_lens.extraction._predict import VocabularyAnswer as VocabularyAnswer
 from metaopt_lens.extraction._predict import candidate_labels as candidate_labels
 from metaopt_lens.extraction._predict import label_log_probs as label_log_probs
 from metaopt_lens.extraction._predict import predict_labels as predict_labels
+from metaopt_lens.extraction._predict import small_mass_note as small_mass_note
+from metaopt_lens.extraction._scoring import QueryReading as QueryReading
 from metaopt_lens.extraction._scoring import Scoring as Scoring
+from metaopt_lens.extraction._scoring import candidate_mass as candidate_mass
 from metaopt_lens.extraction._scoring import check_candidates as check_candidates
+from metaopt_lens.extraction._scoring import read_queries as read_queries
 from metaopt_lens.extraction._scoring import score_candidates as score_candidates
+from metaopt_lens.extraction._scoring import scored_tokens as scored_tokens

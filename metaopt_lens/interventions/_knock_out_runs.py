@@ -33,10 +33,14 @@ class KnockOutRuns:
     batch_size: int | None = None
 
     def exact(
-        self, heads: Bool[Tensor, "variant layer head"], demos: Bool[Tensor, "variant demo"]
+        self,
+        heads: Bool[Tensor, "variant layer head"],
+        demos: Bool[Tensor, "variant demo"],
+        queries: Sequence[int] | None = None,
     ) -> Float[Tensor, "variant query"]:
-        """The metric of every query with some heads not seeing some demonstrations, at all positions of the query."""
-        items = [(variant, query) for variant in range(len(heads)) for query in range(len(self.rows))]
+        """The metric of queries (default: all) with heads not seeing demonstrations, at all positions of the query."""
+        chosen_queries = range(len(self.rows)) if queries is None else queries
+        items = [(variant, query) for variant in range(len(heads)) for query in chosen_queries]
 
         def run(batch: list[tuple[int, int]]) -> list[Tensor]:
             variants = torch.tensor([variant for variant, _ in batch])
@@ -50,7 +54,8 @@ class KnockOutRuns:
                 return self._metrics([query for _, query in batch], hooks)
 
         values = map_batches(items, lambda item: len(self.rows[item[1]]), run, batch_size=self._size())
-        return torch.stack([value.detach().double().cpu() for value in values]).view(len(heads), len(self.rows))
+        found = torch.tensor([float(value) for value in values], dtype=torch.float64)
+        return found.view(len(heads), len(chosen_queries))  # variant-major, as the items
 
     def first_order(self, demos: Bool[Tensor, "variant demo"]) -> Float[Tensor, "variant query layer head"]:
         """Estimate of what hiding demonstrations from each head alone takes away, from one backward pass per query.

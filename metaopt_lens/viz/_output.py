@@ -22,7 +22,7 @@ def write_outputs(
     folder: str | os.PathLike[str],
     *,
     heads: Sequence[HeadRef] | None = None,
-    answers: Sequence[LabelPrediction | None],
+    answers: Sequence[LabelPrediction],
 ) -> list[Path]:
     """Write ``heads.csv`` and ``heads.json`` (all heads) and ``report.html`` into a folder; returns their paths.
 

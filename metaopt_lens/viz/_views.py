@@ -51,7 +51,7 @@ def attention_view(result: Decomposition, heads: Sequence[str | HeadRef] | None 
     is what is shown; several destinations are behind tabs.
 
     Args:
-        heads: heads such as ``"L3H7"``; by default the four with the largest meta-gradient share.
+        heads: heads such as ``"L3H7"``; by default the first four of `heads()`.
 
     Raises:
         HeadError: a head that the model does not have.
@@ -76,7 +76,7 @@ def token_view(
     """Demonstration tokens coloured by their signed share of a head's meta-gradient (`Decomposition.token_shares`).
 
     Args:
-        heads: heads such as ``"L3H7"``; by default the four with the largest meta-gradient share.
+        heads: heads such as ``"L3H7"``; by default the first four of `heads()`.
         form: ``"softmax"`` for the exact split, ``"linear"`` for the relaxed one.
 
     Raises:

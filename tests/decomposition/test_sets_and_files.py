@@ -10,10 +10,11 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from families import make_bridge
 from hosts import HOOKED_NAMES, HOST_NAMES, prompt, shared
 from torch import Tensor
 
-from metaopt_lens import Decomposition, DecompositionSet, ICLPrompt, decompose
+from metaopt_lens import Decomposition, DecompositionSet, HeadRef, ICLPrompt, decompose, wrap
 from metaopt_lens._errors import FileFormatError, ModelMismatchError
 
 # Two sets of demonstrations, interleaved; queries of different lengths; one prompt twice.
@@ -105,13 +106,14 @@ def test_strings_and_prompts_may_be_mixed() -> None:
 def equal(one: Decomposition, other: Decomposition) -> None:
     for field in dataclasses.fields(one):
         a, b = getattr(one, field.name), getattr(other, field.name)
-        if field.name == "source":
+        if field.name in {"source", "stored_strength"}:
             continue
         if isinstance(a, Tensor):
             assert a.dtype == b.dtype
             assert torch.equal(a, b), field.name
         else:
             assert a == b, field.name
+    assert torch.equal(one.strength, other.strength)
 
 
 @pytest.mark.parametrize("runs", ["both", "plain", "none"])
@@ -124,7 +126,7 @@ def test_round_trip_is_bit_equal(tmp_path: Path, runs: Any, position: Any) -> No
     assert torch.equal(loaded.softmax.meta_gradient, result.softmax.meta_gradient)
     assert torch.equal(loaded.linear.zero_shot, result.linear.zero_shot)
     assert loaded.source is None
-    with pytest.raises(ModelMismatchError, match=r"need the model's W_O: call with_model"):
+    with pytest.raises(ModelMismatchError, match=r"need the model: call with_model"):
         _ = loaded.residual
     again = Decomposition.load(tmp_path / "one.json", model=shared("bridge:gpt_oss"))
     assert torch.equal(again.residual.meta_gradient, result.residual.meta_gradient)
@@ -197,6 +199,7 @@ def test_a_damaged_set_is_named(tmp_path: Path) -> None:
 def test_the_table_holds_the_tensors_numbers() -> None:
     result = decompose(shared("bridge:llama"), PROMPTS[1], position="all")
     frame = result.to_frame()
+    w_o = [block.attn.W_O.detach() for block in shared("bridge:llama").blocks]
     assert len(frame) == 5 * 3 * 4
     assert list(frame.columns[:5]) == ["position", "token", "layer", "head", "name"]
     for row, layer, head in [(0, 0, 0), (2, 1, 3), (4, 2, 1)]:
@@ -211,6 +214,7 @@ def test_the_table_holds_the_tensors_numbers() -> None:
         assert effects.position is not None
         expected = {
             "mass": result.softmax.mass[at],
+            "meta_gradient_residual_norm": (result.softmax.meta_gradient[at] @ w_o[layer][head]).norm(),
             "z_norm": result.z[at].norm(),
             "zero_shot_norm": result.softmax.zero_shot[at].norm(),
             "meta_gradient_norm": result.softmax.meta_gradient[at].norm(),
@@ -242,14 +246,58 @@ def test_the_table_without_zero_shot_runs_and_of_a_set() -> None:
     assert frame["mass"].tolist()[12:24] == together[1].to_frame()["mass"].tolist()
 
 
-def test_heads_are_ordered_by_their_meta_gradients_share() -> None:
-    result = decompose(shared("bridge:gpt2"), PROMPTS[0])
-    ratio = result.softmax.meta_gradient.norm(dim=-1) / result.z[0].norm(dim=-1)
+@pytest.mark.parametrize("name", ["bridge:gpt2", "bridge:llama"])
+def test_heads_are_ordered_by_their_meta_gradient_in_the_residual_stream(name: str) -> None:
+    """Against W_O of the host, one head at a time; the share of z ranks nothing."""
+    model = shared(name)
+    result = decompose(model, PROMPTS[0])
+    expected = torch.stack(
+        [
+            torch.stack([(result.softmax.meta_gradient[i, h] @ model.blocks[i].attn.W_O[h]).norm() for h in range(4)])
+            for i in range(3)
+        ]
+    ).detach()
+    torch.testing.assert_close(result.strength, expected)
     heads = result.heads()
     assert len(heads) == len(set(heads)) == 12
-    values = [float(ratio[h.layer, h.head]) for h in heads]
+    values = [float(expected[h.layer, h.head]) for h in heads]
     assert values == sorted(values, reverse=True)
     assert result.heads(3) == heads[:3]
+    effects = torch.arange(12.0).view(3, 4)
+    assert [str(h) for h in result.heads(2, by=effects)] == ["L2H3", "L2H2"]
+    frame = result.to_frame().sort_values("meta_gradient_residual_norm", ascending=False)
+    assert frame["name"].tolist() == [str(h) for h in heads]
+
+
+def test_a_head_that_writes_nothing_is_never_the_strongest() -> None:
+    """Planted: the head with the largest share of z gets a W_O of 0; it does nothing, so it is last."""
+    model = make_bridge("gpt2")
+    before = decompose(model, PROMPTS[0])
+    share = before.softmax.meta_gradient.norm(dim=-1) / before.z[0].norm(dim=-1)
+    layer, head = divmod(int(share[2].argmax()) + 8, 4)  # the last layer: nothing later changes
+    with torch.no_grad():
+        wrap(model).w_o(layer)[head].zero_()
+    after = decompose(model, PROMPTS[0])
+    torch.testing.assert_close(after.softmax.meta_gradient[layer, head], before.softmax.meta_gradient[layer, head])
+    assert after.heads()[-1] == HeadRef(layer, head)
+    assert float(after.strength[layer, head]) == 0
+
+
+def test_a_loaded_result_and_a_set_know_the_order(tmp_path: Path) -> None:
+    result = decompose(shared("bridge:gpt2"), PROMPTS[0])
+    result.save(tmp_path / "one")
+    loaded = Decomposition.load(tmp_path / "one")
+    assert loaded.source is None
+    assert loaded.heads() == result.heads()
+    assert repr(loaded) == repr(result)
+    together = decompose(shared("bridge:gpt2"), PROMPTS[:3])
+    mean = torch.stack([item.strength for item in together]).mean(0).detach()
+    values = [float(mean[h.layer, h.head]) for h in together.heads()]
+    assert values == sorted(values, reverse=True)
+    bare = dataclasses.replace(loaded, stored_strength=None)
+    with pytest.raises(ModelMismatchError, match="the strengths of heads need the model"):
+        bare.heads()
+    assert "residual stream" not in repr(bare)
 
 
 def test_repr_says_what_it_is() -> None:

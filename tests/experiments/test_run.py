@@ -29,7 +29,7 @@ from metaopt_lens._errors import (
     PromptError,
 )
 from metaopt_lens.experiments import ExperimentResult, RunConfig, run_experiment
-from metaopt_lens.prompts.tasks import Row, Task, TaskRows
+from metaopt_lens.tasks import Row, Task, TaskRows
 
 _KILLS = 20
 
@@ -372,7 +372,13 @@ def test_configurations_go_to_toml_and_json_and_back(tmp_path: Path) -> None:
         ({"rules": ("sgd",)}, r"rules must be 'gd', 'lcgd' or both, got \['sgd'\]"),
         ({"variant": "old"}, "variant must be one of published, one-line, got 'old'"),
         ({"dtype": "int8"}, "dtype must be one of float32"),
-        ({"shot": 3}, "has no field 'shot'; its fields are model, task, shots"),
+        ({"shot": 3}, "has no field 'shot'; its fields are model, task, shots, .* Did you mean 'shots'"),
+        ({"shots": True}, "shots must be a whole number of at least 1, got True"),
+        ({"shots": "4"}, "shots must be a whole number of at least 1, got '4'"),
+        ({"reference": "no"}, "reference must be true or false, got 'no'"),
+        ({"model": 3}, "the configuration: model must be a string, got 3"),
+        ({"rules": ()}, r"rules must be 'gd', 'lcgd' or both, got \[\]"),
+        ({"shots": 0, "queries": 1}, "shots must be .*, got 0. queries must be .*, got 1"),
     ],
 )
 def test_wrong_configurations(changes: dict[str, Any], message: str) -> None:
@@ -380,6 +386,33 @@ def test_wrong_configurations(changes: dict[str, Any], message: str) -> None:
         RunConfig.from_dict(
             {**SMALL.to_dict(), **{k: list(v) if isinstance(v, tuple) else v for k, v in changes.items()}}
         )
+
+
+def test_configurations_are_checked_in_python_as_in_files() -> None:
+    with pytest.raises(OptionError, match=r"^shots must be a whole number of at least 1, got 0.$"):
+        _with(shots=0)
+    with pytest.raises(OptionError, match=r"^model must be a string, got 3. task must be a string, got 4.$"):
+        RunConfig(3, 4)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"^RunConfig does not say which model and task.$"):
+        RunConfig()  # type: ignore[call-arg]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SMALL.shots = 5  # type: ignore[misc]
+
+
+def test_configurations_of_0_1_are_read() -> None:
+    """What 0.1 stored, and the fingerprint it had; a whole number as learning rate stayed one."""
+    stored = """{"model": "tiny", "task": "mr", "shots": 4, "seeds": [0, 1, 2], "queries": null, "lr": 1, "variant":
+        "published", "selection": "balanced", "permutation": 0, "rules": ["gd", "lcgd"], "epochs": 1, "held_out": 32,
+        "n_candidates": null, "scoring": "mean", "random_weights": true, "unrelated": true, "attribution": true,
+        "attribution_queries": 16, "attribution_metric": "auto", "n_null_draws": 20, "subspace_dim": 4, "reference":
+        false, "prepend_bos": null, "dtype": "float32", "revision": null, "batch_size": 16, "save_updates": false,
+        "allow_processed": false, "data": null, "device": null, "n_devices": null, "device_map": null, "threads": null}
+        """
+    config = RunConfig.from_dict(json.loads(stored))
+    assert config.to_dict() == json.loads(stored)
+    assert config.fingerprint == "d47dfa0caa35d63f59f0bb3121333d9d7a0c274a901203eaa4ad1e8d0613873b"
+    default = RunConfig("tiny", "synthetic-2")
+    assert default.fingerprint == "e1930518d4da111d2ed2c6a1e8c175f67d52953ed85fbd49ba7ea9d584b3883e"
 
 
 def test_unreadable_configurations_and_directories(tmp_path: Path) -> None:

@@ -109,24 +109,73 @@ def test_estimates_per_demonstration_and_head(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_adding_heads_goes_from_zero_shot_to_in_context(name: str) -> None:
+def test_heads_are_ranked_on_some_queries_and_added_back_on_others(name: str) -> None:
     result = effects(name)
-    torch.testing.assert_close(result.added[:, 0], result.zero_shot, rtol=0, atol=1e-6)
-    torch.testing.assert_close(result.added[:, -1], result.in_context, rtol=0, atol=1e-6)
-    frame = result.to_frame()
-    assert list(frame["rank"]) == list(range(1, 13))
-    assert abs(frame["recovered"].iloc[-1] - 1) < 1e-5
-    signed = frame["exact"] * (1 if float(result.gain.mean()) > 0 else -1)
-    assert signed.is_monotonic_decreasing
+    held_out = result.held_out.tolist()
+    selection = [query for query in range(3) if query not in held_out]
+    assert (len(selection), len(held_out)) == (1, 2)
+    rounding = 4 * torch.finfo(torch.float32).eps  # the same runs in other batches
+    torch.testing.assert_close(result.added[:, 0], result.zero_shot[held_out], rtol=rounding, atol=0)
+    torch.testing.assert_close(result.added[:, -1], result.in_context[held_out], rtol=rounding, atol=0)
+    sign = 1 if float(result.gain[selection].mean()) > 0 else -1
+    ranked_on = result.exact[selection].mean(0).flatten() * sign
+    assert ranked_on[result.selection_order].diff().max() <= 0
+    order = [f"L{i // 4}H{i % 4}" for i in result.selection_order.tolist()]
+    for n in (1, 4):
+        with intervene(shared(name), KnockOut(prompts()[held_out[0]], heads=order[n:])):
+            alone = on_the_host(shared(name), prompts()[held_out[0]])
+        torch.testing.assert_close(result.added[0, n], alone, rtol=0, atol=1e-5)
     found = result.icl_heads(0.5)
     assert found.recovered >= 0.5
-    assert found.heads == result.ranked(len(found.heads))
+    assert [str(head) for head in found.heads] == order[: len(found.heads)]
+    curve = result.recovery_to_frame()
+    assert curve["added"].tolist() == ["", *order]
+    start, end = result.added[:, 0].mean(), result.added[:, -1].mean()
+    expected = (result.added.mean(0) - start) / (end - start)
+    assert curve["recovered"].tolist() == pytest.approx(expected.tolist(), abs=1e-9)
+    assert (curve["recovered"][len(found.heads) :] >= 0.5 - 1e-9).all()
+    assert curve["recovered"][len(found.heads) - 1] < 0.5
+
+
+def test_the_table_is_ranked_over_all_queries() -> None:
+    result = effects("bridge:gpt2")
+    frame = result.to_frame()
+    assert list(frame["rank"]) == list(range(1, 13))
+    signed = frame["exact"] * (1 if float(result.gain.mean()) > 0 else -1)
+    assert signed.is_monotonic_decreasing
+    assert frame["name"].tolist() == [str(head) for head in result.ranked()]
     first = result.ranked(1)[0]
-    rest = [str(head) for head in result.ranked()[1:]]
-    with intervene(shared(name), KnockOut(prompts()[0], heads=rest)):
-        alone = on_the_host(shared(name), prompts()[0])
-    torch.testing.assert_close(result.added[0, 1], alone, rtol=0, atol=1e-5)
     assert float(result.map[first.layer, first.head]) == pytest.approx(frame["exact"].iloc[0])
+    values = result.exact[:, first.layer, first.head].numpy()
+    assert frame["exact_std"].iloc[0] == pytest.approx(values.std(ddof=1))
+
+
+def test_one_query_has_no_spread_and_no_recovery() -> None:
+    """0.1 gave a standard deviation of 0.0, and a number of heads ranked and scored on the same query."""
+    result = head_effects(shared("bridge:gpt2"), prompts()[:1], metric="label_log_prob")
+    assert result.to_frame()["exact_std"].isna().all()
+    assert result.to_frame()["first_order_std"].isna().all()
+    assert result.added.shape == (0, 13)
+    for ask in (result.recovery, result.icl_heads, result.recovery_to_frame):
+        with pytest.raises(MetaoptLensError, match="not defined for a single query: heads are ranked on some"):
+            ask()
+    assert "not defined for a single query" in repr(result)
+
+
+def test_two_queries_give_a_number_without_an_interval() -> None:
+    result = head_effects(shared("bridge:gpt2"), prompts()[:2], metric="label_log_prob")
+    found = result.recovery()
+    assert (found.n_units, found.low, found.high) == (1, None, None)
+    assert "alone gives no interval, conditional on these demonstrations" in found.note
+
+
+def test_the_split_is_drawn_from_the_seed() -> None:
+    model = shared("bridge:gpt2")
+    found = {
+        seed: tuple(head_effects(model, prompts(), metric="loss", seed=seed).held_out.tolist()) for seed in (0, 1, 2, 3)
+    }
+    assert found[0] == tuple(effects("bridge:gpt2", "loss").held_out.tolist())
+    assert len(set(found.values())) > 1
 
 
 def test_metrics_agree_with_each_other() -> None:
@@ -161,7 +210,8 @@ def test_the_bundled_model() -> None:
     assert float(result.gain.mean()) > 5
     found = result.icl_heads()
     assert 1 <= len(found.heads) < 12
-    assert "heads recover 90 % of the gain" in repr(result)
+    assert f"{len(found.heads)} " in repr(result).split("largest effects")[1]
+    assert "heads recover 90 % of the gain on" in repr(result)
     assert len(result.demos_to_frame()) == 4
     assert result.demo_correlation > 0
 
@@ -196,5 +246,8 @@ def test_refusals() -> None:
     clash = ICLPrompt(DEMOS, "w16", instruction="w20", label="w36 w37", candidates=("w36 w37", "w36 w38"))
     with pytest.raises(MetaoptLensError, match="candidates with another first token"):
         head_effects(model, [clash])
+    alone = ICLPrompt([("w30", "w32")], "w16", instruction="w20", label="w32")
+    with pytest.raises(MetaoptLensError, match="needs other candidates"):
+        head_effects(model, [alone])
     with pytest.raises(MetaoptLensError, match="share must lie above 0"):
         effects("bridge:gpt2").icl_heads(0.0)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from metaopt_lens.analysis import Comparison, findings, headline
 from metaopt_lens.experiments import compare_prompts, episode_prompts
+from metaopt_lens.experiments._join import join_comparisons
 from metaopt_lens.interventions import head_effects
 from metaopt_lens.models.tiny import load_tiny, sample_episodes
 from metaopt_lens.viz import (
@@ -38,6 +39,30 @@ def test_map_shows_value_null_and_excess(comparison: Comparison) -> None:
     for trace, grid in zip(figure.data, (value, null, value - null), strict=True):
         np.testing.assert_allclose(np.array(trace.z, dtype=float), grid, atol=1e-6)
     assert len({(trace.zmin, trace.zmax) for trace in figure.data}) == 1  # a null as large must look as large
+
+
+def test_absolute_numbers_stand_by_the_predictions(comparison: Comparison, tmp_path: Path) -> None:
+    answers = comparison.settings["answers"]
+    mass = {key: sum(values["candidate_mass"]) / 5 for key, values in answers.items()}
+    assert mass["ICL"] > 0.9 > 0.5 > mass["ZS"]
+    expected = (
+        f"Total probability of the candidates, mean over queries: {mass['ZS']:.1%} zero-shot, {mass['ICL']:.1%} in "
+        f"context, {mass['FT']:.1%} finetuned."
+    )
+    first = {key: sum(rank == 1 for rank in values["label_rank"]) for key, values in answers.items()}
+    html = write_comparison_outputs(comparison, tmp_path)["page"].read_text(encoding="utf-8")
+    for sentence in (expected, f"first choice in the whole vocabulary for {first['ZS']} of 5 zero-shot"):
+        assert sentence in html
+    assert f"have a probability of only {mass['ZS']:.1%} zero-shot" in html
+    joined = join_comparisons([comparison, comparison]).settings["answers"]
+    assert joined["ICL"]["label_rank"] == answers["ICL"]["label_rank"] * 2
+
+
+def test_effects_map_of_one_query_has_no_curve() -> None:
+    episode = sample_episodes(n=1, n_demos=6, n_categories=2)[0]
+    figure = effects_map(head_effects(load_tiny(), episode_prompts(episode)[:1]))
+    assert len(figure.data) == 2
+    assert "undefined" in [annotation.text for annotation in figure.layout.annotations]
 
 
 def test_curves_show_every_null(comparison: Comparison) -> None:

@@ -19,10 +19,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from metaopt_lens._errors import FileFormatError, OptionError, PromptError
-from metaopt_lens.experiments.momentum._config import DataSettings, TrainingConfig
 from metaopt_lens.models.tiny._load import DATA
 from metaopt_lens.models.tiny._sampling import sample_stream
 from metaopt_lens.models.tiny._vocabulary import BOS, ID_OF, WORDS
+from metaopt_lens.training._training_config import DataSettings, TrainingConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from metaopt_lens._errors import DataError, OptionError
-from metaopt_lens.prompts.tasks._task import Row
+from metaopt_lens.tasks._task import Row
 
 Selection = Literal["random", "balanced", "nearest"]
 SELECTIONS: tuple[Selection, ...] = ("random", "balanced", "nearest")

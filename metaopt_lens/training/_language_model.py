@@ -15,11 +15,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metaopt_lens._errors import UnsupportedModelError
-from metaopt_lens.experiments.momentum._config import ModelSettings, MomentumSettings, TrainingConfig
-from metaopt_lens.experiments.momentum._corpora import word_tokenizer
-from metaopt_lens.experiments.momentum._short import ShortConvolution
 from metaopt_lens.interventions import MomentumAttention, intervene
 from metaopt_lens.models import LensModel, wrap
+from metaopt_lens.training._corpora import word_tokenizer
+from metaopt_lens.training._short_convolution import ShortConvolution
+from metaopt_lens.training._training_config import ModelSettings, MomentumSettings, TrainingConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from metaopt_lens._errors import FileFormatError, ModelMismatchError
 from metaopt_lens._storage import load_result, save_result
-from metaopt_lens.experiments.momentum._build import LanguageModel
-from metaopt_lens.experiments.momentum._config import TrainingConfig, differing_fields
+from metaopt_lens.training._language_model import LanguageModel
+from metaopt_lens.training._training_config import TrainingConfig, differing_fields
 
 KIND = "momentum training checkpoint"
 _NAME = re.compile(r"step-(\d+)\.json")

@@ -13,7 +13,7 @@ from metaopt_lens._errors import OptionError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from metaopt_lens.experiments.momentum import TrainingConfig
+    from metaopt_lens.training import TrainingConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,7 +42,7 @@ def train(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
 ) -> None:
     """Train one model; resumes where it was interrupted."""
-    from metaopt_lens.experiments.momentum import train as run
+    from metaopt_lens.training import train as run
 
     changed = _changed(config, eta, learned, lags, steps)
     if seed is not None:
@@ -75,8 +75,7 @@ def compare(
     device: Device = None,
 ) -> None:
     """Train plain and momentum attention in pairs and report the paired differences with their intervals."""
-    from metaopt_lens.experiments.momentum import compare_momentum
-    from metaopt_lens.viz import write_momentum_page
+    from metaopt_lens.training import compare_momentum, write_momentum_page
 
     chosen = [_changed(name, eta, learned, lags, steps) for name in configs or ["icl-small", "text-small"]]
     names = [c.name for c in chosen]
@@ -97,7 +96,7 @@ def compare(
 
 
 def _changed(name: str, eta: float | None, learned: bool, lags: int | None, steps: int | None) -> TrainingConfig:
-    from metaopt_lens.experiments.momentum import TrainingConfig
+    from metaopt_lens.training import TrainingConfig
 
     momentum: dict[str, Any] = {} if eta is None else {"eta": eta}
     if learned:

@@ -7,16 +7,27 @@ import hashlib
 import json
 import os
 import re
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from metaopt_lens._errors import DataError, FileFormatError, OptionError, PromptError
-from metaopt_lens.prompts._template import Template
+from pydantic import BeforeValidator, Field
+from pydantic.json_schema import WithJsonSchema
+
+from metaopt_lens._configuration import read, read_file, settings
+from metaopt_lens._errors import DataError, FileFormatError, OptionError
+from metaopt_lens.prompts import Template
 
 _COLUMN = re.compile(r"\{(\w+)\}")
+
+
+def _as_words(found: Any) -> Any:
+    return tuple(map(str, found)) if isinstance(found, list | tuple) else found
+
+
+_Words = Annotated[tuple[str, ...], BeforeValidator(_as_words), Field(description="a list of words")]
+_MakeRows = Annotated[Callable[[int], "TaskRows"], WithJsonSchema({"description": "a function of the seed"})]
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,7 @@ class TaskRows:
         return hashlib.sha256(json.dumps(body, ensure_ascii=False).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
+@settings
 class HubSource:
     """A data set on the Hugging Face hub and the names of its splits."""
 
@@ -61,7 +72,7 @@ class HubSource:
     revision: str | None = None
 
 
-@dataclass(frozen=True)
+@settings
 class Task:
     """What is asked of the model, and of which data.
 
@@ -80,14 +91,14 @@ class Task:
 
     name: str
     template: Template = field(default_factory=Template)
-    labels: tuple[str, ...] | None = None
-    label_names: tuple[str, ...] | None = None
+    labels: _Words | None = None
+    label_names: _Words | None = None
     input: str = "{text}"
     label_column: str = "label"
     instruction: str | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
     hub: HubSource | None = None
-    make_rows: Callable[[int], TaskRows] | None = None
+    make_rows: _MakeRows | None = None
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -173,25 +184,8 @@ class Task:
         Raises:
             FileFormatError: an unknown field, or a value of the wrong form; `where` names the place.
         """
-        known = [f.name for f in dataclasses.fields(cls)]
-        unknown = sorted(set(body) - set(known))
-        if unknown:
-            raise FileFormatError(
-                f"{where}: a task has no field {', '.join(map(repr, unknown))}; its fields are {', '.join(known[:-1])}."
-            )
-        values = {key: value for key, value in body.items() if value is not None and key != "make_rows"}
-        try:
-            for key, kind in (("template", Template), ("hub", HubSource)):
-                if key in values:
-                    values[key] = kind(**values[key])
-            for key in ("labels", "label_names"):
-                if key in values:
-                    if isinstance(values[key], str):
-                        raise TypeError(f"{key} must be a list of words")
-                    values[key] = tuple(str(word) for word in values[key])
-            return cls(**values)
-        except (TypeError, AttributeError, PromptError, OptionError) as error:
-            raise FileFormatError(f"{where}: {error}") from error
+        values = {name: value for name, value in body.items() if name != "make_rows"}
+        return read(cls, values, where=where, error=FileFormatError)
 
 
 def load_task(path: str | os.PathLike[str]) -> Task:
@@ -200,11 +194,5 @@ def load_task(path: str | os.PathLike[str]) -> Task:
     Raises:
         FileFormatError: the file is missing, no TOML, or does not describe a task.
     """
-    file = Path(path)
-    try:
-        body = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileFormatError(f"the task file {file} cannot be read ({error.strerror}).") from None
-    except ValueError as error:
-        raise FileFormatError(f"the task file {file} is not valid TOML ({error}).") from None
-    return Task.from_dict({"name": file.stem, **body}, where=str(file))
+    body = read_file(path, what="task file")
+    return Task.from_dict({"name": Path(path).stem, **body}, where=str(path))

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from metaopt_lens._errors import PromptError
-from metaopt_lens.experiments.momentum._build import LanguageModel
-from metaopt_lens.experiments.momentum._config import EvaluationSettings, TrainingConfig
-from metaopt_lens.experiments.momentum._corpora import Corpus, SyntheticCorpus
 from metaopt_lens.extraction import candidate_labels, predict_labels
 from metaopt_lens.models.tiny import accuracy, sample_episodes
 from metaopt_lens.prompts import load_prompts, tokenize_prompt
+from metaopt_lens.training._corpora import Corpus, SyntheticCorpus
+from metaopt_lens.training._language_model import LanguageModel
+from metaopt_lens.training._training_config import EvaluationSettings, TrainingConfig
 
 
 @dataclass(frozen=True)

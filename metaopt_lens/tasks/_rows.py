@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from metaopt_lens._errors import DataError
-from metaopt_lens.prompts.tasks._tables import Record, read_table, suffixes
-from metaopt_lens.prompts.tasks._task import HubSource, Row, Task, TaskRows
+from metaopt_lens.tasks._tables import Record, read_table, suffixes
+from metaopt_lens.tasks._task import HubSource, Row, Task, TaskRows
 
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev", "test")
 

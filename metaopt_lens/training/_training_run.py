@@ -17,17 +17,17 @@ from torch import Tensor
 
 from metaopt_lens._errors import FileFormatError, ModelMismatchError, NonFiniteError
 from metaopt_lens._storage import provenance, write_text
-from metaopt_lens.experiments.momentum._build import LanguageModel, build_model
-from metaopt_lens.experiments.momentum._checkpoint import (
+from metaopt_lens.training._checkpoint import (
     check_same_run,
     latest_checkpoint,
     restore,
     restore_random_state,
     save_checkpoint,
 )
-from metaopt_lens.experiments.momentum._config import OptimizerSettings, TrainingConfig, differing_fields
-from metaopt_lens.experiments.momentum._corpora import Batch, Corpus, corpus_tokenizer, load_corpus
-from metaopt_lens.experiments.momentum._evaluate import Evaluation, evaluate
+from metaopt_lens.training._corpora import Batch, Corpus, corpus_tokenizer, load_corpus
+from metaopt_lens.training._evaluation import Evaluation, evaluate
+from metaopt_lens.training._language_model import LanguageModel, build_model
+from metaopt_lens.training._training_config import OptimizerSettings, TrainingConfig, differing_fields
 
 RESULT = "result.json"
 KIND = "momentum training run"

@@ -17,9 +17,9 @@ from jaxtyping import Float
 
 from metaopt_lens._errors import FileFormatError, OptionError
 from metaopt_lens._storage import provenance, write_text
-from metaopt_lens.experiments.momentum._config import TrainingConfig
-from metaopt_lens.experiments.momentum._corpora import Corpus, load_corpus
-from metaopt_lens.experiments.momentum._train import TrainedModel, finished_run, train
+from metaopt_lens.training._corpora import Corpus, load_corpus
+from metaopt_lens.training._training_config import TrainingConfig
+from metaopt_lens.training._training_run import TrainedModel, finished_run, train
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,7 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from metaopt_lens._storage import provenance, write_text
-from metaopt_lens.experiments.momentum import MomentumComparison
+from metaopt_lens.training import MomentumComparison
 from metaopt_lens.viz._assets import page
 from metaopt_lens.viz._html import facts, figure, section, sortable_table
 

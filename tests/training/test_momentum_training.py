@@ -22,7 +22,9 @@ from hosts import HOOKED_NAMES, host_values, host_z, left_as_it_was, requires_ho
 from safetensors.torch import load_file
 
 from metaopt_lens import MetaoptLensError, decompose, intervene, wrap
-from metaopt_lens.experiments.momentum import (
+from metaopt_lens.interventions import MomentumAttention
+from metaopt_lens.models.tiny import accuracy, sample_episodes
+from metaopt_lens.training import (
     SHIPPED,
     MomentumComparison,
     ShortConvolution,
@@ -34,11 +36,9 @@ from metaopt_lens.experiments.momentum import (
     load_trained,
     train,
 )
-from metaopt_lens.experiments.momentum._compare import t_interval
-from metaopt_lens.experiments.momentum._corpora import word_tokenizer
-from metaopt_lens.experiments.momentum._train import learning_rate
-from metaopt_lens.interventions import MomentumAttention
-from metaopt_lens.models.tiny import accuracy, sample_episodes
+from metaopt_lens.training._corpora import word_tokenizer
+from metaopt_lens.training._momentum_comparison import t_interval
+from metaopt_lens.training._training_run import learning_rate
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,7 @@ def newest(folder: Path) -> dict[str, torch.Tensor]:
 KILLED = """
     import os, signal, sys
     import torch
-    from metaopt_lens.experiments.momentum import TrainingConfig, train
+    from metaopt_lens.training import TrainingConfig, train
 
     torch.set_num_threads(1)
     config = TrainingConfig.from_dict(__import__("json").loads(sys.argv[1]))
@@ -453,6 +453,21 @@ def test_few_shot_accuracy_from_a_prompt_file(tmp_path: Path) -> None:
 # ---- configurations ---------------------------------------------------------------------------------------------
 
 
+OF_0_1 = """
+{"name": "icl-small", "seed": 0, "checkpoint_every": 1000,
+"note": "The synthetic in-context tasks on a small model: minutes on a CPU.", "model": {"n_layers": 2,
+"d_model": 64, "n_heads": 4, "d_mlp": 128, "n_ctx": 128, "positions": "rotary", "host": "bridge"},
+"momentum": {"eta": 0.5, "learned": false, "lr_factor": 3.0, "lags": 0}, "data": {"source": "synthetic",
+"path": null, "name": null, "subset": null, "split": "train", "column": "text", "tokenizer": null,
+"validation": 0.1, "n_items": [12, 16], "n_categories": [2, 3], "curriculum": [0.1, 0.6]},
+"optimizer": {"steps": 4000, "batch": 32, "lr": 0.003, "warmup": 50, "schedule": "cosine", "power": 1.0,
+"last": 0.0, "beta1": 0.9, "beta2": 0.98, "weight_decay": 0.01, "clip": 1.0, "precision": "auto"},
+"evaluation": {"context_lengths": [17, 33, 65], "n_tokens": 16384, "demos": [0, 1, 2, 4, 8, 16],
+"n_episodes": 400, "categories": 2, "prompts": null, "every": 400}}
+"""
+"""What version 0.1 stored of icl-small."""
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_configurations_are_read(name: str) -> None:
     config = TrainingConfig.load(name)
@@ -471,24 +486,60 @@ def test_the_published_configuration() -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"momentum": {"eta": 1.0}}, r"momentum.eta must be at least 0 and less than 1, got 1.0"),
+        ({"momentum": {"eta": 1.0}}, r"momentum.eta must be a finite number of at least 0 and less than 1, got 1.0"),
         ({"momentum": {"eta": float("nan")}}, r"momentum.eta must be .*, got nan"),
-        ({"momentum": {"eta": 0.0, "learned": True}}, r"a learned eta must start above 0"),
-        ({"momentum": {"eta": "half"}}, r"\[momentum\]: eta must be a float, got 'half'"),
-        ({"optimiser": {}}, r"there is no field 'optimiser'; there are name, seed"),
-        ({"optimizer": {"learning_rate": 1}}, r"\[optimizer\]: there is no field 'learning_rate'; there are steps"),
-        ({"optimizer": {"steps": 1.5}}, r"steps must be a whole number, got 1.5"),
-        ({"optimizer": {"lr": -1.0}}, r"optimizer.lr must be positive and finite, got -1.0"),
-        ({"model": {"d_model": 30}}, r"d_model must be a multiple of n_heads \(4\), got 30"),
+        ({"momentum": {"eta": 0.0, "learned": True}}, r"\[momentum\]: a learned eta must start above 0, got 0.0"),
+        ({"momentum": {"eta": "half"}}, r"momentum.eta must be a finite number .*, got 'half'"),
+        ({"momentum": {"learned": 1}}, r"momentum.learned must be true or false, got 1"),
+        ({"momentum": 3}, r"momentum must be a table, got 3"),
+        ({"optimiser": {}}, r"has no field 'optimiser'; its fields are name, seed, .* Did you mean 'optimizer'"),
+        (
+            {"optimizer": {"learning_rate": 1}},
+            r"the configuration, \[optimizer\] has no field 'learning_rate'; its fields are steps",
+        ),
+        ({"optimizer": {"warm_up": 1}}, r"its fields are steps, .* Did you mean 'warmup'"),
+        ({"optimizer": {"steps": 1.5}}, r"optimizer.steps must be a whole number of at least 1, got 1.5"),
+        ({"optimizer": {"lr": -1.0}}, r"optimizer.lr must be a finite number greater than 0, got -1.0"),
+        ({"optimizer": {"lr": float("inf")}}, r"optimizer.lr must be a finite number greater than 0, got inf"),
+        ({"optimizer": {"warmup": -1}}, r"optimizer.warmup must be a whole number of at least 0, got -1"),
+        ({"model": {"d_model": 30}}, r"\[model\]: d_model must be a multiple of n_heads \(4\), got 30"),
+        ({"model": {"d_model": 36}}, r"\[model\]: d_model / n_heads must be even for rotary positions, got 36"),
         ({"model": {"host": "mamba"}}, r"model.host must be one of bridge, native, hooked, got 'mamba'"),
         ({"model": {"n_ctx": 64}}, r"n_ctx must hold the longest synthetic sequence \(97\), got 64"),
         ({"evaluation": {"context_lengths": [256]}}, r"context_lengths must be from 2 to n_ctx \(128\), got 256"),
-        ({"data": {"source": "text"}}, r"data.source 'text' needs data.path"),
+        (
+            {"evaluation": {"context_lengths": [1]}},
+            r"context_lengths must be .* whole numbers of at least 2, got \[1\]",
+        ),
+        ({"evaluation": {"context_lengths": []}}, r"context_lengths must be one or several .*, got \[\]"),
+        ({"evaluation": {"demos": [-1]}}, r"demos must be a list of values, each a whole number .*, got \[-1\]"),
+        ({"data": {"source": "text"}}, r"data.source 'text' needs data.path, got None"),
+        ({"data": {"source": "datasets"}}, r"data.source 'datasets' needs data.name, got None"),
+        ({"data": {"n_items": [3, 2]}}, r"data.n_items must be a smallest and a largest whole number, got \[3, 2\]"),
+        ({"data": {"curriculum": [0.1]}}, r"data.curriculum must be a smallest and a largest number, got \[0.1\]"),
+        ({"data": {"validation": 1}}, r"data.validation must be .* greater than 0 and less than 1, got 1"),
     ],
 )
 def test_configurations_that_make_no_sense(body: dict[str, Any], message: str) -> None:
     with pytest.raises(MetaoptLensError, match=message):
         TrainingConfig.from_dict(body)
+
+
+def test_changes_are_checked_as_files_are() -> None:
+    with pytest.raises(MetaoptLensError, match=r"^optimizer.steps must be a whole number of at least 1, got 0.$"):
+        TrainingConfig().replace(optimizer={"steps": 0})
+    with pytest.raises(MetaoptLensError, match=r"^TrainingConfig, \[momentum\] has no field 'lag'; .*mean 'lags'"):
+        TrainingConfig().replace(momentum={"lag": 2})
+    with pytest.raises(MetaoptLensError, match=r"^TrainingConfig has no field 'optimiser'"):
+        TrainingConfig().replace(optimiser={})
+    changed = TrainingConfig().replace(seed=2, momentum={"eta": 0.25})
+    assert (changed.seed, changed.momentum.eta, changed.momentum.lr_factor) == (2, 0.25, 3.0)
+
+
+def test_a_configuration_of_0_1_is_read() -> None:
+    stored = json.loads(OF_0_1)
+    assert TrainingConfig.from_dict(stored) == TrainingConfig.load("icl-small")
+    assert TrainingConfig.load("icl-small").to_dict() == stored
 
 
 def test_configuration_files_that_cannot_be_read(tmp_path: Path) -> None:

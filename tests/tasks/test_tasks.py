@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from text_models import rows, write_rows
+from text_models import make_text_model, rows, write_rows
 
 from metaopt_lens import MetaoptLensError
 from metaopt_lens._errors import DataError, FileFormatError, OptionError
-from metaopt_lens.prompts import LABEL_WORDS, ICLPrompt, Template
-from metaopt_lens.prompts.tasks import (
+from metaopt_lens.experiments import RunConfig, run_experiment
+from metaopt_lens.prompts import ICLPrompt, Template
+from metaopt_lens.tasks import (
+    BUILT_IN,
     HubSource,
     Row,
     Task,
@@ -39,8 +43,76 @@ def test_published_tasks_have_their_prompts() -> None:
     flat = one_line.row({"premise": "It rained.", "hypothesis": "it was wet", "label": 2}, 0, "here")
     text = ICLPrompt((), flat.input, one_line.template).text
     assert text == "It rained. Question: it was wet True, False, or Neither? Answer:"
-    assert {name: find_task(name).labels for name in LABEL_WORDS} == dict(LABEL_WORDS)
-    assert find_task("agnews").instruction
+
+
+def test_published_templates() -> None:
+    published = [task for task in BUILT_IN if task.hub is not None]
+    assert {task.name for task in published} == {"sst2", "sst5", "mr", "subj", "agnews", "cb"}
+    shown = {
+        task.name: ICLPrompt([("x", (task.labels or ())[0])], "z", task.template, task.instruction).text
+        for task in published
+    }
+    assert shown["sst2"] == "Sentence: x\nLabel: Negative\nSentence: z\nLabel:"
+    assert shown["sst5"] == "Sentence: x\nLabel: terrible\nSentence: z\nLabel:"
+    assert shown["mr"] == "Review: x\nSentiment: Negative\nReview: z\nSentiment:"
+    assert shown["subj"] == "Input: x\nType: objective\nInput: z\nType:"
+    assert shown["agnews"] == (
+        "Classify the news articles into the categories of World, Sports, Business, and Technology.\n"
+        "News: x\nType: World\nNews: z\nType:"
+    )
+    premise = "p\nQuestion: h"
+    text = ICLPrompt([], premise, find_task("cb").template).text
+    assert text == "p\nQuestion: h True, False, or Neither?\nAnswer:"
+
+
+# SHA-256 (its beginning) of what version 0.1 stored of its tasks: its runs must go on.
+_OF_0_1 = {
+    "agnews": "cdbc774646786b21",
+    "antonym": "2f49da71a734a0d4",
+    "cb": "a8216a6e000d7569",
+    "country-capital": "358ede1073ef3027",
+    "country-currency": "5da93288c52509f0",
+    "english-french": "f7431abbf523e7f3",
+    "mr": "19669cae09d21b59",
+    "present-past": "716b5b5ccdfe70cc",
+    "singular-plural": "d93ae8c6b90157cd",
+    "sst2": "c2693dadbf0eec19",
+    "sst5": "a05ab4532732e35e",
+    "subj": "f82eb8c444216486",
+    "synonym": "717037faf92decdd",
+    "synthetic": "5bf5e1e4b9549f91",
+    "synthetic-2": "4f334dec5b7f5479",
+    "synthetic-3": "68664ec5491ce82e",
+    "word-pairs": "aebddc83be3d3dc5",
+}
+
+
+@pytest.mark.parametrize("name", _OF_0_1)
+def test_tasks_are_those_of_0_1(name: str) -> None:
+    body = json.dumps(find_task(name).to_dict(), sort_keys=True)
+    assert hashlib.sha256(body.encode()).hexdigest()[:16] == _OF_0_1[name]
+
+
+def test_a_new_task_is_one_row(tmp_path: Path) -> None:
+    """By its name in Python and as a file on the command line, from rows of a table to tables of results."""
+    row = Task("review", Template("Said: {input}\nSo:"), labels=("Negative", "Positive"))
+    assert register_task(row) is find_task("review")
+    data = write_rows(tmp_path / "review.jsonl")
+    settings: dict[str, Any] = {"shots": 4, "seeds": (0,), "queries": 4, "lr": 0.02, "rules": ("gd",)}
+    settings |= {"n_null_draws": 2, "random_weights": False, "attribution": False}
+    config = RunConfig("random", "review", data=str(data), **settings)
+    run = run_experiment(config, tmp_path / "run", model=make_text_model(), progress=False)
+    assert set(run.table("predictions")["label"]) <= {"Negative", "Positive"}
+    (prompt, *_) = run.prompts(0).prompts
+    assert prompt.text.endswith(f"Said: {prompt.query}\nSo:")
+    assert prompt.candidates == ("Negative", "Positive")
+    assert len(prompt.demos) == 4
+    (tmp_path / "review.toml").write_text(
+        'labels = ["Negative", "Positive"]\n[template]\ninput = "Said: {input}\\nSo:"\n', encoding="utf-8"
+    )
+    same = dataclasses.replace(config, task=str(tmp_path / "review.toml"))
+    again = run_experiment(same, tmp_path / "again", model=make_text_model(), progress=False)
+    assert again.prompts(0) == run.prompts(0)
 
 
 @pytest.mark.parametrize("label", [1, "1", "1.0", "Positive", "positive"])
@@ -204,8 +276,15 @@ def test_wrong_files(tmp_path: Path, name: str, content: bytes, message: str) ->
     ("content", "message"),
     [
         ("labels = [", "is not valid TOML"),
-        ("words = 1", "a task has no field 'words'; its fields are name, template"),
-        ('labels = "ab"', "labels must be a list of words"),
+        ("words = 1", "mine.toml has no field 'words'; its fields are name, template"),
+        ('label = ["a", "b"]', "mine.toml has no field 'label'; .*Did you mean 'labels'"),
+        ('labels = "ab"', "mine.toml: labels must be a list of words, got 'ab'"),
+        ("instruction = 3", "mine.toml: instruction must be a string, got 3"),
+        ('[hub]\nconfig = "x"', r"mine.toml, \[hub\] does not say which path"),
+        (
+            '[hub]\npath = "x"\nsplit = "y"',
+            r"mine.toml, \[hub\] has no field 'split'; its fields are path, config, train",
+        ),
         ('labels = ["a", "a"]', "at least two different label words"),
         ('[template]\ninput = "x"', "has no {input}"),
     ],

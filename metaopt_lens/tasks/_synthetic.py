@@ -1,13 +1,11 @@
-"""The bundled model's own tasks: nouns labelled by category, under a binding drawn by the seed."""
+"""Rows of the bundled model's own tasks: nouns labelled by category, under a binding drawn by the seed."""
 
 from __future__ import annotations
 
 import random
-from functools import partial
 
 from metaopt_lens.models.tiny import CATEGORIES, LABELS, sample_binding
-from metaopt_lens.prompts import Template
-from metaopt_lens.prompts.tasks import Row, Task, TaskRows, register_task
+from metaopt_lens.tasks._task import Row, TaskRows
 
 _N_UNRELATED = 16
 
@@ -16,6 +14,10 @@ def synthetic_rows(seed: int, *, n_categories: int = 4) -> TaskRows:
     """All nouns of some categories with made-up labels, in random order; half to learn from, half to ask.
 
     The pairs of category and label are none that the bundled model was trained on.
+
+    Args:
+        seed: of the binding and the order.
+        n_categories: how many categories of nouns.
     """
     rng = random.Random(seed)
     binding = sample_binding(rng, n_categories, held_out=True)
@@ -34,10 +36,3 @@ def synthetic_rows(seed: int, *, n_categories: int = 4) -> TaskRows:
 
 def _rows(pairs: list[tuple[str, str]]) -> tuple[Row, ...]:
     return tuple(Row(noun, label, i) for i, (noun, label) in enumerate(pairs))
-
-
-def register_synthetic_tasks() -> None:
-    """``synthetic`` (four categories), ``synthetic-2`` and ``synthetic-3``."""
-    for name, n_categories in (("synthetic", 4), ("synthetic-2", 2), ("synthetic-3", 3)):
-        make = synthetic_rows if n_categories == 4 else partial(synthetic_rows, n_categories=n_categories)
-        register_task(Task(name, Template(), make_rows=make), replace=True)
