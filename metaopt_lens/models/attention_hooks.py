@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -10,14 +10,42 @@ from torch import Tensor
 from metaopt_lens._errors import UnsupportedModelError
 from metaopt_lens.models.attention_call import AttentionCall
 from metaopt_lens.models.hooks import Hook
-from metaopt_lens.models.host import Block
+from metaopt_lens.models.host import Block, Host
 from metaopt_lens.models.info import ModelInfo
-from metaopt_lens.models.passes import Standing
+from metaopt_lens.models.passes import PASS, HostPass, Standing
+from metaopt_lens.models.prefix import Prefix
 
 AttentionCallback = Callable[[AttentionCall], Tensor | None]
 
 
-def layer_hooks(
+def own_hooks(host: Host, layer: int, use: AttentionCallback, prefix: Prefix | None) -> list[Hook]:
+    """See `LensModel.attention_hooks`."""
+
+    def standing(tensor: Tensor) -> Standing:
+        return Standing.behind(prefix, tensor.shape[1], tensor.device)
+
+    return _layer_hooks(host.info, host.blocks[layer], layer, standing, use, read_pattern=True)
+
+
+def placed_hooks(
+    host: Host, place: Callable[[HostPass], Tensor | None], use: AttentionCallback, layers: Sequence[int]
+) -> list[Hook]:
+    """See `LensModel.placed_hooks`."""
+    running: list[Standing] = []
+
+    def begin(host_pass: HostPass) -> Tensor | None:
+        moved = place(host_pass)
+        running[:] = [Standing.of(host_pass, moved)]
+        return moved
+
+    hooks: list[Hook] = [(PASS, begin)]
+    for layer, block in enumerate(host.blocks):
+        chosen = use if layer in layers else None
+        hooks += _layer_hooks(host.info, block, layer, lambda _: running[0], chosen, read_pattern=False)
+    return hooks
+
+
+def _layer_hooks(
     info: ModelInfo,
     block: Block,
     layer: int,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from metaopt_lens._errors import ContextWindowError, ModelMismatchError
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -44,6 +46,22 @@ class ModelInfo:
     def is_processed(self) -> bool:
         """Whether weights were folded, which changes the split (docs/theory.md, section 1)."""
         return bool(self.processing)
+
+    def check_window(self, n_tokens: int, what: str) -> None:
+        """Raise `ContextWindowError` if `n_tokens` do not fit the context window."""
+        if n_tokens > self.n_ctx:
+            raise ContextWindowError(
+                f"{what} has {n_tokens} tokens, but the context window of {self.name} is {self.n_ctx}."
+            )
+
+    def check_same(self, other: ModelInfo, what: str) -> None:
+        """Raise `ModelMismatchError` unless `other` has this model's sizes and parametrisation."""
+        for field in ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "processing"):
+            mine, theirs = getattr(self, field), getattr(other, field)
+            if mine != theirs:
+                raise ModelMismatchError(
+                    f"{what} was made with {other.name} ({field} = {theirs}); {self.name} has {field} = {mine}."
+                )
 
     def __str__(self) -> str:
         weights = f"weights with {' and '.join(self.processing)}" if self.processing else "raw weights"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
@@ -11,19 +11,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from metaopt_lens._errors import ContextWindowError, ModelMismatchError, UnsupportedModelError
+from metaopt_lens._errors import UnsupportedModelError
 from metaopt_lens.dual import ScoreRule
-from metaopt_lens.models.attention_hooks import AttentionCallback, layer_hooks
-from metaopt_lens.models.hooks import Hook, attached, check_hook_names
+from metaopt_lens.models.attention_hooks import AttentionCallback, own_hooks, placed_hooks
+from metaopt_lens.models.hooks import Hook
 from metaopt_lens.models.host import Host
 from metaopt_lens.models.info import ModelInfo
 from metaopt_lens.models.mlp import MlpSite
 from metaopt_lens.models.movable import check_movable
 from metaopt_lens.models.output_head import OutputHead
 from metaopt_lens.models.partial_passes import Readout, Start
-from metaopt_lens.models.passes import PASS, HostPass, Standing
+from metaopt_lens.models.passes import HostPass
 from metaopt_lens.models.prefix import Prefix
-from metaopt_lens.models.running import run, run_prefix
+from metaopt_lens.models.running import hooked, run, run_prefix
 
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
@@ -62,8 +62,6 @@ class LensModel:
         self.info: ModelInfo = adapter.info
         self.host: Any = adapter.model
 
-    # ---- what it is made of -------------------------------------------------------------------------------------
-
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The host's tokenizer."""
@@ -78,11 +76,6 @@ class LensModel:
     def hook_points(self) -> Mapping[str, HookPoint]:
         """All hook points by name, aliases included."""
         return self.adapter.hook_points
-
-    @property
-    def pattern_before_z(self) -> bool:
-        """Whether the attention pattern is seen before z in a forward pass."""
-        return self.adapter.blocks[0].pattern_before_z
 
     @property
     def head(self) -> OutputHead:
@@ -132,8 +125,6 @@ class LensModel:
         """
         return self.head.logits(residual, tokens)
 
-    # ---- hooks --------------------------------------------------------------------------------------------------
-
     def hook_name(self, kind: str, layer: int) -> str:
         """Name of a hook point.
 
@@ -161,12 +152,7 @@ class LensModel:
             use: called just before W_O.
             prefix: the one that `run` is given.
         """
-
-        def standing(tensor: Tensor) -> Standing:
-            return Standing.behind(prefix, tensor.shape[1], tensor.device)
-
-        block = self.adapter.blocks[layer]
-        return layer_hooks(self.info, block, layer, standing, use, read_pattern=True)
+        return own_hooks(self.adapter, layer, use, prefix)
 
     def placed_hooks(
         self,
@@ -184,37 +170,11 @@ class LensModel:
             use: called with the layer's `AttentionCall` just before W_O; what it returns replaces z.
             layers: where to call `use`; all by default.
         """
-        running: list[Standing] = []
+        return placed_hooks(self.adapter, place, use, range(self.info.n_layers) if layers is None else layers)
 
-        def begin(host_pass: HostPass) -> Tensor | None:
-            moved = place(host_pass)
-            running[:] = [Standing.of(host_pass, moved)]
-            return moved
-
-        hooks: list[Hook] = [(PASS, begin)]
-        for layer, block in enumerate(self.adapter.blocks):
-            chosen = use if layers is None or layer in layers else None
-            hooks += layer_hooks(self.info, block, layer, lambda _: running[0], chosen, read_pattern=False)
-        return hooks
-
-    @contextmanager
-    def hooked(self, hooks: Sequence[Hook]) -> Iterator[None]:
+    def hooked(self, hooks: Sequence[Hook]) -> AbstractContextManager[None]:
         """Attach hooks for the length of the block, names checked first."""
-        begins = [function for name, function in hooks if name == PASS]
-        others = [hook for hook in hooks if hook[0] != PASS]
-        check_hook_names(self.hook_points, [name for name, _ in others], owner=self.info.name)
-
-        def begin(host_pass: HostPass) -> Tensor | None:
-            placed = [function(host_pass) for function in begins]
-            return next((positions for positions in placed if positions is not None), None)
-
-        with ExitStack() as stack:
-            if begins:
-                stack.enter_context(self.adapter.watching(begin))
-            stack.enter_context(attached(self.hook_points, others))
-            yield
-
-    # ---- passes -------------------------------------------------------------------------------------------------
+        return hooked(self.adapter, hooks)
 
     def run(
         self,
@@ -265,23 +225,13 @@ class LensModel:
         """
         return run_prefix(self, tokens, hooks=hooks, grad=grad)
 
-    # ---- checks -------------------------------------------------------------------------------------------------
-
     def check_window(self, n_tokens: int, what: str = "the prompt") -> None:
         """Raise `ContextWindowError` if `n_tokens` do not fit the context window."""
-        if n_tokens > self.info.n_ctx:
-            raise ContextWindowError(
-                f"{what} has {n_tokens} tokens, but the context window of {self.info.name} is {self.info.n_ctx}."
-            )
+        self.info.check_window(n_tokens, what)
 
     def check_same(self, other: ModelInfo, what: str) -> None:
         """Raise `ModelMismatchError` unless `other` has this model's sizes and parametrisation."""
-        for field in ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "processing"):
-            mine, theirs = getattr(self.info, field), getattr(other, field)
-            if mine != theirs:
-                raise ModelMismatchError(
-                    f"{what} was made with {other.name} ({field} = {theirs}); {self.info.name} has {field} = {mine}."
-                )
+        self.info.check_same(other, what)
 
     def check_movable(self) -> None:
         """Require that moved tokens have the queries and keys they have where they are moved to.

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from metaopt_lens._errors import UnsupportedModelError
-from metaopt_lens.models.hooks import Hook, Late, StopForward, inference_state
+from metaopt_lens.models.hooks import Hook, Late, StopForward, attached, check_hook_names, inference_state
+from metaopt_lens.models.host import Host
 from metaopt_lens.models.partial_passes import Readout, Start, recording_widths, skipping
+from metaopt_lens.models.passes import PASS, HostPass
 from metaopt_lens.models.prefix import Prefix
 
 if TYPE_CHECKING:
@@ -19,6 +21,24 @@ if TYPE_CHECKING:
 
 # Largest difference of two ways to compute the same, relative to the largest entry.
 _TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+
+
+@contextmanager
+def hooked(host: Host, hooks: Sequence[Hook]) -> Iterator[None]:
+    """See `LensModel.hooked`."""
+    begins = [function for name, function in hooks if name == PASS]
+    others = [hook for hook in hooks if hook[0] != PASS]
+    check_hook_names(host.hook_points, [name for name, _ in others], owner=host.info.name)
+
+    def begin(host_pass: HostPass) -> Tensor | None:
+        placed = [function(host_pass) for function in begins]
+        return next((positions for positions in placed if positions is not None), None)
+
+    with ExitStack() as stack:
+        if begins:
+            stack.enter_context(host.watching(begin))
+        stack.enter_context(attached(host.hook_points, others))
+        yield
 
 
 def run(
