@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import bridge_of
 from hosts import HOOKED_NAMES, build_hf, host_values, host_z, shared
+from rounding import PASS, STEP, SUM, assert_agree
 from torch import Tensor
 
 from metaopt_lens import wrap
@@ -31,10 +32,10 @@ def test_captures_are_the_hosts_own_values(name: str, with_prefix: bool) -> None
     for query, rows, capture in zip(QUERIES, ROWS, captures, strict=True):
         ids = before + query
         at = [len(before) + r for r in rows]
-        torch.testing.assert_close(capture.z, host_z(model, ids)[at], rtol=0, atol=1e-5)
+        assert_agree(capture.z, host_z(model, ids)[at], PASS)
         pattern = torch.stack(host_values(model, ids, "attn.hook_pattern"))[:, :, at]  # layer head dst src
-        torch.testing.assert_close(capture.pattern, pattern.permute(2, 0, 1, 3), rtol=0, atol=1e-5)
-        torch.testing.assert_close(capture.pattern.sum(-1) + capture.sink, torch.ones(len(at), 3, 4), rtol=0, atol=1e-5)
+        assert_agree(capture.pattern, pattern.permute(2, 0, 1, 3), PASS)
+        assert_agree(capture.pattern.sum(-1) + capture.sink, torch.ones(len(at), 3, 4), SUM)
         assert capture.k.shape == capture.v.shape == (3, len(query), wrapped.info.n_kv_heads, 8)
 
 
@@ -49,8 +50,8 @@ def test_the_shared_prefix_is_what_run_prefix_gives_and_nothing_for_nothing() ->
     direct = run_shared_prefix(wrapped, PREFIX[:2])
     assert direct is not None
     for layer in range(3):
-        torch.testing.assert_close(short.k[layer], direct.k[layer], rtol=0, atol=1e-6)
-        torch.testing.assert_close(short.v[layer], direct.v[layer], rtol=0, atol=1e-6)
+        assert_agree(short.k[layer], direct.k[layer], PASS)
+        assert_agree(short.v[layer], direct.v[layer], PASS)
     assert prefix.truncate(0) is None
 
 
@@ -72,7 +73,7 @@ def test_an_edit_replaces_z_in_the_pass_and_in_the_capture(name: str) -> None:
     edited = capture_queries(wrapped, prefix, QUERIES[:1], [[0, 1, 2]], edit=edit)[0]
     plain = capture_queries(wrapped, prefix, QUERIES[:1], [[0, 1, 2]])[0]
     assert not edited.z[:, 0, 1].any()
-    torch.testing.assert_close(edited.z[:, 0, [0, 2, 3]], plain.z[:, 0, [0, 2, 3]], rtol=0, atol=1e-6)
+    assert_agree(edited.z[:, 0, [0, 2, 3]], plain.z[:, 0, [0, 2, 3]], STEP)
     assert (edited.z[:, 1] - plain.z[:, 1]).abs().max() > 1e-4
 
     def own(z: Tensor, hook: object) -> Tensor:
@@ -82,7 +83,7 @@ def test_an_edit_replaces_z_in_the_pass_and_in_the_capture(name: str) -> None:
 
     ids = PREFIX + QUERIES[0]
     oracle = host_z(model, ids, edits=[("blocks.0.attn.hook_z", own)])[len(PREFIX) :]
-    torch.testing.assert_close(edited.z[:, 1:], oracle[:, 1:], rtol=0, atol=1e-5)
+    assert_agree(edited.z[:, 1:], oracle[:, 1:], PASS)
 
 
 def test_captures_hold_no_more_than_their_own_tensors() -> None:
