@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hosts import HOOKED_NAMES, left_as_it_was, prompt, shared, tokenized
-from rounding import PASS, assert_agree, rounding
+from rounding import PASS, assert_agree
 from torch import Tensor
 
 from metaopt_lens import Demo, ICLPrompt, KnockOut, MetaoptLensError, intervene
