@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hosts import HOST_NAMES, build, left_as_it_was, shared
+from rounding import PASS, SUM, assert_agree, of_pass
 from torch import Tensor
 
 from metaopt_lens import wrap
@@ -43,9 +44,9 @@ def test_early_exit_of_the_last_stream_gives_the_models_own_logits(name: str) ->
     model = fresh(name)
     own, last = logits_of(model), stream(model, "post", model.info.n_layers - 1)
     with torch.no_grad():
-        torch.testing.assert_close(model.early_exit(last), own, rtol=0, atol=2e-5)
-        torch.testing.assert_close(model.early_exit(last[1, 4]), own[1, 4], rtol=0, atol=2e-5)
-        torch.testing.assert_close(model.early_exit(last[:, -1], SOME), own[:, -1, SOME], rtol=0, atol=2e-5)
+        assert_agree(model.early_exit(last), own, SUM)
+        assert_agree(model.early_exit(last[1, 4]), own[1, 4], SUM, of=(own,))
+        assert_agree(model.early_exit(last[:, -1], SOME), own[:, -1, SOME], SUM, of=(own,))
 
 
 @pytest.mark.parametrize("name", HOST_NAMES)
@@ -62,7 +63,7 @@ def test_the_head_is_what_its_pieces_say(name: str) -> None:
     x = x @ head.w_u.double()
     x = x if head.b_u is None else x + head.b_u
     x = x if head.softcap is None else head.softcap * torch.tanh(x / head.softcap)
-    torch.testing.assert_close(x.float().detach(), logits_of(model), rtol=0, atol=2e-5)
+    assert_agree(x.float().detach(), logits_of(model), SUM)
 
 
 @pytest.mark.parametrize("name", HOST_NAMES)
@@ -74,12 +75,12 @@ def test_logits_where_they_are_read_are_those_of_the_whole_pass(name: str, token
     expected = torch.stack([whole[0, [9, 3]], whole[1, [5, 6]]])
     expected = expected if tokens is None else expected[..., tokens]
     for _ in range(2):  # the first pass is whole, and tries whether the next ones may be cut short
-        torch.testing.assert_close(logits_of(model, read=read), expected, rtol=0, atol=2e-5)
+        assert_agree(logits_of(model, read=read), expected, SUM, of=(whole,))
     assert model.tried.exits is True
     prefix = model.run_prefix(TOKENS[0, :3])
     behind = logits_of(model, TOKENS[:1, 3:], prefix=prefix, read=Readout(torch.tensor([[6, 0]]), tokens))
-    torch.testing.assert_close(behind[0, 0], expected[0, 0], rtol=0, atol=2e-5)
-    torch.testing.assert_close(behind[0, 1], expected[0, 1], rtol=0, atol=2e-5)
+    assert_agree(behind[0, 0], expected[0, 0], of_pass(name), of=(whole,))
+    assert_agree(behind[0, 1], expected[0, 1], of_pass(name), of=(whole,))
 
 
 @pytest.mark.parametrize("name", ["bridge:llama", "bridge:gemma2", "native:rotary"])
@@ -103,7 +104,7 @@ def test_gradients_flow_through_what_is_read(name: str) -> None:
         rows = logits if options else READ.of(logits)
         gradients.append(torch.autograd.grad(rows.square().sum(), added)[0])
     for gradient in gradients[1:]:
-        torch.testing.assert_close(gradient, gradients[0], rtol=1e-4, atol=1e-5)
+        assert_agree(gradient, gradients[0], 2 * PASS)
 
 
 def test_where_the_exit_is_not_exact_whole_logits_are_read() -> None:
@@ -130,14 +131,13 @@ def test_a_pass_that_starts_at_a_block_ends_as_the_whole_one(name: str, layer: i
     whole = logits_of(model)
     start = Start(layer, stream(model, "pre", layer))
     with left_as_it_was(model.host):
-        torch.testing.assert_close(logits_of(model, start=start), whole, rtol=0, atol=2e-5)
-        torch.testing.assert_close(logits_of(model, start=start, read=READ), READ.of(whole), rtol=0, atol=2e-5)
-        torch.testing.assert_close(logits_of(model, start=start, read=READ), READ.of(whole), rtol=0, atol=2e-5)
+        assert_agree(logits_of(model, start=start), whole, of_pass(name))
+        assert_agree(logits_of(model, start=start, read=READ), READ.of(whole), of_pass(name), of=(whole,))
+        assert_agree(logits_of(model, start=start, read=READ), READ.of(whole), of_pass(name), of=(whole,))
     prefix = model.run_prefix(TOKENS[0, :4])
     behind = Start(layer, start.residual[:1, 4:])
-    torch.testing.assert_close(
-        logits_of(model, TOKENS[:1, 4:], prefix=prefix, start=behind), whole[:1, 4:], rtol=0, atol=5e-5
-    )
+    found = logits_of(model, TOKENS[:1, 4:], prefix=prefix, start=behind)
+    assert_agree(found, whole[:1, 4:], of_pass(name), of=(whole,))
 
 
 @pytest.mark.parametrize("name", HOST_NAMES)
@@ -157,7 +157,7 @@ def test_blocks_below_the_start_are_not_run_and_edits_above_act(name: str) -> No
     hooks = [(model.hook_name("z", layer), lambda z, layer=layer: fired.append(layer)) for layer in range(3)]
     found = logits_of(model, start=start, hooks=[*hooks, *edit])
     assert fired == [1, 2]
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    assert_agree(found, expected, of_pass(name))
 
 
 @pytest.mark.parametrize("name", ["bridge:llama", "bridge:bloom", "native:rotary"])
@@ -169,7 +169,7 @@ def test_gradients_flow_from_the_start(name: str) -> None:
     added = torch.zeros_like(residual, requires_grad=True)
     whole = logits_of(model, hooks=[(model.residual_hook("pre", 1), lambda x: x + added)], grad=True)
     expected = torch.autograd.grad(whole.square().sum(), added)[0]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert_agree(found, expected, 2 * PASS)
 
 
 def test_a_host_that_remembers_its_lower_blocks_cannot_start_above_them() -> None:
@@ -217,9 +217,9 @@ def test_the_mlps_matrices_are_those_of_its_products(name: str) -> None:
         return tensor - tensor[:1]
 
     for key, matrix in site.matrices.items():
-        torch.testing.assert_close(changes(seen["u"]) @ matrix.mT, changes(seen[key]), rtol=0, atol=2e-5)
+        assert_agree(changes(seen["u"]) @ matrix.mT, changes(seen[key]), SUM, of=(seen["u"], seen[key]))
     if not (name.startswith("hooked:") and site.is_normed):  # there the hook shows the normed output
-        torch.testing.assert_close(changes(seen["act"]) @ site.w_out.mT, changes(seen["out"]), rtol=0, atol=2e-5)
+        assert_agree(changes(seen["act"]) @ site.w_out.mT, changes(seen["out"]), SUM, of=(seen["act"], seen["out"]))
     parallel = {"bridge:phi", "bridge:gptj", "bridge:gpt_neox", "hooked:partial_rotary_parallel"}
     normed = {"bridge:gemma2", "bridge:gemma3", "bridge:olmo2", "hooked:window_softcap"}
     assert (site.parallel, site.is_normed) == (name in parallel, name in normed)
