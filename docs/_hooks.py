@@ -30,7 +30,7 @@ ORDER = (
     "experiments",
     "training",
     "viz",
-    "extraction",
+    "runs",
     "dual",
 )
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from metaopt_lens.decomposition import Decomposition, DecompositionSet
-    from metaopt_lens.extraction import LabelPrediction
+    from metaopt_lens.runs import LabelPrediction
 
 _DEMO_LR = 0.02
 _MISTAKE = 2  # exit code for everything the user can put right; typer's own for bad options

@@ -26,19 +26,19 @@ from metaopt_lens.analysis._set_statistics import (
     usable_factors,
     with_null,
 )
-from metaopt_lens.decomposition import prompt_groups
-from metaopt_lens.extraction import (
+from metaopt_lens.finetuning import WeightUpdate, finetune, require_raw_weights
+from metaopt_lens.models import LensModel, wrap
+from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_label, tokenize_prompt
+from metaopt_lens.runs import (
     Scoring,
     candidate_labels,
     candidate_mass,
     check_candidates,
+    prompt_groups,
     read_queries,
     run_shared_prefix,
     scored_tokens,
 )
-from metaopt_lens.finetuning import WeightUpdate, finetune, require_raw_weights
-from metaopt_lens.models import LensModel, wrap
-from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_label, tokenize_prompt
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from torch import Tensor
 from metaopt_lens._errors import OptionError
 from metaopt_lens.analysis._comparison import FLIPPED_LABELS, SHUFFLED_LABELS
 from metaopt_lens.analysis._controls import finetune_arguments, flip_labels, shuffle_labels
-from metaopt_lens.extraction import Scoring, run_shared_prefix, score_candidates
 from metaopt_lens.finetuning import WeightUpdate, finetune
 from metaopt_lens.models import LensModel
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt
+from metaopt_lens.runs import Scoring, run_shared_prefix, score_candidates
 
 
 def moved_labels(

@@ -13,10 +13,10 @@ from metaopt_lens.analysis import mean_interval
 from metaopt_lens.experiments._prompt_set import PromptSet
 from metaopt_lens.experiments._run_config import RunConfig
 from metaopt_lens.experiments._stages import Save, read_json, untimed, write_json
-from metaopt_lens.extraction import candidate_labels
 from metaopt_lens.interventions import HeadEffects, Recovery, head_effects, rank_by_effect, recovery
 from metaopt_lens.models import LensModel
 from metaopt_lens.prompts import ICLPrompt, tokenize_label
+from metaopt_lens.runs import candidate_labels
 
 if TYPE_CHECKING:
     import pandas as pd

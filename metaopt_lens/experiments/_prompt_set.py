@@ -10,9 +10,9 @@ from typing import Any
 
 from metaopt_lens._errors import ContextWindowError, DataError
 from metaopt_lens.experiments._run_config import RunConfig
-from metaopt_lens.extraction import check_candidates
 from metaopt_lens.models import LensModel
 from metaopt_lens.prompts import Demo, ICLPrompt, Template, tokenize_label, tokenize_prompt
+from metaopt_lens.runs import check_candidates
 from metaopt_lens.tasks import Row, Task, TaskRows, select_demos
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from metaopt_lens._configuration import Count, Different, Flag, NonNegative, Number, Whole, read, read_file, settings
-from metaopt_lens.extraction import Scoring
+from metaopt_lens.runs import Scoring
 from metaopt_lens.tasks import Selection
 
 

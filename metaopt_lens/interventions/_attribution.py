@@ -10,13 +10,13 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from metaopt_lens._errors import OptionError, PromptError
-from metaopt_lens.extraction import candidate_labels
 from metaopt_lens.interventions._head_effects import HeadEffects, rank_by_effect
 from metaopt_lens.interventions._knock_out_runs import KnockOutRuns, RowMetric
 from metaopt_lens.interventions._meta_gradient import meta_gradient
 from metaopt_lens.interventions._recovery import split_queries
 from metaopt_lens.models import LensModel, wrap
 from metaopt_lens.prompts import ICLPrompt, tokenize_label, tokenize_prompt
+from metaopt_lens.runs import candidate_labels
 
 Metric = str | Callable[[Tensor], Tensor]
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from metaopt_lens._errors import FileFormatError, UndefinedMetricError
 from metaopt_lens._storage import load_result, save_result
 from metaopt_lens._types import HeadRef
-from metaopt_lens.decomposition import rank_heads
 from metaopt_lens.interventions._recovery import Recovery, recovery
 from metaopt_lens.models import ModelInfo
+from metaopt_lens.runs import rank_heads
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from metaopt_lens.extraction import choose_batch_size, map_batches
 from metaopt_lens.interventions._meta_gradient import MetaGradient
 from metaopt_lens.models import AttentionCall, Hook, LensModel
+from metaopt_lens.runs import attend_without, choose_batch_size, map_batches
 
 # Metric of each row: logits of the row's own tokens, and which query it is.
 RowMetric = Callable[[Tensor, int], Tensor]
@@ -117,8 +117,8 @@ def _without(
     call: AttentionCall, rows: Tensor | slice, hidden: Bool[Tensor, "row prefix"]
 ) -> Float[Tensor, "row dst head d_head"]:
     """z of some rows of the batch with sources of the prefix hidden, q, k and v unchanged."""
-    padded = torch.nn.functional.pad(hidden, (0, call.k.shape[1] - hidden.shape[-1]))
-    return call.rows(rows).without(padded)
+    padded = torch.nn.functional.pad(hidden, (0, call.k.shape[1] - hidden.shape[-1])).to(call.z.device)
+    return attend_without(call, padded, rows)[0]
 
 
 def _knocked_out(

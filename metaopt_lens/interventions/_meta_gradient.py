@@ -16,13 +16,12 @@ from torch import Tensor
 from metaopt_lens._errors import FileFormatError, ModelMismatchError, OptionError, PromptError
 from metaopt_lens._storage import load_result, save_result
 from metaopt_lens._types import HeadRef, TokenSpan
-from metaopt_lens.dual import linear_memory
-from metaopt_lens.extraction import run_shared_prefix
 from metaopt_lens.interventions._apply import AppliedMetaGradient
 from metaopt_lens.interventions._demo_tokens import DemoTokens
 from metaopt_lens.interventions._heads import Heads, head_mask
 from metaopt_lens.models import Hook, LensModel, ModelInfo, Prefix, wrap
 from metaopt_lens.prompts import Demo, ICLPrompt, Template
+from metaopt_lens.runs import memory_of, run_shared_prefix
 
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
@@ -153,8 +152,8 @@ class MetaGradient:
         """``dW_ICL = sum_{i in D} v_i (x) k_i`` of one head, factored; ``.AB @ q``."""
         HeadRef(layer, head).check(self.model.n_layers, self.model.n_heads)
         inside = self.tokens.mask(self.chosen, self.tokens.stop).to(self.k.device)
-        kv = head // (self.model.n_heads // self.model.n_kv_heads)
-        return linear_memory(self.k[layer, inside, kv], self.v[layer, inside, kv])
+        of_layer = memory_of(self.k[layer], self.v[layer], inside)
+        return of_layer[head // (self.model.n_heads // self.model.n_kv_heads)]
 
     # ---- application --------------------------------------------------------------------------------------------
 

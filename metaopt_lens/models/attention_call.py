@@ -83,16 +83,6 @@ class AttentionCall:
         pattern, _ = softmax_with_sink(scores, self.rule.sinks)
         return weighted_values(pattern, self.v).to(self.z.dtype)
 
-    def without(self, hidden: Bool[Tensor, "*rows src"]) -> Float[Tensor, "batch dst head d_head"]:
-        """``z_without``: z with some sources masked out, q, k and v unchanged (docs/theory.md, section 2).
-
-        Taken from the scores rather than from the pattern: half-precision patterns flush small probabilities to 0.
-
-        Args:
-            hidden: the sources to mask, the same for all sequences or a row for each.
-        """
-        return self.attend(self.scores().masked_fill(hidden.to(self.q.device)[..., None, None, :], -torch.inf))
-
     def rows(self, batch: slice | Int[Tensor, " row"]) -> AttentionCall:
         """Some sequences of the batch.
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from metaopt_lens._errors import PromptError
-from metaopt_lens.extraction import candidate_labels, predict_labels
 from metaopt_lens.models.tiny import accuracy, sample_episodes
 from metaopt_lens.prompts import load_prompts, tokenize_prompt
+from metaopt_lens.runs import candidate_labels, predict_labels
 from metaopt_lens.training._corpora import Corpus, SyntheticCorpus
 from metaopt_lens.training._language_model import LanguageModel
 from metaopt_lens.training._training_config import EvaluationSettings, TrainingConfig

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from metaopt_lens.analysis import Comparison
 from metaopt_lens.decomposition import Decomposition
-from metaopt_lens.extraction import LabelPrediction, VocabularyAnswer, small_mass_note
+from metaopt_lens.runs import LabelPrediction, VocabularyAnswer, small_mass_note
 from metaopt_lens.viz._segments import visible_token
 from metaopt_lens.viz._text import terminal_table, titled
 

@@ -14,8 +14,8 @@ from metaopt_lens._errors import OptionError
 from metaopt_lens._storage import write_text
 from metaopt_lens._types import HeadRef
 from metaopt_lens.decomposition import Decomposition, DecompositionSet
-from metaopt_lens.extraction import LabelPrediction
 from metaopt_lens.models import ModelInfo
+from metaopt_lens.runs import LabelPrediction
 from metaopt_lens.viz._answers import answer_html
 from metaopt_lens.viz._assets import page
 from metaopt_lens.viz._heads import choose_heads
@@ -59,7 +59,7 @@ def write_page(
         heads: heads for the token views; by default the first four of `heads()`. Give
             ``effects.ranked(4)`` where effects were measured.
         title: heading of the page; by default it names the model.
-        predictions: for each prompt what the model answers (see `metaopt_lens.extraction.predict_labels`), or None.
+        predictions: for each prompt what the model answers (see `metaopt_lens.runs.predict_labels`), or None.
         max_prompts: how many prompts of a set get their own views; maps and table average over all of them.
 
     Returns:

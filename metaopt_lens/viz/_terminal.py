@@ -11,7 +11,7 @@ from rich.text import Text
 
 from metaopt_lens._types import HeadRef
 from metaopt_lens.decomposition import Decomposition, DecompositionSet
-from metaopt_lens.extraction import LabelPrediction
+from metaopt_lens.runs import LabelPrediction
 from metaopt_lens.viz._answers import answer_data
 from metaopt_lens.viz._table import decompositions, head_means, head_table, measure, measures, n_averaged, number
 from metaopt_lens.viz._text import terminal_table, titled

@@ -129,7 +129,7 @@ def test_token_shares_sum_to_one_over_the_demonstrations(name: str) -> None:
     for form in ("softmax", "linear"):
         shares = result.token_shares(1, 1, form)  # type: ignore[arg-type]
         inside = shares[:, result.demonstrations.slice]
-        visible = result.visible[1][:, result.demonstrations.slice].any(-1)
+        visible = result.runs.icl.visible[1][:, result.demonstrations.slice].any(-1)
         assert_agree(inside.sum(-1), visible.to(inside), SUM, of=(shares,))
         shares[:, result.demonstrations.slice] = 0.0
         assert not shares.any()

@@ -29,8 +29,8 @@ def test_parts_equal_a_loop_over_visible_tokens(name: str) -> None:
     result = split(name)
     group = result.model.n_heads // result.model.n_kv_heads
     layer, head, kv = 2, 3, 3 // group
-    k, v = result.k_of(layer)[:, kv].double(), result.v_of(layer)[:, kv].double()
-    window = int(result.window[layer])
+    k, v = result.runs.icl.k_of(layer)[:, kv].double(), result.runs.icl.v_of(layer)[:, kv].double()
+    window = result.runs.icl.rules[layer].window or result.model.n_ctx
     for j, at in enumerate(result.positions):
         q = result.q[j, layer, head].double()
         inside, outside = torch.zeros(8).double(), torch.zeros(8).double()
@@ -69,7 +69,7 @@ def test_matrices_times_the_query_are_the_parts(name: str) -> None:
 @pytest.mark.parametrize("name", FEW)
 def test_rank_of_delta_w_icl(name: str, n_demos: int) -> None:
     result = decompose(shared(name), prompt(n_demos, instruction=None))
-    n_visible = int(result.visible[1, 0, result.demonstrations.slice].sum())
+    n_visible = int(result.runs.icl.visible[1, 0, result.demonstrations.slice].sum())
     matrix = result.delta_w_icl(1, 1).AB.double()
     assert matrix.shape == (8, 8)
     assert int(torch.linalg.matrix_rank(matrix, rtol=1e-5)) <= min(8, n_visible)
@@ -82,7 +82,7 @@ def test_the_querys_own_key_value_belongs_to_the_zero_shot_weights() -> None:
     result = split("bridge:gpt2")
     at = result.positions[-1]
     w_zsl, delta = result.w_zsl(1, 0).AB, result.delta_w_icl(1, 0).AB
-    k, v = result.k_of(1)[:, 0], result.v_of(1)[:, 0]
+    k, v = result.runs.icl.k_of(1)[:, 0], result.runs.icl.v_of(1)[:, 0]
     z_tokens = [*range(result.demonstrations.start), *range(result.demonstrations.stop, at + 1)]
     assert_agree(w_zsl, sum(torch.outer(v[i], k[i]) for i in z_tokens), SUM)  # type: ignore[arg-type]
     without_own = sum(torch.outer(v[i], k[i]) for i in z_tokens[:-1])
@@ -98,10 +98,10 @@ def test_windows_are_respected_and_reported(name: str) -> None:
     patterns = host_values(shared(name), result.tokenized.ids, "attn.hook_pattern")
     for layer in range(result.model.n_layers):
         own = patterns[layer][:, result.tokenized.query.slice] > 0
-        assert torch.equal(own.any(0), result.visible[layer])
+        assert torch.equal(own.any(0), result.runs.icl.visible[layer])
         fully = bool(own.any(0)[:, result.demonstrations.slice].all())
         assert result.demos_fully_visible[layer] is fully
-        hidden = ~result.visible[layer]
+        hidden = ~result.runs.icl.visible[layer]
         for form in ("softmax", "linear"):
             parts = result.per_token(layer, 1, form)  # type: ignore[arg-type]
             assert not parts[hidden].any()

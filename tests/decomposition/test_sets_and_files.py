@@ -27,18 +27,7 @@ PROMPTS = [
     prompt(2, query="w25 :", instruction=None, first=60),
     prompt(3, query="w26 w27 :"),
 ]
-TENSORS = (
-    "q",
-    "pattern",
-    "sink",
-    "z",
-    "prefix_k",
-    "prefix_v",
-    "query_k",
-    "query_v",
-    "z_zero_shot",
-    "z_position_matched",
-)
+TENSORS = ("q", "z", "pattern", "sink", "k", "v", "own_k", "own_v")
 FEW = ["bridge:gpt2", "bridge:gptj", "bridge:gpt_oss", *HOOKED_NAMES[:1]]
 
 
@@ -52,8 +41,10 @@ def test_a_set_equals_one_by_one(name: str, batch_size: int) -> None:
         assert ours.prompt == text
         assert ours.tokenized == alone.tokenized
         assert ours.positions == alone.positions
-        for field in TENSORS:
-            assert_agree(getattr(ours, field), getattr(alone, field), PASS)
+        assert list(ours.runs) == ["icl", "zs", "zs_matched"]
+        for setting, run in ours.runs.items():
+            for field in TENSORS:
+                assert_agree(getattr(run, field), getattr(alone.runs[setting], field), PASS)
 
 
 @pytest.mark.parametrize("name", HOST_NAMES)
@@ -105,15 +96,28 @@ def test_strings_and_prompts_may_be_mixed() -> None:
 
 
 def equal(one: Decomposition, other: Decomposition) -> None:
-    for field in dataclasses.fields(one):
-        a, b = getattr(one, field.name), getattr(other, field.name)
-        if field.name in {"source", "stored_strength"}:
-            continue
-        if isinstance(a, Tensor):
-            assert a.dtype == b.dtype
-            assert torch.equal(a, b), field.name
-        else:
-            assert a == b, field.name
+    assert (one.prompt, one.keep_position_axis, one.provenance) == (
+        other.prompt,
+        other.keep_position_axis,
+        other.provenance,
+    )
+    assert list(one.runs) == list(other.runs)
+    for mine, theirs in zip(one.runs.values(), other.runs.values(), strict=True):
+        for name in (*(field.name for field in dataclasses.fields(mine)), "k", "v", "visible"):
+            a, b = getattr(mine, name), getattr(theirs, name)
+            if isinstance(a, Tensor):
+                assert a.dtype == b.dtype
+                assert torch.equal(a, b), name
+            elif name == "prefix":
+                assert (a is None) == (b is None)
+                assert a is None or all(map(torch.equal, a.host_k, b.host_k))
+            elif name == "rules":
+                for x, y in zip(a, b, strict=True):
+                    assert (x.scale, x.softcap, x.window) == (y.scale, y.softcap, y.window)
+                    for tensor, again in ((x.sinks, y.sinks), (x.alibi_slopes, y.alibi_slopes)):
+                        assert (tensor is None and again is None) or torch.equal(tensor, again)
+            else:
+                assert a == b, name
     assert torch.equal(one.strength, other.strength)
 
 
@@ -174,12 +178,44 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match=r"does not describe a saved decomposition \(its kind is 'finetuned"):
         Decomposition.load(base)
     body = json.loads(text)
-    del body["positions"]
+    del body["runs"]["destinations"]
     meta.write_text(json.dumps(body))
     with pytest.raises(FileFormatError, match=r"is not a complete decomposition"):
         Decomposition.load(base)
     meta.write_text(text)
     equal(Decomposition.load(base), result)
+
+
+def test_a_file_of_version_0_1_is_refused_by_name(tmp_path: Path) -> None:
+    """Its JSON held the tokens inside the prompt, and of the zero-shot runs z alone."""
+    result = decompose(shared("bridge:gpt2"), PROMPTS[0])
+    result.save(tmp_path / "old")
+    file = tmp_path / "old.json"
+    body = json.loads(file.read_text())
+    body["prompt"] = {"text": body["prompt"], "tokenized": body.pop("runs")["tokens"]}
+    file.write_text(json.dumps(body))
+    with pytest.raises(FileFormatError, match=r"old was written by metaopt-lens 0\.1.*decompose the prompt again"):
+        Decomposition.load(tmp_path / "old")
+
+
+def test_results_are_compared_by_identity() -> None:
+    one, other = (decompose(shared("bridge:gpt2"), PROMPTS[0]) for _ in range(2))
+    assert one == one
+    assert one != other
+    assert len({one, other, one.runs, one.runs.icl, one.effects, one.softmax, one.linear}) == 7
+
+
+@pytest.mark.parametrize("position", ["last", "all"])
+def test_everything_of_a_decomposition_has_one_shape(position: Any) -> None:
+    result = decompose(shared("bridge:gpt2"), PROMPTS[2], position=position)
+    shape = ((4,) if position == "all" else ()) + (3, 4, 8)
+    parts = (result.softmax.zero_shot, result.linear.total, result.effects.direct, result.momentum)
+    for tensor in (result.q, result.z, result.z_zero_shot, result.z_position_matched, *parts):
+        assert tensor.shape == shape
+    for tensor in (result.sink, result.softmax.mass, result.fidelity):
+        assert tensor.shape == shape[:-1]
+    assert result.pattern.shape == (*shape[:-1], result.tokenized.n_tokens)
+    assert result.runs.icl.z.shape == (4 if position == "all" else 1, 3, 4, 8)
 
 
 def test_a_damaged_set_is_named(tmp_path: Path) -> None:
@@ -274,7 +310,7 @@ def test_a_head_that_writes_nothing_is_never_the_strongest() -> None:
     """Planted: the head with the largest share of z gets a W_O of 0; it does nothing, so it is last."""
     model = make_bridge("gpt2")
     before = decompose(model, PROMPTS[0])
-    share = before.softmax.meta_gradient.norm(dim=-1) / before.z[0].norm(dim=-1)
+    share = before.softmax.meta_gradient.norm(dim=-1) / before.z.norm(dim=-1)
     layer, head = divmod(int(share[2].argmax()) + 8, 4)  # the last layer: nothing later changes
     with torch.no_grad():
         wrap(model).w_o(layer)[head].zero_()

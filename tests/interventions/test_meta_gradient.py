@@ -14,9 +14,9 @@ from rounding import PASS, STEP, assert_agree, of_pass, rounding
 from torch import Tensor
 
 from metaopt_lens import ICLPrompt, KnockOut, MetaGradient, MetaoptLensError, Template, intervene, meta_gradient, wrap
-from metaopt_lens.extraction import score_candidates
 from metaopt_lens.finetuning import WeightUpdate
 from metaopt_lens.models.tiny import load_tiny
+from metaopt_lens.runs import score_candidates
 
 QUERIES = ("w16 w17 :", "w40 :", "w31 w90 w16 w60 :")
 # transformers' mixture-of-experts kernels have no float64.

@@ -407,7 +407,7 @@ def test_three_parts_sum_to_z_and_demonstrations_to_their_share(name: str) -> No
     # by hand, for one head and position
     layer, head, at = 1, 3, 2
     t = result.positions[at]
-    v = result.v_of(layer)[:, head // (4 // result.model.n_kv_heads)]
+    v = result.runs.icl.v_of(layer)[:, head // (4 // result.model.n_kv_heads)]
     inside = range(result.demonstrations.start, result.demonstrations.stop)
     by_sum = sum(HEADS[layer, head] ** (t - i) * v[i] for i in inside)
     assert_agree(result.momentum_meta_gradient[at, layer, head], by_sum, SUM)

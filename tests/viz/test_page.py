@@ -14,7 +14,7 @@ from shown import cards, prompt
 
 from metaopt_lens import Decomposition, DecompositionSet, ICLPrompt, decompose
 from metaopt_lens._errors import HeadError, OptionError
-from metaopt_lens.extraction import predict_labels
+from metaopt_lens.runs import predict_labels
 from metaopt_lens.viz import labels_text, write_page
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -37,16 +37,23 @@ def _free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def map_batches(
+def batches(
     items: Sequence[Item],
     length: Callable[[Item], int],
     run: Callable[[list[Item]], list[Result]],
     *,
     batch_size: int,
-) -> list[Result]:
-    """Apply `run` to batches of items of similar length; results in the order of `items`.
+) -> Iterator[tuple[list[int], list[Result]]]:
+    """Apply `run` to batches of items of similar length, one batch at a time.
 
     A batch that runs out of memory is halved and tried again, and later batches keep the smaller size.
+
+    Args:
+        items: what to run. length: of an item, in tokens. run: gives one result per item.
+        batch_size: items run together.
+
+    Yields:
+        Which items were run, and their results.
 
     Raises:
         OptionError: `batch_size` below 1.
@@ -55,7 +62,6 @@ def map_batches(
     if batch_size < 1:
         raise OptionError(f"batch_size must be at least 1, got {batch_size}.")
     order = sorted(range(len(items)), key=lambda i: length(items[i]))
-    results: dict[int, Result] = {}
     start = 0
     while start < len(order):
         chosen = order[start : start + batch_size]
@@ -68,6 +74,19 @@ def map_batches(
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             continue
-        results.update(zip(chosen, outputs, strict=True))
-        start += batch_size
-    return [results[i] for i in range(len(items))]
+        yield chosen, outputs
+        start += len(chosen)
+
+
+def map_batches(
+    items: Sequence[Item],
+    length: Callable[[Item], int],
+    run: Callable[[list[Item]], list[Result]],
+    *,
+    batch_size: int,
+) -> list[Result]:
+    """The results of `batches`, in the order of `items`."""
+    found: dict[int, Result] = {}
+    for chosen, outputs in batches(items, length, run, batch_size=batch_size):
+        found.update(zip(chosen, outputs, strict=True))
+    return [found[i] for i in range(len(items))]

@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from metaopt_lens._errors import OptionError, PromptError
-from metaopt_lens.extraction._batching import choose_batch_size, map_batches
 from metaopt_lens.models import Hook, LensModel, Prefix
+from metaopt_lens.runs._batching import choose_batch_size, map_batches
 
 Scoring = Literal["mean", "first"]
 

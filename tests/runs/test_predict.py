@@ -12,9 +12,9 @@ from torch import Tensor
 
 from metaopt_lens import Decomposition, ICLPrompt, decompose, wrap
 from metaopt_lens._errors import ModelMismatchError, PromptError
-from metaopt_lens.extraction import candidate_labels, label_log_probs, predict_labels, small_mass_note
 from metaopt_lens.models import LensModel
 from metaopt_lens.prompts import TokenizedPrompt, tokenize_prompt
+from metaopt_lens.runs import candidate_labels, label_log_probs, predict_labels, small_mass_note
 
 PROMPT = ICLPrompt([("w7", "w8"), ("w9", "w10"), ("w11", "w8")], "w12", label="w10")
 

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metaopt_lens.extraction._scoring import candidate_mass, check_candidates, read_queries, score_candidates
 from metaopt_lens.models import LensModel
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, read_token, tokenize_label
+from metaopt_lens.runs._scoring import candidate_mass, check_candidates, read_queries, score_candidates
 
 # Below it the model says something else more often than any of the candidates.
 SMALL_MASS = 0.5
