@@ -15,7 +15,7 @@ from metaopt_lens.analysis._matrices import Factors, effective_rank, frobenius_c
 from metaopt_lens.analysis._similarity import difference
 from metaopt_lens.dual import at_least_float32
 from metaopt_lens.finetuning import UpdatedMemory, WeightUpdate, delta_w_ft, updated_memory
-from metaopt_lens.models import AttentionModel
+from metaopt_lens.models import LensModel
 from metaopt_lens.prompts import TokenizedPrompt
 from metaopt_lens.runs import (
     SETTINGS,
@@ -88,7 +88,7 @@ class SetRecord:
 
 
 def record_set(
-    model: AttentionModel,
+    model: LensModel,
     tokenized: Sequence[TokenizedPrompt],
     update: WeightUpdate,
     *,
@@ -122,7 +122,7 @@ def _stack(rows: list[dict[str, Tensor]], longest: int) -> SetRecord:
     return SetRecord(**stacked)
 
 
-def _attention(model: AttentionModel, runs: Runs, update: WeightUpdate) -> dict[str, Tensor]:
+def _attention(model: LensModel, runs: Runs, update: WeightUpdate) -> dict[str, Tensor]:
     """Outputs and scores of every setting at the last token, and the exact split of the in-context run."""
     parts = softmax_parts(runs.icl)
     row = {"mass": parts.mass, "direct": parts.update, "meta_gradient": parts.meta_gradient}
