@@ -51,7 +51,8 @@ class SetRecord:
         queries_ft: query vectors of the finetuned run before rotary, times the score scale, heads side by side.
         mass: attention mass on the demonstrations.
         lengths: tokens of each query.
-        eps: rounding unit of the dtype that the model ran in (the record itself is float32 or float64).
+        eps: rounding unit of the dtype that the model ran in, at least float32's: hosts make rotary tables in float32
+            whatever the weights are.
     """
 
     z_icl: Float[Tensor, "query layer head d_head"]
@@ -196,7 +197,7 @@ def _record_query(
         )
     record = {name: torch.stack([row[name] for row in layers]) for name in layers[0]}
     record["lengths"] = torch.tensor(len(prompt.query))
-    record["eps"] = torch.tensor(torch.finfo(icl.z.dtype).eps)
+    record["eps"] = torch.tensor(max(torch.finfo(dtype).eps for dtype in (icl.z.dtype, torch.float32)))
     return record
 
 
