@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metaopt_lens._errors import NonFiniteError
 from metaopt_lens._types import TokenSpan
-from metaopt_lens.dual import ScoreRule, attend, is_finite, momentum_values, softmax_with_sink
+from metaopt_lens.dual import ScoreRule, attend, attention_scores, is_finite, momentum_values, softmax_with_sink
 from metaopt_lens.models import AttentionCall, AttentionModel, Hook, Prefix, active_momentum
 from metaopt_lens.prompts import TokenizedPrompt
 from metaopt_lens.runs._prompt_run import MATCHED, Run, Setting
@@ -253,9 +253,11 @@ def attend_without(
     return z.to(call.z.dtype), pattern, sink
 
 
-def _scores(call: AttentionCall, rows: slice | Tensor) -> Tensor:
-    names = ("q", "k", "v", "pattern", "z")
-    return replace(call, **{name: getattr(call, name)[rows] for name in names}).scores()
+def _scores(call: AttentionCall, rows: slice | Tensor) -> Float[Tensor, "row head dst src"]:
+    """Final scores of some rows."""
+    return attention_scores(
+        call.rule, call.q[rows], call.k[rows], dst_positions=call.dst_positions, src_positions=call.src_positions
+    )
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -172,7 +172,10 @@ def _attribution(run: ExperimentResult, prefix: str) -> str:
     rows = run.table("attribution_recovery").to_dict("records")
     sentences = "".join(f"<p>{escape(_recovered(row))}</p>" for row in rows)
     ranked = table.sort_values("rank", kind="stable").head(40)[list(_HEAD_TITLES)].rename(columns=_HEAD_TITLES)
-    seeds = run.table("attribution_seeds")[list(_SEED_TITLES)].rename(columns=_SEED_TITLES)
+    seeds = run.table("attribution_seeds")[list(_SEED_TITLES)]
+    counts = {c: seeds[c].map(_count) for c in ("heads_needed", "heads_low", "heads_high")}
+    seeds = seeds.assign(**counts, metric=seeds["metric"].map(_words)).rename(columns=_SEED_TITLES)
+    ranked = ranked.assign(metric=ranked["metric"].map(_words))
     body = f'<div class="ml-maps">{"".join(plots)}</div><h3>Heads that recover 90 % of the in-context gain</h3>'
     body += sentences + sortable_table(seeds) + "<h3>Heads by effect</h3>" + sortable_table(ranked)
     note = (
@@ -210,6 +213,10 @@ _SEED_TITLES = {
 
 def _words(name: object) -> str:
     return str(name).replace("_", " ")
+
+
+def _count(value: float) -> str:
+    return "–" if pd.isna(value) else f"{value:.0f}"
 
 
 def _recovered(row: dict[Any, Any]) -> str:

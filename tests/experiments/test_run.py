@@ -29,6 +29,7 @@ from metaopt_lens._errors import (
     PromptError,
 )
 from metaopt_lens.experiments import ExperimentResult, RunConfig, run_experiment
+from metaopt_lens.experiments._run_store import RunStore
 from metaopt_lens.tasks import Row, Task, TaskRows
 
 _KILLS = 20
@@ -175,7 +176,45 @@ def test_killed_at_random_moments_and_resumed(reference: tuple[Path, float], tin
             out = tmp_path / f"run-{runs}"
     _run(SMALL, out, tiny)
     assert files_of(out) == files_of(whole)
-    assert not list((out / ".tmp").glob("*/*"))
+    assert not _left_behind(out)
+
+
+def _left_behind(folder: Path) -> list[Path]:
+    """Lock files and drafts."""
+    return [file for file in folder.rglob("*") if file.name.startswith((".lock", ".draft"))]
+
+
+def test_nothing_is_left_behind(tiny: Any, tmp_path: Path) -> None:
+    """Neither by a run that finishes, nor by a killed one once another has come; what others work on is not touched."""
+    out = tmp_path / "run"
+    config = _with(seeds=(0,), attribution=False)
+    store = RunStore(out)
+
+    def die_in_the_middle() -> None:
+        with store.lock("seed-0/gd"):
+            store.write("seed-0/gd", lambda folder: os.kill(os.getpid(), signal.SIGKILL))
+
+    store.prepare()
+    assert wait(fork(die_in_the_middle)) == -signal.SIGKILL
+    assert [file.name.split(".")[1] for file in sorted(_left_behind(out))] == ["draft", "lock"]
+    ready, done = os.pipe()
+
+    def work_for_long() -> None:
+        with store.lock("seed-0/prompts") as mine:
+            assert mine
+            os.write(done, b"x")
+            time.sleep(60)
+
+    other = fork(work_for_long)
+    os.read(ready, 1)
+    store.prepare()
+    assert [file.name for file in _left_behind(out)] == [".lock.seed-0.prompts"]
+    with store.lock("seed-0/prompts") as mine:
+        assert not mine
+    os.kill(other, signal.SIGKILL)
+    assert wait(other) == -signal.SIGKILL
+    assert _run(config, out, tiny).is_complete
+    assert not [file for file in out.rglob("*") if file.name.startswith(".")]
 
 
 def test_two_processes_on_one_directory(reference: tuple[Path, float], tiny: Any, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hosts import HOOKED_NAMES, left_as_it_was, prompt, shared, tokenized
+from rounding import PASS, assert_agree
 from torch import Tensor
 
 from metaopt_lens import Demo, ICLPrompt, KnockOut, MetaoptLensError, intervene
@@ -50,19 +51,19 @@ def test_exact_effects_are_knock_outs_on_the_host(name: str) -> None:
     model, result = shared(name), effects(name)
     for query, text in enumerate(prompts()):
         full = on_the_host(model, text)
-        torch.testing.assert_close(result.in_context[query], full, rtol=0, atol=1e-5)
+        assert_agree(result.in_context[query], full, PASS)
         with intervene(model, KnockOut(text)):
-            torch.testing.assert_close(result.zero_shot[query], on_the_host(model, text), rtol=0, atol=1e-5)
+            assert_agree(result.zero_shot[query], on_the_host(model, text), PASS)
         for layer, head in ((0, 0), (1, 2), (2, 3)):
             with intervene(model, KnockOut(text, heads=f"L{layer}H{head}")):
                 expected = full - on_the_host(model, text)
-            torch.testing.assert_close(result.exact[query, layer, head], expected, rtol=0, atol=1e-5)
+            assert_agree(result.exact[query, layer, head], expected, PASS, of=(full,))
         with intervene(model, KnockOut(text, demos=[1])):
-            torch.testing.assert_close(result.demo_exact[query, 1], full - on_the_host(model, text), rtol=0, atol=1e-5)
+            assert_agree(result.demo_exact[query, 1], full - on_the_host(model, text), PASS, of=(full,))
         assert result.demo_exact_per_head is not None
         with intervene(model, KnockOut(text, heads="L1H1", demos=[2])):
             expected = full - on_the_host(model, text)
-        torch.testing.assert_close(result.demo_exact_per_head[query, 1, 1, 2], expected, rtol=0, atol=1e-5)
+        assert_agree(result.demo_exact_per_head[query, 1, 1, 2], expected, PASS, of=(full,))
     assert result.exact.abs().max() > 1e-2
 
 
@@ -114,9 +115,8 @@ def test_heads_are_ranked_on_some_queries_and_added_back_on_others(name: str) ->
     held_out = result.held_out.tolist()
     selection = [query for query in range(3) if query not in held_out]
     assert (len(selection), len(held_out)) == (1, 2)
-    rounding = 4 * torch.finfo(torch.float32).eps  # the same runs in other batches
-    torch.testing.assert_close(result.added[:, 0], result.zero_shot[held_out], rtol=rounding, atol=0)
-    torch.testing.assert_close(result.added[:, -1], result.in_context[held_out], rtol=rounding, atol=0)
+    assert_agree(result.added[:, 0], result.zero_shot[held_out], PASS)
+    assert_agree(result.added[:, -1], result.in_context[held_out], PASS)
     sign = 1 if float(result.gain[selection].mean()) > 0 else -1
     ranked_on = result.exact[selection].mean(0).flatten() * sign
     assert ranked_on[result.selection_order].diff().max() <= 0
@@ -124,7 +124,7 @@ def test_heads_are_ranked_on_some_queries_and_added_back_on_others(name: str) ->
     for n in (1, 4):
         with intervene(shared(name), KnockOut(prompts()[held_out[0]], heads=order[n:])):
             alone = on_the_host(shared(name), prompts()[held_out[0]])
-        torch.testing.assert_close(result.added[0, n], alone, rtol=0, atol=1e-5)
+        assert_agree(result.added[0, n], alone, PASS)
     found = result.icl_heads(0.5)
     assert found.recovered >= 0.5
     assert [str(head) for head in found.heads] == order[: len(found.heads)]
@@ -181,17 +181,16 @@ def test_the_split_is_drawn_from_the_seed() -> None:
 def test_metrics_agree_with_each_other() -> None:
     name = "bridge:gpt2"
     log_prob, loss, own = effects(name), effects(name, "loss"), effects(name, third_token)
-    torch.testing.assert_close(loss.exact, -log_prob.exact)
-    torch.testing.assert_close(loss.first_order, -log_prob.first_order)
+    assert_agree(loss.exact, -log_prob.exact, PASS, of=(loss.in_context,))
+    assert_agree(loss.first_order, -log_prob.first_order, PASS)
     assert loss.ranked() == log_prob.ranked()  # by how much of the gain they give, whatever the metric's direction
     assert own.metric == "third_token"
     with torch.no_grad():
         logits = shared(name)(torch.tensor([tokenized(shared(name), prompts()[2]).ids]))
-    assert float(own.in_context[2]) == pytest.approx(float(logits[0, -1, 33]), abs=1e-5)
+    assert_agree(own.in_context[2], logits[0, -1, 33].double(), PASS, of=(logits[0, -1],))
     difference = effects(name, "logit_difference")
-    assert float(difference.in_context[2]) == pytest.approx(
-        float(logits[0, -1, 40] - (logits[0, -1, 32] + logits[0, -1, 36]) / 2), abs=1e-5
-    )
+    expected = (logits[0, -1, 40] - (logits[0, -1, 32] + logits[0, -1, 36]) / 2).double()
+    assert_agree(difference.in_context[2], expected, PASS, of=(logits[0, -1],))
 
 
 def test_the_bundled_model() -> None:
@@ -219,8 +218,8 @@ def test_the_bundled_model() -> None:
 def test_batch_size_changes_nothing() -> None:
     one = head_effects(shared("bridge:gpt2"), prompts(), metric="label_log_prob", batch_size=1)
     many = effects("bridge:gpt2")
-    torch.testing.assert_close(one.exact, many.exact, rtol=0, atol=1e-6)
-    torch.testing.assert_close(one.first_order, many.first_order, rtol=0, atol=1e-6)
+    assert_agree(one.exact, many.exact, PASS, of=(many.in_context,))
+    assert_agree(one.first_order, many.first_order, PASS, of=(many.in_context,))
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
