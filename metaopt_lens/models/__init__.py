@@ -10,6 +10,7 @@ from metaopt_lens.models._active import active_momentum as active_momentum
 from metaopt_lens.models._active import announced_momentum as announced_momentum
 from metaopt_lens.models._active import join_etas as join_etas
 from metaopt_lens.models._active import refuse_momentum as refuse_momentum
+from metaopt_lens.models._gguf import CacheRebuiltWarning as CacheRebuiltWarning
 from metaopt_lens.models._hooks import Hook as Hook
 from metaopt_lens.models._hooks import Late as Late
 from metaopt_lens.models._load import load_model as load_model

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from metaopt_lens._errors import OptionError, UnsupportedModelError
 from metaopt_lens.dual import ScoreRule
 from metaopt_lens.models._abstract import AttentionModel, ModelInfo, Prefix, dtype_name, refuse_blocks
+from metaopt_lens.models._gguf import quantization_of
 from metaopt_lens.models._hooks import Hook, StopForward, check_hook_names
 from metaopt_lens.models._mlp import MlpSite
 from metaopt_lens.models._passes import HostPass, PastKeysValues
@@ -54,6 +55,7 @@ class BridgeModel(AttentionModel):
                 value_biases=[block.attn.b_V for block in host.blocks],
                 output_biases=[block.attn.b_O for block in host.blocks],
             ),
+            quantization=quantization_of(_config(host)),
         )
         self._windows = _windows(_config(host), self.info.n_layers)
         self._pattern_before_z = not all(_is_native_attention(block.attn) for block in host.blocks)
