@@ -31,7 +31,7 @@ def make_recording(directory: Path, n_queries: int, n_demos: int) -> None:
     """Random records of a 1.3B model, updates correlated so that no metric is trivial."""
     import torch
 
-    from metaopt_lens.experiments import DemoRecord, QueryRecord, write_records
+    from metaopt_lens.records import DemoRecord, QueryRecord, write_records
 
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(14, 30, (n_queries,), generator=generator).tolist()
@@ -125,9 +125,10 @@ def straightforward(directory: Path) -> dict[str, Any]:
 
 def ours(directory: Path) -> dict[str, Any]:
     """The library's."""
-    from metaopt_lens.experiments import analyze_records
+    from metaopt_lens.analysis import Convention
+    from metaopt_lens.records import analyze_records
 
-    blocks = analyze_records(directory, reference=True).to_dict()
+    blocks = analyze_records(directory, convention=Convention.PUBLISHED).to_dict()
     published = blocks["dai2022"]["all"] | blocks["deutch2024"]["all"] | blocks["dai2022"]["training_attention"]
     return {name: values for name, values in published.items() if isinstance(values, list)}
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from metaopt_lens._errors import OptionError, UnsupportedModelError
 from metaopt_lens.analysis import Comparison, SetRecord, demonstration_queries, record_set, usable_factors
-from metaopt_lens.experiments._records import DemoRecord, QueryRecord, write_records
 from metaopt_lens.finetuning import WeightUpdate
 from metaopt_lens.models import wrap
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_prompt
+from metaopt_lens.records._query_record import DemoRecord, QueryRecord, write_records
 
 
 def write_run_records(
