@@ -27,7 +27,7 @@ LAYOUTS = {
 }
 _BUFFER = 1 << 23
 _WORTH_WORKERS = 1 << 26  # bytes of JSON below which starting processes costs more than it saves
-_MOST_WORKERS = 4
+_ENOUGH_WORKERS = 2  # keep up with the analysis
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def open_recording(directory: str | os.PathLike[str], *, workers: int | None = 0
 
     Args:
         directory: the folder.
-        workers: processes that will parse them; None for as many as there are cores, up to 4, unless it is small.
+        workers: processes that will parse them; None for as many as there are cores, up to 2, unless it is small.
 
     Raises:
         FileFormatError: a missing, empty or cut file, or settings with unequal numbers of queries.
@@ -72,7 +72,7 @@ def open_recording(directory: str | os.PathLike[str], *, workers: int | None = 0
         )
     if workers is None:
         size = sum((root / kind / FILE).stat().st_size for kind in LAYOUTS)
-        workers = min(os.cpu_count() or 1, _MOST_WORKERS) if size >= _WORTH_WORKERS else 0
+        workers = min(os.cpu_count() or 1, _ENOUGH_WORKERS) if size >= _WORTH_WORKERS else 0
     if workers < 0:
         raise OptionError(f"workers must be 0 (this process) or more, got {workers}.")
     lines = {kind: tuple(_find_lines(root / kind / FILE, layout)) for kind, layout in LAYOUTS.items()}
