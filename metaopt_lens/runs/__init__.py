@@ -18,6 +18,7 @@ from metaopt_lens.runs._outputs import attention_output as attention_output
 from metaopt_lens.runs._outputs import demo_scores as demo_scores
 from metaopt_lens.runs._outputs import output_bias as output_bias
 from metaopt_lens.runs._outputs import own_scores as own_scores
+from metaopt_lens.runs._outputs import scaled_queries as scaled_queries
 from metaopt_lens.runs._outputs import through_w_o as through_w_o
 from metaopt_lens.runs._parts import delta_w_icl as delta_w_icl
 from metaopt_lens.runs._parts import linear_parts as linear_parts

@@ -46,7 +46,7 @@ def test_analyzing_our_records_gives_compares_numbers(
     texts = prompts(instruction)
     update, found = run(name, texts, prepend_bos=bos)
     write_run_records(tmp_path, shared(name, F64), texts, update, found, prepend_bos=bos)
-    analysis = analyze_records(tmp_path, reference=True, top_k={"token": 8, "example": 2}, n_resamples=2)
+    analysis = analyze_records(tmp_path, reference=True, top_k={"token": 8, "example": 2})
     names = {
         "SimAOU": "SimAOU",
         "SimAOU unnormalised": "SimAOU unnormalised",
