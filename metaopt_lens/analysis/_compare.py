@@ -27,7 +27,7 @@ from metaopt_lens.analysis._set_statistics import (
     with_null,
 )
 from metaopt_lens.finetuning import WeightUpdate, finetune, require_raw_weights
-from metaopt_lens.models import AttentionModel, wrap
+from metaopt_lens.models import LensModel, wrap
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_label
 from metaopt_lens.runs import (
     Scoring,
@@ -226,7 +226,7 @@ def compare(
 
 
 def _sets(
-    model: AttentionModel,
+    model: LensModel,
     prompts: Sequence[ICLPrompt],
     update: WeightUpdate | Sequence[WeightUpdate],
     controls: dict[str, WeightUpdate | Sequence[WeightUpdate]],
@@ -283,7 +283,7 @@ class _Words:
 
 
 def _candidates(
-    model: AttentionModel,
+    model: LensModel,
     sets: list[_Set],
     prompts: Sequence[ICLPrompt],
     given: Sequence[str] | None,
@@ -306,7 +306,7 @@ def _candidates(
     return _Words(names, own)
 
 
-def _label_ids(model: AttentionModel, group: _Set, names: Sequence[str]) -> list[tuple[int, ...]]:
+def _label_ids(model: LensModel, group: _Set, names: Sequence[str]) -> list[tuple[int, ...]]:
     return [tokenize_label(name, group.prompts[0].template, model.tokenizer) for name in names]
 
 
@@ -346,13 +346,13 @@ def _top_k(sets: list[_Set], given: int | None) -> dict[str, int]:
 
 
 def _further_records(
-    model: AttentionModel,
+    model: LensModel,
     group: _Set,
     *,
     random_weights: int | None,
     prepend_bos: bool | None,
     **recording: Any,
-) -> dict[str, tuple[AttentionModel, SetRecord]]:
+) -> dict[str, tuple[LensModel, SetRecord]]:
     """Records whose similarities are nulls: (e) other updates, (c) permuted weights."""
     records = {
         name: (model, record_set(model, group.tokenized, update, **recording))
@@ -392,7 +392,7 @@ class _Predictions:
 
 
 def _predict(
-    model: AttentionModel,
+    model: LensModel,
     group: _Set,
     words: _Words,
     scoring: Scoring,

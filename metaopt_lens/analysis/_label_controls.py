@@ -13,7 +13,7 @@ from metaopt_lens._errors import OptionError
 from metaopt_lens.analysis._comparison import FLIPPED_LABELS, SHUFFLED_LABELS
 from metaopt_lens.analysis._controls import finetune_arguments, flip_labels, shuffle_labels
 from metaopt_lens.finetuning import WeightUpdate, finetune
-from metaopt_lens.models import AttentionModel
+from metaopt_lens.models import LensModel
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt
 from metaopt_lens.runs import Scoring, run_shared_prefix, score_candidates
 
@@ -40,7 +40,7 @@ def moved_labels(
 
 
 def control_answers(
-    model: AttentionModel,
+    model: LensModel,
     prompt: ICLPrompt,
     tokenized: Sequence[TokenizedPrompt],
     update: WeightUpdate,
@@ -80,7 +80,7 @@ def control_answers(
 
 
 def _finetuned_like(
-    model: AttentionModel, prompt: ICLPrompt, update: WeightUpdate, *, prepend_bos: bool | None
+    model: LensModel, prompt: ICLPrompt, update: WeightUpdate, *, prepend_bos: bool | None
 ) -> WeightUpdate | None:
     """None where the update does not say how it was made."""
     try:

@@ -15,7 +15,7 @@ from metaopt_lens.analysis._matrices import Factors, effective_rank, frobenius_c
 from metaopt_lens.analysis._similarity import difference
 from metaopt_lens.dual import at_least_float32
 from metaopt_lens.finetuning import UpdatedMemory, WeightUpdate, delta_w_ft, updated_memory
-from metaopt_lens.models import AttentionModel
+from metaopt_lens.models import LensModel
 from metaopt_lens.prompts import TokenizedPrompt
 from metaopt_lens.runs import (
     SETTINGS,
@@ -53,7 +53,8 @@ class SetRecord:
         queries_ft: query vectors of the finetuned run before rotary, times the score scale, heads side by side.
         mass: attention mass on the demonstrations.
         lengths: tokens of each query.
-        eps: rounding unit of the dtype that the model ran in (the record itself is float32 or float64).
+        eps: rounding unit of the dtype that the model ran in, at least float32's: hosts make rotary tables in float32
+            whatever the weights are.
     """
 
     z_icl: Float[Tensor, "query layer head d_head"]
@@ -89,7 +90,7 @@ class SetRecord:
 
 
 def record_set(
-    model: AttentionModel,
+    model: LensModel,
     tokenized: Sequence[TokenizedPrompt],
     update: WeightUpdate,
     *,
@@ -105,7 +106,9 @@ def record_set(
         for index, runs, memory in zip(indices, batch, memories, strict=True):
             row = _attention(model, runs, update) | _linear(runs.icl, memory, subspace_dim)
             rows[index] = {name: _kept(t) for name, t in row.items()}
-            rows[index]["eps"] = torch.tensor(torch.finfo(runs.icl.z.dtype).eps)
+            rows[index]["eps"] = torch.tensor(
+                max(torch.finfo(dtype).eps for dtype in (runs.icl.z.dtype, torch.float32))
+            )
     return _stack([rows[index] for index in range(len(tokenized))], max(len(t.query) for t in tokenized))
 
 
@@ -123,7 +126,7 @@ def _stack(rows: list[dict[str, Tensor]], longest: int) -> SetRecord:
     return SetRecord(**stacked)
 
 
-def _attention(model: AttentionModel, runs: Runs, update: WeightUpdate) -> dict[str, Tensor]:
+def _attention(model: LensModel, runs: Runs, update: WeightUpdate) -> dict[str, Tensor]:
     """Outputs and scores of every setting at the last token, and the exact split of the in-context run."""
     parts = softmax_parts(runs.icl)
     row = {"mass": parts.mass, "direct": parts.update, "meta_gradient": parts.meta_gradient}

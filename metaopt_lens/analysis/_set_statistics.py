@@ -18,7 +18,7 @@ from metaopt_lens.analysis._record import SetRecord
 from metaopt_lens.analysis._similarity import cosine, difference, sim_am, sim_aou
 from metaopt_lens.analysis._training_attention import finetuning_scores, training_attention
 from metaopt_lens.finetuning import StepFactors, WeightUpdate
-from metaopt_lens.models import AttentionModel
+from metaopt_lens.models import LensModel
 from metaopt_lens.prompts import TokenizedPrompt
 
 Values = Float[Tensor, "query layer head"]
@@ -53,7 +53,7 @@ _MAPS = {
 }
 
 
-def similarities(model: AttentionModel, r: SetRecord, *, reference: bool) -> dict[str, Values]:
+def similarities(model: LensModel, r: SetRecord, *, reference: bool) -> dict[str, Values]:
     """Every similarity of in-context and finetuning updates in a record, by name; layer level has one head."""
     found = {name: cosine(icl, ft) for name, (icl, ft) in _vectors(model, r).items()}
     found |= {"matrices": r.frobenius, "subspaces left": r.subspace_left, "subspaces right": r.subspace_right}
@@ -64,7 +64,7 @@ def similarities(model: AttentionModel, r: SetRecord, *, reference: bool) -> dic
 
 
 def set_statistics(
-    model: AttentionModel,
+    model: LensModel,
     r: SetRecord,
     generator: torch.Generator,
     *,
@@ -106,7 +106,7 @@ def with_null(statistics: Sequence[Statistic], label: str, values: dict[str, Val
     ]
 
 
-def _vectors(model: AttentionModel, r: SetRecord) -> dict[str, tuple[Tensor, Tensor]]:
+def _vectors(model: LensModel, r: SetRecord) -> dict[str, tuple[Tensor, Tensor]]:
     minus = partial(difference, eps=r.rounding)
     total, ft = minus(r.z_icl, r.z_zs), minus(r.z_ft, r.z_zs)
     w_o = torch.stack([model.w_o(layer).detach().to("cpu", total.dtype) for layer in range(model.info.n_layers)])
@@ -212,9 +212,7 @@ def usable_factors(update: WeightUpdate) -> tuple[StepFactors, ...] | None:
     return update.factors
 
 
-def demonstration_queries(
-    model: AttentionModel, factors: Sequence[StepFactors]
-) -> list[Float[Tensor, "src layer d_q"]]:
+def demonstration_queries(model: LensModel, factors: Sequence[StepFactors]) -> list[Float[Tensor, "src layer d_q"]]:
     """Query vectors of every demonstration's tokens (BOS first) in its own finetuning step, with the score scale, heads
     side by side."""
     scale = torch.tensor([model.score_rule(layer).scale for layer in range(model.info.n_layers)])
@@ -225,7 +223,7 @@ def demonstration_queries(
 
 
 def training_attention_statistics(
-    model: AttentionModel,
+    model: LensModel,
     r: SetRecord,
     prompt: TokenizedPrompt,
     update: WeightUpdate,

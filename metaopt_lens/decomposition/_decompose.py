@@ -10,7 +10,7 @@ from metaopt_lens._errors import OptionError, PromptError
 from metaopt_lens._storage import provenance
 from metaopt_lens.decomposition._decomposition import Decomposition
 from metaopt_lens.decomposition._decomposition_set import DecompositionSet
-from metaopt_lens.models import AttentionModel, MomentumTerm, active_momentum, announced_momentum, wrap
+from metaopt_lens.models import LensModel, MomentumTerm, active_momentum, wrap
 from metaopt_lens.prompts import ICLPrompt
 from metaopt_lens.runs import Position, Setting, record, tokenize_for
 
@@ -114,11 +114,10 @@ def decompose(
 
 
 @contextmanager
-def _momentum_on(model: AttentionModel, momentum: MomentumTerm | None) -> Iterator[None]:
+def _momentum_on(model: LensModel, momentum: MomentumTerm | None) -> Iterator[None]:
     if momentum is None:
         yield
         return
-    eta = momentum.etas(model)
-    with model.hooked(momentum.hooks(model)), announced_momentum(model, eta):
+    with model.hooked(momentum.hooks(model)):
         active_momentum(model)  # refuses a head that has momentum already
         yield

@@ -20,7 +20,7 @@ from metaopt_lens.decomposition._decomposition_file import decomposition_fields,
 from metaopt_lens.decomposition._decomposition_frame import decomposition_frame
 from metaopt_lens.decomposition._effects import Effects, ResidualParts, effects_of
 from metaopt_lens.dual import LinearParts, SoftmaxParts
-from metaopt_lens.models import AttentionModel, ModelInfo, wrap
+from metaopt_lens.models import LensModel, ModelInfo, wrap
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt
 from metaopt_lens.runs import (
     LabelPrediction,
@@ -70,7 +70,7 @@ class Decomposition:
     keep_position_axis: bool
     provenance: dict[str, Any]
     stored_strength: Float[Tensor, "*dst layer head"] | None = None
-    source: AttentionModel | None = None
+    source: LensModel | None = None
 
     # ---- what was recorded --------------------------------------------------------------------------------------
 
@@ -373,7 +373,7 @@ class Decomposition:
     def _check_head(self, layer: int, head: int) -> None:
         HeadRef(layer, head).check(self.model.n_layers, self.model.n_heads)
 
-    def _source(self, what: str) -> AttentionModel:
+    def _source(self, what: str) -> LensModel:
         if self.source is None:
             raise ModelMismatchError(f"{what} need the model: call with_model(model) on the loaded result first.")
         return self.source

@@ -14,7 +14,7 @@ from metaopt_lens.experiments._prompt_set import PromptSet
 from metaopt_lens.experiments._run_config import RunConfig
 from metaopt_lens.experiments._stages import Save, read_json, untimed, write_json
 from metaopt_lens.interventions import HeadEffects, Recovery, head_effects, rank_by_effect, recovery
-from metaopt_lens.models import AttentionModel
+from metaopt_lens.models import LensModel
 from metaopt_lens.prompts import ICLPrompt, tokenize_label
 from metaopt_lens.runs import candidate_labels
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def attribution(config: RunConfig, model: AttentionModel, prompts: PromptSet) -> Save:
+def attribution(config: RunConfig, model: LensModel, prompts: PromptSet) -> Save:
     """Effects of all heads on the first queries (see `head_effects`), or a note why there are none."""
     chosen = prompts.prompts[: config.attribution_queries]
     notes: list[str] = []
@@ -46,7 +46,7 @@ def attribution(config: RunConfig, model: AttentionModel, prompts: PromptSet) ->
     return save
 
 
-def _metric(config: RunConfig, model: AttentionModel, prompts: Sequence[ICLPrompt]) -> str:
+def _metric(config: RunConfig, model: LensModel, prompts: Sequence[ICLPrompt]) -> str:
     """The logit difference cannot saturate, but needs label words with different first tokens."""
     if config.attribution_metric != "auto":
         return config.attribution_metric

@@ -16,7 +16,7 @@ from metaopt_lens.analysis import Comparison, demonstration_queries, usable_fact
 from metaopt_lens.dual import at_least_float32
 from metaopt_lens.experiments._records import DemoRecord, QueryRecord, write_records
 from metaopt_lens.finetuning import WeightUpdate
-from metaopt_lens.models import AttentionModel, wrap
+from metaopt_lens.models import LensModel, wrap
 from metaopt_lens.prompts import ICLPrompt
 from metaopt_lens.runs import (
     Keep,
@@ -105,7 +105,7 @@ def _labels(prompts: Sequence[ICLPrompt], comparison: Comparison) -> dict[str, l
     return {name: tensor.tolist() for name, tensor in found.items()}
 
 
-def _query(model: AttentionModel, run: Run, update: WeightUpdate, gold: int, predicted: int) -> QueryRecord:
+def _query(model: LensModel, run: Run, update: WeightUpdate, gold: int, predicted: int) -> QueryRecord:
     """One query in one setting, at its last token."""
     changed = run.setting == "ft"
     w_o, b_o = (update.w_o, update.b_o) if changed else (None, None)

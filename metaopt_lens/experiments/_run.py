@@ -36,7 +36,7 @@ from metaopt_lens.experiments._stages import (
     write_json,
 )
 from metaopt_lens.finetuning import require_raw_weights
-from metaopt_lens.models import AttentionModel, load_model, wrap
+from metaopt_lens.models import LensModel, load_model, wrap
 from metaopt_lens.tasks import Task, TaskRows, find_task, load_rows
 
 _WAIT_S = 0.2  # between looks at a piece that another process works on
@@ -255,7 +255,7 @@ class _Run:
         self.store.pin("model.json", self._model_description, what="model")
 
     @cached_property
-    def model(self) -> AttentionModel:
+    def model(self) -> LensModel:
         """Loaded when first needed."""
         c = self.config
         if self._given_model is not None:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from metaopt_lens.finetuning._update import WeightUpdate
-from metaopt_lens.models import AttentionCall, AttentionModel, Hook, Prefix
+from metaopt_lens.models import AttentionCall, Hook, LensModel, Prefix
 from metaopt_lens.runs import Run, attend_without, hidden_sources, memory_of
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class UpdatedMemory:
     v_updated: Float[Tensor, "layer src kv_head d_head"]
 
 
-def updated_memory(model: AttentionModel, update: WeightUpdate, runs: Sequence[Run]) -> list[UpdatedMemory]:
+def updated_memory(model: LensModel, update: WeightUpdate, runs: Sequence[Run]) -> list[UpdatedMemory]:
     """Keys and values of the position-matched zero-shot run, with and without a weight update.
 
     Each query runs twice in one batch, as itself and as a twin whose keys and values get the update but whose head
@@ -79,7 +79,7 @@ def delta_w_ft(memory: UpdatedMemory, layer: int, seen: Bool[Tensor, " src"]) ->
 
 
 def _twins(
-    model: AttentionModel,
+    model: LensModel,
     update: WeightUpdate,
     prefix: Prefix | None,
     sequences: Sequence[Sequence[int]],

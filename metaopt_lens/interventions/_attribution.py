@@ -14,7 +14,7 @@ from metaopt_lens.interventions._head_effects import HeadEffects, rank_by_effect
 from metaopt_lens.interventions._knock_out_runs import KnockOutRuns, RowMetric
 from metaopt_lens.interventions._meta_gradient import meta_gradient
 from metaopt_lens.interventions._recovery import split_queries
-from metaopt_lens.models import AttentionModel, wrap
+from metaopt_lens.models import LensModel, wrap
 from metaopt_lens.prompts import ICLPrompt, tokenize_label, tokenize_prompt
 from metaopt_lens.runs import candidate_labels
 
@@ -115,7 +115,7 @@ def _one_each(n_layers: int, n_heads: int) -> Bool[Tensor, "variant layer head"]
 
 
 def _rows(
-    model: AttentionModel, prompts: Sequence[ICLPrompt], metric: Metric, prepend_bos: bool | None
+    model: LensModel, prompts: Sequence[ICLPrompt], metric: Metric, prepend_bos: bool | None
 ) -> tuple[list[tuple[int, ...]], RowMetric]:
     """Tokens behind the demonstrations, and the metric of their logits."""
     tokens = [
@@ -156,7 +156,7 @@ def _rows(
     return rows, log_prob
 
 
-def _label(model: AttentionModel, prompt: ICLPrompt, label: str | None, metric: str) -> tuple[int, ...]:
+def _label(model: LensModel, prompt: ICLPrompt, label: str | None, metric: str) -> tuple[int, ...]:
     if label is None:
         raise PromptError(f"metric {metric!r} needs the label of query {prompt.query!r}: ICLPrompt(..., label=...).")
     return tokenize_label(label, prompt.template, model.tokenizer)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from metaopt_lens.interventions._meta_gradient import MetaGradient
-from metaopt_lens.models import AttentionCall, AttentionModel, Hook
+from metaopt_lens.models import AttentionCall, Hook, LensModel
 from metaopt_lens.runs import attend_without, choose_batch_size, map_batches
 
 # Metric of each row: logits of the row's own tokens, and which query it is.
@@ -26,7 +26,7 @@ class KnockOutRuns:
         metric: called with the logits of a row's tokens and the query's number.
     """
 
-    model: AttentionModel
+    model: LensModel
     meta_gradient: MetaGradient
     rows: Sequence[tuple[int, ...]]
     metric: RowMetric

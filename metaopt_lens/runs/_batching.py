@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from metaopt_lens._errors import OptionError
-from metaopt_lens.models import AttentionModel
+from metaopt_lens.models import LensModel
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -18,7 +18,7 @@ _LARGEST_BATCH = 64
 _SHARE_OF_FREE_MEMORY = 0.25  # the rest is for the host's own temporaries
 
 
-def choose_batch_size(model: AttentionModel, *, n_new: int, n_prefix: int) -> int:
+def choose_batch_size(model: LensModel, *, n_new: int, n_prefix: int) -> int:
     """How many sequences of `n_new` tokens fit behind a prefix of `n_prefix` tokens, by a rough count of bytes."""
     info = model.info
     width = 4 if info.dtype == "float32" else 8 if info.dtype == "float64" else 2

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from metaopt_lens._errors import OptionError, PromptError, SpanError
-from metaopt_lens.models import AttentionModel
+from metaopt_lens.models import LensModel
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_prompt
 
 Position = int | Literal["last", "all"]
 
 
 def tokenize_for(
-    model: AttentionModel,
+    model: LensModel,
     prompts: Sequence[ICLPrompt],
     *,
     prepend_bos: bool | None = None,

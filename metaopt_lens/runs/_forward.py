@@ -12,8 +12,8 @@ from torch import Tensor
 
 from metaopt_lens._errors import NonFiniteError
 from metaopt_lens._types import TokenSpan
-from metaopt_lens.dual import ScoreRule, attend, attention_scores, is_finite, momentum_values, softmax_with_sink
-from metaopt_lens.models import AttentionCall, AttentionModel, Hook, Prefix, active_momentum
+from metaopt_lens.dual import ScoreRule, attend, is_finite, momentum_values, softmax_with_sink
+from metaopt_lens.models import AttentionCall, Hook, LensModel, Prefix, active_momentum
 from metaopt_lens.prompts import TokenizedPrompt
 from metaopt_lens.runs._prompt_run import MATCHED, Run, Setting
 
@@ -51,7 +51,7 @@ class Row:
     destinations: tuple[int, ...]
 
 
-def run_shared_prefix(model: AttentionModel, ids: Sequence[int], *, grad: bool = False) -> Prefix | None:
+def run_shared_prefix(model: LensModel, ids: Sequence[int], *, grad: bool = False) -> Prefix | None:
     """Run tokens that many prompts begin with, once; None if there are none.
 
     Args:
@@ -70,7 +70,7 @@ def run_shared_prefix(model: AttentionModel, ids: Sequence[int], *, grad: bool =
 
 
 def run_rows(
-    model: AttentionModel, prefix: Prefix | None, rows: Sequence[Row], *, keep: Keep = ATTENTION, grad: bool = False
+    model: LensModel, prefix: Prefix | None, rows: Sequence[Row], *, keep: Keep = ATTENTION, grad: bool = False
 ) -> list[Run]:
     """Run queries together behind one prefix. The pass ends after the last layer's attention unless more is kept.
 
@@ -99,7 +99,7 @@ def run_rows(
 class _Batch:
     """What is seen of the rows while a pass runs: for every row, quantities by name and layer."""
 
-    def __init__(self, model: AttentionModel, prefix: Prefix | None, rows: Sequence[Row], keep: Keep) -> None:
+    def __init__(self, model: LensModel, prefix: Prefix | None, rows: Sequence[Row], keep: Keep) -> None:
         self._model, self._prefix, self._rows, self._keep = model, prefix, rows, keep
         self._offset = 0 if prefix is None else prefix.n_tokens
         self._n_seeing = sum(row.setting not in MATCHED for row in rows)
@@ -222,7 +222,7 @@ def _pattern(call: AttentionCall, rows: slice) -> tuple[Tensor, Tensor]:
     too_coarse = pattern.dtype == torch.float16
     if not too_coarse and call.rule.sinks is None:
         return pattern, torch.zeros_like(pattern[..., 0])
-    rebuilt, sink = softmax_with_sink(_scores(call, rows), call.rule.sinks)
+    rebuilt, sink = softmax_with_sink(call.rows(rows).scores(), call.rule.sinks)
     return rebuilt if too_coarse else pattern, sink
 
 
@@ -249,15 +249,8 @@ def attend_without(
     """
     if hidden.ndim > 1:
         hidden = hidden[:, None, None]  # [row, 1, 1, src]
-    z, pattern, sink = attend(_scores(call, rows), call.v[rows], sinks=call.rule.sinks, hidden=hidden)
+    z, pattern, sink = attend(call.rows(rows).scores(), call.v[rows], sinks=call.rule.sinks, hidden=hidden)
     return z.to(call.z.dtype), pattern, sink
-
-
-def _scores(call: AttentionCall, rows: slice | Tensor) -> Float[Tensor, "row head dst src"]:
-    """Final scores of some rows."""
-    return attention_scores(
-        call.rule, call.q[rows], call.k[rows], dst_positions=call.dst_positions, src_positions=call.src_positions
-    )
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -271,7 +264,7 @@ def _stack(tensors: Sequence[Tensor], dim: int) -> Tensor:
     return torch.stack([t.to(tensors[0].device) for t in tensors], dim=dim)
 
 
-def _require_finite(model: AttentionModel, layer: int, **tensors: Tensor) -> None:
+def _require_finite(model: LensModel, layer: int, **tensors: Tensor) -> None:
     for what, tensor in tensors.items():
         if not is_finite(tensor):
             raise NonFiniteError(

@@ -9,12 +9,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from metaopt_lens.dual import attention_scores
-from metaopt_lens.models import AttentionModel
+from metaopt_lens.models import LensModel
 from metaopt_lens.runs._prompt_run import WITH_DEMOS, Run
 
 
 def through_w_o(
-    model: AttentionModel, parts: Float[Tensor, "*item layer head d_head"]
+    model: LensModel, parts: Float[Tensor, "*item layer head d_head"]
 ) -> Float[Tensor, "*item layer head d_model"]:
     """Parts of z, or differences of z, in the residual stream. The output bias belongs to no head and is left out.
 
@@ -29,7 +29,7 @@ def through_w_o(
     return torch.stack(rows, dim=-3)
 
 
-def output_bias(model: AttentionModel, like: Tensor) -> Float[Tensor, "layer d_model"]:
+def output_bias(model: LensModel, like: Tensor) -> Float[Tensor, "layer d_model"]:
     """b_O of every layer, 0 where there is none.
 
     Args:
@@ -41,7 +41,7 @@ def output_bias(model: AttentionModel, like: Tensor) -> Float[Tensor, "layer d_m
 
 
 def attention_output(
-    model: AttentionModel,
+    model: LensModel,
     run: Run,
     *,
     w_o: Float[Tensor, "layer head d_head d_model"] | None = None,

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metaopt_lens.models import AttentionModel
+from metaopt_lens.models import LensModel
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, read_token, tokenize_label
 from metaopt_lens.runs._scoring import candidate_mass, check_candidates, read_queries, score_candidates
 
@@ -116,7 +116,7 @@ def candidate_labels(prompt: ICLPrompt) -> tuple[str, ...]:
 
 
 def label_log_probs(
-    model: AttentionModel, tokenized: TokenizedPrompt, candidates: Sequence[Sequence[int]]
+    model: LensModel, tokenized: TokenizedPrompt, candidates: Sequence[Sequence[int]]
 ) -> Float[Tensor, " candidate"]:
     """Mean log-probability of each candidate's tokens where they would follow the prompt.
 
@@ -132,7 +132,7 @@ def label_log_probs(
 
 
 def predict_labels(
-    model: AttentionModel,
+    model: LensModel,
     prompt: ICLPrompt,
     tokenized: TokenizedPrompt,
     *,

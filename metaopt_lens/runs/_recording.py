@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 from metaopt_lens._errors import OptionError, PromptError
-from metaopt_lens.models import AttentionModel, Intervention, Prefix
+from metaopt_lens.models import Intervention, LensModel, Prefix
 from metaopt_lens.prompts import TokenizedPrompt
 from metaopt_lens.runs._batching import batches, choose_batch_size
 from metaopt_lens.runs._destinations import Position, destinations_of, prompt_groups
@@ -23,7 +23,7 @@ class _Prefixes(NamedTuple):
 
 
 def record(
-    model: AttentionModel,
+    model: LensModel,
     prompts: Sequence[TokenizedPrompt],
     *,
     settings: Sequence[Setting] = ("icl", "zs", "zs_matched"),
@@ -67,7 +67,7 @@ def record(
 
 
 def record_batches(
-    model: AttentionModel,
+    model: LensModel,
     prompts: Sequence[TokenizedPrompt],
     *,
     settings: Sequence[Setting] = ("icl", "zs", "zs_matched"),
@@ -113,12 +113,12 @@ def _check(settings: Sequence[Setting], update: Intervention | None, prompts: Se
         raise PromptError("a prompt has no demonstrations: without them it can only be run with settings=('zs',).")
 
 
-def _changed(model: AttentionModel, update: Intervention | None) -> AbstractContextManager[None]:
+def _changed(model: LensModel, update: Intervention | None) -> AbstractContextManager[None]:
     return nullcontext() if update is None else model.hooked(update.hooks(model))
 
 
 def _run_prefixes(
-    model: AttentionModel,
+    model: LensModel,
     tokens: TokenizedPrompt,
     settings: Sequence[Setting],
     update: Intervention | None,
@@ -140,7 +140,7 @@ def _run_prefixes(
 
 
 def _run_batch(
-    model: AttentionModel,
+    model: LensModel,
     prefixes: _Prefixes,
     prompts: list[TokenizedPrompt],
     destinations: list[tuple[int, ...]],

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from metaopt_lens._errors import OptionError, PromptError
-from metaopt_lens.models import AttentionModel, Hook, Prefix
+from metaopt_lens.models import Hook, LensModel, Prefix
 from metaopt_lens.runs._batching import choose_batch_size, map_batches
 
 Scoring = Literal["mean", "first"]
@@ -56,7 +56,7 @@ class QueryReading:
 
 
 def read_queries(
-    model: AttentionModel,
+    model: LensModel,
     prefix: Prefix | None,
     queries: Sequence[Sequence[int]],
     candidates: Sequence[Sequence[int]],
@@ -131,7 +131,7 @@ def read_queries(
 
 
 def score_candidates(
-    model: AttentionModel,
+    model: LensModel,
     prefix: Prefix | None,
     queries: Sequence[Sequence[int]],
     candidates: Sequence[Sequence[int]],

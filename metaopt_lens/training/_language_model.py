@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from metaopt_lens._errors import UnsupportedModelError
 from metaopt_lens.interventions import MomentumAttention, intervene
-from metaopt_lens.models import AttentionModel, wrap
+from metaopt_lens.models import LensModel, wrap
 from metaopt_lens.training._corpora import word_tokenizer
 from metaopt_lens.training._short_convolution import ShortConvolution
 from metaopt_lens.training._training_config import ModelSettings, MomentumSettings, TrainingConfig
@@ -38,7 +38,7 @@ class LanguageModel:
         settings: of the momentum.
     """
 
-    model: AttentionModel
+    model: LensModel
     weights: nn.Module
     logits_of_eta: Float[Tensor, "layer head"] | None
     settings: MomentumSettings

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metaopt_lens.dual import momentum_weights, weighted_values
-from metaopt_lens.models import PASS, AttentionModel, Hook, HostPass, Late
+from metaopt_lens.models import PASS, Hook, HostPass, Late, LensModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,7 @@ class ShortConvolution:
     eta: Float[Tensor, "layer head"]
     lags: int
 
-    def hooks(self, model: AttentionModel) -> list[Hook]:
+    def hooks(self, model: LensModel) -> list[Hook]:
         """The hooks that add it."""
         running: list[HostPass] = []
 
@@ -39,7 +39,7 @@ class ShortConvolution:
             hooks += self._layer(model, layer, lambda: running[0])
         return hooks
 
-    def _layer(self, model: AttentionModel, layer: int, current: Callable[[], HostPass]) -> list[Hook]:
+    def _layer(self, model: LensModel, layer: int, current: Callable[[], HostPass]) -> list[Hook]:
         seen: list[Tensor] = []
 
         def keep(v: Tensor) -> None:

@@ -244,8 +244,8 @@ def test_windows_and_rules_of_layers() -> None:
 
 @pytest.mark.parametrize("name", sorted(NATIVE_ATTENTION))
 def test_the_pattern_is_rebuilt_where_it_comes_after_z(name: str) -> None:
-    assert not wrap(shared(name)).pattern_before_z
-    assert wrap(shared("bridge:llama")).pattern_before_z
+    assert not wrap(shared(name)).adapter.blocks[1].pattern_before_z
+    assert wrap(shared("bridge:llama")).adapter.blocks[1].pattern_before_z
 
 
 @requires_hooked

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from metaopt_lens import MetaoptLensError, decompose, wrap
 from metaopt_lens._errors import NonFiniteError, UnsupportedModelError
-from metaopt_lens.models import AttentionModel, ModelInfo
+from metaopt_lens.models import LensModel, ModelInfo
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -194,7 +194,7 @@ def test_the_check_is_not_repeated_for_a_model_that_passed_it(monkeypatch: pytes
     wrap(model)
     gc.collect()  # the first wrapper is gone
     assert len(passes) == 1
-    assert isinstance(wrap(model), AttentionModel)
+    assert isinstance(wrap(model), LensModel)
     assert len(passes) == 1
 
 

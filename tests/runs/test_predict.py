@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metaopt_lens import Decomposition, ICLPrompt, decompose, wrap
 from metaopt_lens._errors import ModelMismatchError, PromptError
-from metaopt_lens.models import AttentionModel
+from metaopt_lens.models import LensModel
 from metaopt_lens.prompts import TokenizedPrompt, tokenize_prompt
 from metaopt_lens.runs import candidate_labels, label_log_probs, predict_labels, small_mass_note
 
@@ -20,12 +20,12 @@ PROMPT = ICLPrompt([("w7", "w8"), ("w9", "w10"), ("w11", "w8")], "w12", label="w
 
 
 @pytest.fixture(scope="module")
-def model() -> AttentionModel:
+def model() -> LensModel:
     return wrap(make_bridge("llama", dtype=torch.float64))
 
 
 @pytest.fixture(scope="module")
-def tokenized(model: AttentionModel) -> TokenizedPrompt:
+def tokenized(model: LensModel) -> TokenizedPrompt:
     return tokenize_prompt(PROMPT, model.tokenizer)
 
 
@@ -34,13 +34,13 @@ def _host_log_probs(model: Any, ids: tuple[int, ...]) -> Tensor:
         return model.host(torch.tensor([ids])).double().log_softmax(-1)[0]
 
 
-def test_one_token_labels_are_read_off_the_next_token(model: AttentionModel, tokenized: TokenizedPrompt) -> None:
+def test_one_token_labels_are_read_off_the_next_token(model: LensModel, tokenized: TokenizedPrompt) -> None:
     expected = _host_log_probs(model, tokenized.ids)[-1, [8, 10, 33]]
     found = label_log_probs(model, tokenized, [[8], [10], [33]])
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
-def test_longer_labels_get_the_mean_over_their_tokens(model: AttentionModel, tokenized: TokenizedPrompt) -> None:
+def test_longer_labels_get_the_mean_over_their_tokens(model: LensModel, tokenized: TokenizedPrompt) -> None:
     label = (8, 21, 40)
     log_probs = _host_log_probs(model, tokenized.ids + label)
     last = tokenized.n_tokens - 1
@@ -49,9 +49,7 @@ def test_longer_labels_get_the_mean_over_their_tokens(model: AttentionModel, tok
     torch.testing.assert_close(found[0], expected, atol=1e-6, rtol=0)
 
 
-def test_a_prediction_holds_both_runs_in_the_candidates_order(
-    model: AttentionModel, tokenized: TokenizedPrompt
-) -> None:
+def test_a_prediction_holds_both_runs_in_the_candidates_order(model: LensModel, tokenized: TokenizedPrompt) -> None:
     answer = predict_labels(model, PROMPT, tokenized)
     assert answer.labels == candidate_labels(PROMPT) == ("w8", "w10")
     assert answer.correct == "w10"
@@ -62,7 +60,7 @@ def test_a_prediction_holds_both_runs_in_the_candidates_order(
     assert answer.zero_shot_answer == answer.labels[int(answer.zero_shot.argmax())]
 
 
-def test_candidates_may_be_named(model: AttentionModel, tokenized: TokenizedPrompt) -> None:
+def test_candidates_may_be_named(model: LensModel, tokenized: TokenizedPrompt) -> None:
     assert predict_labels(model, PROMPT, tokenized, labels=["w20", "w21", "w20"]).labels == ("w20", "w21")
     named = ICLPrompt(PROMPT.demos, "w12", candidates=["w30", "w31"])
     assert candidate_labels(named) == ("w30", "w31")
@@ -76,7 +74,7 @@ def test_the_right_label_is_always_a_candidate() -> None:
     assert candidate_labels(ICLPrompt((), "w12")) == ()
 
 
-def test_probabilities_are_those_of_the_whole_vocabulary(model: AttentionModel) -> None:
+def test_probabilities_are_those_of_the_whole_vocabulary(model: LensModel) -> None:
     """Probability of a label of several tokens is the product; the candidates' mass counts what is contained once."""
     prompt = ICLPrompt(PROMPT.demos, "w12", label="w40 w41", candidates=("w8", "w8 w9", "w40 w41"))
     tokenized = tokenize_prompt(prompt, model.tokenizer)
@@ -95,7 +93,7 @@ def test_probabilities_are_those_of_the_whole_vocabulary(model: AttentionModel) 
         assert [token.probability for token in own.top] == pytest.approx(first.topk(5).values.tolist(), rel=1e-5)
 
 
-def test_a_small_mass_is_said(model: AttentionModel, tokenized: TokenizedPrompt) -> None:
+def test_a_small_mass_is_said(model: LensModel, tokenized: TokenizedPrompt) -> None:
     found = predict_labels(model, PROMPT, tokenized)
     assert found.in_context_vocabulary.mass < 0.5
     assert found.mass_note is not None
@@ -106,7 +104,7 @@ def test_a_small_mass_is_said(model: AttentionModel, tokenized: TokenizedPrompt)
     assert small_mass_note({"zero-shot": 0.5, "in context": 1.0}) is None
 
 
-def test_one_candidate_or_none_still_has_an_answer(model: AttentionModel, tokenized: TokenizedPrompt) -> None:
+def test_one_candidate_or_none_still_has_an_answer(model: LensModel, tokenized: TokenizedPrompt) -> None:
     one = predict_labels(model, PROMPT, tokenized, labels=["w8"])
     assert one.in_context_answer == one.zero_shot_answer == "w8"
     both = predict_labels(model, PROMPT, tokenized)
@@ -120,12 +118,12 @@ def test_one_candidate_or_none_still_has_an_answer(model: AttentionModel, tokeni
     assert len(none.in_context_vocabulary.top) == 5
 
 
-def test_labels_with_the_same_tokens_are_refused(model: AttentionModel, tokenized: TokenizedPrompt) -> None:
+def test_labels_with_the_same_tokens_are_refused(model: LensModel, tokenized: TokenizedPrompt) -> None:
     with pytest.raises(PromptError, match="'w8' and ' w8' have the same token ids"):
         predict_labels(model, PROMPT, tokenized, labels=["w8", " w8"])
 
 
-def test_a_decomposition_predicts(model: AttentionModel, tokenized: TokenizedPrompt, tmp_path: Path) -> None:
+def test_a_decomposition_predicts(model: LensModel, tokenized: TokenizedPrompt, tmp_path: Path) -> None:
     result = decompose(model, PROMPT)
     found, expected = result.predict(), predict_labels(model, PROMPT, tokenized)
     torch.testing.assert_close(found.in_context, expected.in_context)

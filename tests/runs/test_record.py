@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metaopt_lens import WeightUpdate, finetune, wrap
 from metaopt_lens._errors import NonFiniteError, OptionError, PromptError
-from metaopt_lens.models import AttentionModel, Hook
+from metaopt_lens.models import Hook, LensModel
 from metaopt_lens.prompts import TokenizedPrompt
 from metaopt_lens.runs import Keep, Run, record, record_batches, run_shared_prefix, softmax_parts, tokenize_for
 from metaopt_lens.runs import _forward as forward
@@ -33,7 +33,7 @@ ALL = (*BASE, "ft", "ft_matched")
 TENSORS = ("q", "z", "pattern", "sink", "own_k", "own_v")
 
 
-def prompts_of(model: AttentionModel, texts: Sequence[Any] = TEXTS) -> list[TokenizedPrompt]:
+def prompts_of(model: LensModel, texts: Sequence[Any] = TEXTS) -> list[TokenizedPrompt]:
     return tokenize_for(model, texts)
 
 
@@ -176,7 +176,7 @@ def silence(z: Tensor, hook: object = None) -> Tensor:
 class Silenced:
     """An intervention: head 1 of layer 0 puts out nothing."""
 
-    def hooks(self, model: AttentionModel) -> list[Hook]:
+    def hooks(self, model: LensModel) -> list[Hook]:
         return [(model.hook_name("z", 0), silence)]
 
 

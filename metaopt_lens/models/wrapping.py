@@ -10,15 +10,16 @@ from typing import Any
 from torch import nn
 
 from metaopt_lens._errors import UnsupportedModelError
-from metaopt_lens.models._abstract import AttentionModel
-from metaopt_lens.models._bridge import BridgeModel
-from metaopt_lens.models._hooked import HookedModel
-from metaopt_lens.models._native import ARCHITECTURE, NativeBridgeModel
-from metaopt_lens.models._selfcheck import self_check
+from metaopt_lens.models.bridge import BridgeHost
+from metaopt_lens.models.hooked import HookedHost
+from metaopt_lens.models.host import Host
+from metaopt_lens.models.lens import LensModel
+from metaopt_lens.models.native import ARCHITECTURE, NativeHost
+from metaopt_lens.models.self_check import self_check
 
 # Models that passed the check, with a fingerprint of the weights they passed it with. Adapters hold their model, so
 # they must not be kept here: no wrapped model would ever be freed.
-_Checked = tuple[tuple[Any, ...], weakref.ref[AttentionModel]]
+_Checked = tuple[tuple[Any, ...], weakref.ref[LensModel]]
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, _Checked] = weakref.WeakKeyDictionary()
 
 
@@ -26,7 +27,7 @@ class ProcessedWeightsWarning(UserWarning):
     """The model's weights were folded: the split is that of the folded parametrisation, not of the original."""
 
 
-def wrap(model: Any) -> AttentionModel:
+def wrap(model: Any) -> LensModel:
     """View a TransformerLens model through the interface the whole library uses.
 
     The model itself is not modified. The first time (and again when its weights change) it is checked: every layer's
@@ -39,7 +40,7 @@ def wrap(model: Any) -> AttentionModel:
         UnsupportedModelError: another class, an architecture that cannot be split, or a failed self-check.
         NonFiniteError: the model's activations are NaN or infinite.
     """
-    if isinstance(model, AttentionModel):
+    if isinstance(model, LensModel):
         return model
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
@@ -53,7 +54,7 @@ def wrap(model: Any) -> AttentionModel:
     alive = known[1]() if known is not None and checked else None
     if alive is not None:
         return alive
-    wrapped = adapter(model)
+    wrapped = LensModel(adapter(model))
     if not checked:
         self_check(wrapped)
     if not checked and wrapped.info.is_processed:
@@ -68,18 +69,18 @@ def wrap(model: Any) -> AttentionModel:
     return wrapped
 
 
-def _adapter_for(model: nn.Module) -> Callable[[Any], AttentionModel]:
+def _adapter_for(model: nn.Module) -> Callable[[Any], Host]:
     import transformer_lens
     from transformer_lens.model_bridge import TransformerBridge
 
     if isinstance(model, TransformerBridge):
-        return NativeBridgeModel if model.cfg.architecture == ARCHITECTURE else BridgeModel
+        return NativeHost if model.cfg.architecture == ARCHITECTURE else BridgeHost
     try:
         hooked_class = transformer_lens.HookedTransformer
     except (ImportError, AttributeError):  # gone from 4.0
         hooked_class = None
     if hooked_class is not None and isinstance(model, hooked_class):
-        return HookedModel
+        return HookedHost
     name = type(model).__name__
     if type(model).__module__.startswith("transformers."):
         hint = "wrap it first: TransformerBridge.boot_transformers(name_or_dir, hf_model=model, tokenizer=tokenizer)"

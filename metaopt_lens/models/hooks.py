@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +19,6 @@ if TYPE_CHECKING:
 # Called with a tensor; the one hook named `PASS`, with a `HostPass`.
 HookFunction = Callable[[Any], Tensor | None]
 Hook = tuple[str, HookFunction]
-
-# Per hook point, the ids of the late hooks attached to it now.
-_LATE: weakref.WeakKeyDictionary[HookPoint, list[int]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -51,6 +47,16 @@ def check_hook_names(hook_points: Mapping[str, HookPoint], names: Sequence[str],
             raise UnsupportedModelError(f"{owner} has no hook point {name!r}{hint}.")
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class _Attached:
+    """One of our functions as the host calls it; `functions_at` finds it at its hook point."""
+
+    function: HookFunction
+
+    def __call__(self, tensor: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG002 - the host passes it by name
+        return self.function(tensor)
+
+
 @contextmanager
 def attached(hook_points: Mapping[str, HookPoint], hooks: Sequence[Hook]) -> Iterator[None]:
     """Attach `hooks` and remove exactly these at the end, also after an exception or Ctrl-C.
@@ -61,26 +67,27 @@ def attached(hook_points: Mapping[str, HookPoint], hooks: Sequence[Hook]) -> Ite
     try:
         for name, function in hooks:
             point = hook_points[name]
-            point.add_hook(_adapt(function))
+            point.add_hook(_Attached(function))
             handles.append((point, point.fwd_hooks[-1]))
-            if isinstance(function, Late):
-                _LATE.setdefault(point, []).append(handles[-1][1].hook.id)
-            for late in _LATE.get(point, ()):
-                point._forward_hooks.move_to_end(late)
+            for handle in point.fwd_hooks:
+                if isinstance(_function_of(handle), Late):
+                    point._forward_hooks.move_to_end(handle.hook.id)
         yield
     finally:
         for point, handle in reversed(handles):
             handle.hook.remove()
             point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
-            if handle.hook.id in _LATE.get(point, ()):
-                _LATE[point].remove(handle.hook.id)
 
 
-def _adapt(function: HookFunction) -> Callable[..., Tensor | None]:
-    def hook_function(tensor: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001 - the host passes it by name
-        return function(tensor)
+def functions_at(point: HookPoint) -> list[HookFunction]:
+    """Our functions that are attached to a hook point now, in the order they were attached."""
+    functions = [_function_of(handle) for handle in point.fwd_hooks]
+    return [function for function in functions if function is not None]
 
-    return hook_function
+
+def _function_of(handle: Any) -> HookFunction | None:
+    hook = handle.user_hook
+    return hook.function if isinstance(hook, _Attached) else None
 
 
 @contextmanager

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from metaopt_lens._errors import NonFiniteError, UnsupportedModelError
 from metaopt_lens.dual import is_finite, softmax_with_sink, weighted_values
-from metaopt_lens.models._abstract import AttentionCall, AttentionModel
-from metaopt_lens.models._hooks import Hook
+from metaopt_lens.models.attention_call import AttentionCall
+from metaopt_lens.models.hooks import Hook
+from metaopt_lens.models.lens import LensModel
 
 _N_TOKENS = 9
 _LONGEST_WINDOW = 1024  # longer ones would cost too much to look behind
@@ -16,7 +17,7 @@ _LONGEST_WINDOW = 1024  # longer ones would cost too much to look behind
 _TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
 
-def self_check(model: AttentionModel) -> None:
+def self_check(model: LensModel) -> None:
     """Run a few tokens and rebuild, in every layer, the pattern from q and k and z from pattern and v.
 
     Where layers have sliding windows, the prompt reaches beyond all of them that are shorter than 1,024 tokens.
@@ -52,7 +53,7 @@ def self_check(model: AttentionModel) -> None:
         raise UnsupportedModelError(f"{model.info.name}: the hooks of layer {min(missing)} did not fire.")
 
 
-def _require(actual: Tensor, rebuilt: Tensor, tolerance: float, model: AttentionModel, layer: int, what: str) -> None:
+def _require(actual: Tensor, rebuilt: Tensor, tolerance: float, model: LensModel, layer: int, what: str) -> None:
     error = (actual.to(rebuilt) - rebuilt).abs().max() / actual.abs().max().clamp_min(1e-30)
     if error > tolerance:
         raise UnsupportedModelError(
