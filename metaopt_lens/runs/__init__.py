@@ -9,8 +9,6 @@ from metaopt_lens.runs._destinations import prompt_groups as prompt_groups
 from metaopt_lens.runs._destinations import tokenize_for as tokenize_for
 from metaopt_lens.runs._forward import Keep as Keep
 from metaopt_lens.runs._forward import Row as Row
-from metaopt_lens.runs._forward import attend_without as attend_without
-from metaopt_lens.runs._forward import hidden_sources as hidden_sources
 from metaopt_lens.runs._forward import run_rows as run_rows
 from metaopt_lens.runs._forward import run_shared_prefix as run_shared_prefix
 from metaopt_lens.runs._head_order import rank_heads as rank_heads
