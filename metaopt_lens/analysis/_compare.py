@@ -28,7 +28,7 @@ from metaopt_lens.analysis._set_statistics import (
 )
 from metaopt_lens.finetuning import WeightUpdate, finetune, require_raw_weights
 from metaopt_lens.models import LensModel, wrap
-from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_label, tokenize_prompt
+from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_label
 from metaopt_lens.runs import (
     Scoring,
     candidate_labels,
@@ -38,6 +38,7 @@ from metaopt_lens.runs import (
     read_queries,
     run_shared_prefix,
     scored_tokens,
+    tokenize_for,
 )
 
 
@@ -155,7 +156,7 @@ def compare(
         for control, draws in moved.items():
             found = []
             for drawn in draws:
-                tokenized = [tokenize_prompt(p, wrapped.tokenizer, prepend_bos=prepend_bos) for p in drawn]
+                tokenized = tokenize_for(wrapped, drawn, prepend_bos=prepend_bos)
                 other = record_set(wrapped, tokenized, group.update, **recording)
                 found.append(similarities(wrapped, other, reference=reference))
                 if words is not None:
@@ -233,10 +234,7 @@ def _sets(
 ) -> list[_Set]:
     if not prompts:
         raise PromptError("compare needs at least one prompt.")
-    tokenized = [
-        tokenize_prompt(p, model.tokenizer, prepend_bos=prepend_bos, max_tokens=model.info.n_ctx, require_demos=True)
-        for p in prompts
-    ]
+    tokenized = tokenize_for(model, prompts, prepend_bos=prepend_bos)
     groups = prompt_groups(tokenized)
     for index, group in enumerate(groups):
         if len(group) < 2:

@@ -27,6 +27,7 @@ from metaopt_lens.runs import (
     demo_scores,
     own_scores,
     record_batches,
+    scaled_queries,
     softmax_parts,
 )
 
@@ -112,7 +113,7 @@ def record_set(
 
 
 def _kept(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32).cpu()
+    return at_least_float32(tensor.detach()).cpu()
 
 
 def _stack(rows: list[dict[str, Tensor]], longest: int) -> SetRecord:
@@ -136,9 +137,7 @@ def _attention(model: LensModel, runs: Runs, update: WeightUpdate) -> dict[str, 
         row[f"hidden_{name}"] = attention_output(model, run, w_o=w_o, b_o=b_o)
         row[f"scores_{name}"] = own_scores(run)
     row["context_scores"] = demo_scores(runs.icl).sum(-2)
-    assert runs.ft.raw_q is not None
-    scales = torch.tensor([rule.scale for rule in runs.ft.rules], dtype=runs.ft.raw_q.dtype)
-    row["queries_ft"] = (runs.ft.raw_q * scales.to(runs.ft.raw_q.device)[:, None, None]).flatten(-2)
+    row["queries_ft"] = scaled_queries(runs.ft)
     return {name: tensor[-1] for name, tensor in row.items()}
 
 
