@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -45,7 +46,8 @@ class SetRecord:
         hidden_*: attention outputs after W_O and b_O.
         scores_*: scores before the softmax over the query's own tokens, NaN behind a query's end.
         frobenius: cosine of the matrices dW_ICL and dW_FT; subspace_left, subspace_right: mean squared cosine of the
-            principal angles of their leading singular subspaces (NaN where a rank is too small); rank_icl, rank_ft:
+            principal angles of their leading singular subspaces (NaN where a rank is too small), and *_rotated the same
+            after a random rotation of what finetuning changed; rank_icl, rank_ft:
             effective ranks.
         context_scores: scores to the demonstrations' tokens (no separators), summed over heads.
         queries_ft: query vectors of the finetuned run before rotary, times the score scale, heads side by side.
@@ -73,6 +75,8 @@ class SetRecord:
     frobenius: Float[Tensor, "query layer head"]
     subspace_left: Float[Tensor, "query layer head"]
     subspace_right: Float[Tensor, "query layer head"]
+    subspace_left_rotated: Float[Tensor, "query layer head"]
+    subspace_right_rotated: Float[Tensor, "query layer head"]
     rank_icl: Float[Tensor, "query layer head"]
     rank_ft: Float[Tensor, "query layer head"]
     context_scores: Float[Tensor, "query layer src"]
@@ -262,14 +266,29 @@ def _linear_part(
 
     # (v + dv)(k + dk) - v k = dv (k + dk) + v dk: nothing large cancels.
     k_old, k_new, v_old, v_new = (t[layer][z] for t in (memory.k, memory.k_updated, memory.v, memory.v_updated))
-    ft_keys, ft_values = torch.cat([k_new, k_new - k_old]), torch.cat([v_new - v_old, v_old])
+    dk, dv = k_new - k_old, v_new - v_old
+
+    def finetuned(dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values whose outer products add up to dW_FT."""
+        return torch.cat([k_old + dk, dk]), torch.cat([dv, v_old])
+
+    ft_keys, ft_values = finetuned(dk, dv)
     icl = Factors(_heads_first(v[d]).mT, _heads_first(k[d]))
     ft = Factors(_heads_first(ft_values).mT, _heads_first(ft_keys))
     angles_left, angles_right = _mean_squared_cosines(icl, ft, subspace_dim)
+    # dW_FT also holds the model's own keys and values, which resemble those of the demonstrations whatever was learned:
+    # a random subspace would be too easy a null. A Gaussian update is as likely as any rotation of it.
+    generator = torch.Generator().manual_seed(zlib.crc32(str((layer, prompt.ids)).encode()))
+    turned = (torch.einsum("shd,hde->she", t, _rotations(t, generator)) for t in (dk, dv))
+    keys, values = finetuned(*turned)
+    rotated = Factors(_heads_first(values).mT, _heads_first(keys))
+    rotated_left, rotated_right = _mean_squared_cosines(icl, rotated, subspace_dim)
     matrices = {
         "frobenius": frobenius_cosine(icl, ft),
         "subspace_left": angles_left,
         "subspace_right": angles_right,
+        "subspace_left_rotated": rotated_left,
+        "subspace_right_rotated": rotated_right,
         "rank_icl": effective_rank(icl),
         "rank_ft": effective_rank(ft),
     }
@@ -281,6 +300,16 @@ def _linear_part(
     linear_ft = applied(ft_keys, ft_values)
     linear_ft = torch.where(changed.repeat_interleave(group)[:, None], linear_ft, torch.nan)
     return {"linear_icl": applied(k[d], v[d]), "linear_ft": linear_ft, **per_head}
+
+
+def _rotations(
+    like: Float[Tensor, "src kv_head d_head"], generator: torch.Generator
+) -> Float[Tensor, "kv_head d_head d_head"]:
+    """A uniformly random orthogonal matrix for each head."""
+    _, n_heads, d_head = like.shape
+    q, r = torch.linalg.qr(torch.randn(n_heads, d_head, d_head, generator=generator, dtype=torch.float64))
+    turned: Tensor = q * r.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
+    return turned.to(like)
 
 
 def _above_rounding(
