@@ -45,6 +45,8 @@ _BOUNDS = {
 def settings(cls: type[T]) -> type[T]:
     """Make a class a frozen dataclass whose values are checked when it is made; `OptionError` says what is wrong."""
     made: Any = pydantic.dataclasses.dataclass(frozen=True, config=_CONFIG)(cls)
+    if not made.__pydantic_complete__:  # pydantic would complete it later, without the wrapper below
+        raise TypeError(f"the annotations of {cls.__name__} must name what is defined above it.")
     checked = made.__init__
 
     @functools.wraps(checked)

@@ -52,7 +52,8 @@ class SetRecord:
         queries_ft: query vectors of the finetuned run before rotary, times the score scale, heads side by side.
         mass: attention mass on the demonstrations.
         lengths: tokens of each query.
-        eps: rounding unit of the dtype that the model ran in (the record itself is float32 or float64).
+        eps: rounding unit of the dtype that the model ran in, at least float32's: hosts make rotary tables in float32
+            whatever the weights are.
     """
 
     z_icl: Float[Tensor, "query layer head d_head"]
@@ -104,7 +105,9 @@ def record_set(
         for index, runs, memory in zip(indices, batch, memories, strict=True):
             row = _attention(model, runs, update) | _linear(runs.icl, memory, subspace_dim)
             rows[index] = {name: _kept(t) for name, t in row.items()}
-            rows[index]["eps"] = torch.tensor(torch.finfo(runs.icl.z.dtype).eps)
+            rows[index]["eps"] = torch.tensor(
+                max(torch.finfo(dtype).eps for dtype in (runs.icl.z.dtype, torch.float32))
+            )
     return _stack([rows[index] for index in range(len(tokenized))], max(len(t.query) for t in tokenized))
 
 

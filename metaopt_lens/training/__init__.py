@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from metaopt_lens.training._language_model import LanguageModel as LanguageModel
     from metaopt_lens.training._language_model import build_model as build_model
     from metaopt_lens.training._momentum_comparison import MomentumComparison as MomentumComparison
-    from metaopt_lens.training._momentum_comparison import compare_momentum as compare_momentum
     from metaopt_lens.training._momentum_page import momentum_figure as momentum_figure
     from metaopt_lens.training._momentum_page import write_momentum_page as write_momentum_page
+    from metaopt_lens.training._paired_training import compare_momentum as compare_momentum
     from metaopt_lens.training._short_convolution import ShortConvolution as ShortConvolution
     from metaopt_lens.training._training_config import SHIPPED as SHIPPED
     from metaopt_lens.training._training_config import TrainingConfig as TrainingConfig
@@ -35,7 +35,7 @@ _HOME = {
     "TrainedModel": "_training_run",
     "TrainingConfig": "_training_config",
     "build_model": "_language_model",
-    "compare_momentum": "_momentum_comparison",
+    "compare_momentum": "_paired_training",
     "evaluate": "_evaluation",
     "load_corpus": "_corpora",
     "load_trained": "_training_run",

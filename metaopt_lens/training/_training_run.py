@@ -6,28 +6,29 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from metaopt_lens._errors import FileFormatError, ModelMismatchError, NonFiniteError
 from metaopt_lens._storage import provenance, write_text
 from metaopt_lens.training._checkpoint import (
+    Checkpoint,
     check_same_run,
     latest_checkpoint,
     restore,
     restore_random_state,
     save_checkpoint,
 )
-from metaopt_lens.training._corpora import Batch, Corpus, corpus_tokenizer, load_corpus
+from metaopt_lens.training._corpora import Corpus, corpus_tokenizer, load_corpus
 from metaopt_lens.training._evaluation import Evaluation, evaluate
 from metaopt_lens.training._language_model import LanguageModel, build_model
-from metaopt_lens.training._training_config import OptimizerSettings, TrainingConfig, differing_fields
+from metaopt_lens.training._optimization import make_optimizer, training_step
+from metaopt_lens.training._training_config import TrainingConfig, differing_fields
 
 RESULT = "result.json"
 KIND = "momentum training run"
@@ -125,60 +126,85 @@ def train(
     if checkpoint is not None:
         check_same_run(checkpoint, config, data.fingerprint)
     lm = build_model(config, n_vocab=data.n_vocab, tokenizer=data.tokenizer, device=where)
-    optimizer = _optimizer(lm, config)
-    losses, history, seconds, first = list[float](), dict[int, Evaluation](), 0.0, 0
+    optimizer = make_optimizer(lm, config)
+    so_far = _SoFar()
     if checkpoint is not None:
         restore(checkpoint, lm, optimizer)
-        stored = checkpoint.meta["history"]
-        first, losses, seconds = checkpoint.step, list(stored["losses"]), stored["seconds"]
-        history = {int(step): Evaluation.from_dict(found) for step, found in stored["evaluations"].items()}
-    o = config.optimizer
-    devices = [where] if where.type == "cuda" else []
-    with torch.random.fork_rng(devices), _Progress(config.name, o.steps, first, shown=progress) as bar:
-        if checkpoint is None:
-            torch.manual_seed(config.seed)
-        else:
-            restore_random_state(checkpoint)
+        so_far = _SoFar.from_dict(checkpoint.meta["history"])
+    n_steps, every = config.optimizer.steps, config.evaluation.every
+    with _random_state(config.seed, checkpoint, where), _Progress(config.name, n_steps, so_far, shown=progress) as bar:
         lm.weights.train()
-        for step in range(first, o.steps):
-            began = time.perf_counter()
-            losses.append(training_step(lm, optimizer, data.batch(config.seed, step), config, step))
-            seconds += time.perf_counter() - began
-            if not math.isfinite(losses[-1]):
-                raise NonFiniteError(
-                    f"the loss became {losses[-1]} at step {step} of {o.steps} (lr {o.lr:g}): try a smaller one."
-                )
+        for step in range(len(so_far.losses), n_steps):
+            _learn(lm, optimizer, data, config, step, so_far)
             n_done = step + 1
-            if config.evaluation.every and n_done % config.evaluation.every == 0 and n_done < o.steps:
-                history[n_done] = evaluate(lm, data, config)
-            if n_done % config.checkpoint_every == 0 or n_done == o.steps:
+            if every and n_done % every == 0 and n_done < n_steps:
+                so_far.evaluations[n_done] = evaluate(lm, data, config)
+            if n_done % config.checkpoint_every == 0 or n_done == n_steps:
+                history = so_far.to_dict()
                 save_checkpoint(
-                    out,
-                    lm,
-                    optimizer,
-                    step=n_done,
-                    config=config,
-                    corpus=data.fingerprint,
-                    history={
-                        "losses": losses,
-                        "seconds": seconds,
-                        "evaluations": {str(s): found.to_dict() for s, found in history.items()},
-                    },
+                    out, lm, optimizer, step=n_done, config=config, corpus=data.fingerprint, history=history
                 )
-            bar(losses)
+            bar(so_far.losses)
             if on_step is not None:
                 on_step(n_done)
     result = TrainedModel(
         config=config,
-        losses=tuple(losses),
-        history=history,
+        losses=tuple(so_far.losses),
+        history=so_far.evaluations,
         evaluation=evaluate(lm, data, config),
         eta=tuple(tuple(float(value) for value in row) for row in lm.eta.detach().cpu()),
-        seconds=seconds,
+        seconds=so_far.seconds,
         corpus=data.fingerprint,
     )
     result.save(out)
     return result
+
+
+@dataclass
+class _SoFar:
+    """What a run has measured until now; stored with every checkpoint."""
+
+    losses: list[float] = field(default_factory=list)
+    evaluations: dict[int, Evaluation] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        found = {str(step): evaluation.to_dict() for step, evaluation in self.evaluations.items()}
+        return {"losses": self.losses, "seconds": self.seconds, "evaluations": found}
+
+    @classmethod
+    def from_dict(cls, body: dict[str, Any]) -> _SoFar:
+        found = {int(step): Evaluation.from_dict(evaluation) for step, evaluation in body["evaluations"].items()}
+        return cls(list(body["losses"]), found, body["seconds"])
+
+
+@contextmanager
+def _random_state(seed: int, checkpoint: Checkpoint | None, where: torch.device) -> Iterator[None]:
+    """Torch's random state within the block: of the seed, or of the checkpoint; then again as it was."""
+    with torch.random.fork_rng([where] if where.type == "cuda" else []):
+        if checkpoint is None:
+            torch.manual_seed(seed)
+        else:
+            restore_random_state(checkpoint)
+        yield
+
+
+def _learn(
+    lm: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    data: Corpus,
+    config: TrainingConfig,
+    step: int,
+    so_far: _SoFar,
+) -> None:
+    """One training step, noted."""
+    began = time.perf_counter()
+    loss = training_step(lm, optimizer, data.batch(config.seed, step), config, step)
+    so_far.losses.append(loss)
+    so_far.seconds += time.perf_counter() - began
+    if not math.isfinite(loss):
+        o = config.optimizer
+        raise NonFiniteError(f"the loss became {loss} at step {step} of {o.steps} (lr {o.lr:g}): try a smaller one.")
 
 
 def finished_run(config: TrainingConfig, folder: Path) -> TrainedModel | None:
@@ -212,62 +238,15 @@ def load_trained(folder: str | os.PathLike[str], *, device: str = "cpu") -> Lang
     return lm
 
 
-def learning_rate(settings: OptimizerSettings, step: int) -> float:
-    """Of a step counted from 0: linear warm-up, then decay to ``lr x last`` at the end."""
-    warm = min(1.0, (step + 1) / max(settings.warmup, 1))
-    progress = min(1.0, max(0, step - settings.warmup) / max(settings.steps - settings.warmup, 1))
-    if settings.schedule == "cosine":
-        shape = 0.5 * (1 + math.cos(math.pi * progress))
-    else:
-        shape = (1 - progress) ** settings.power
-    return settings.lr * warm * (settings.last + (1 - settings.last) * shape)
-
-
-def training_step(
-    lm: LanguageModel, optimizer: torch.optim.Optimizer, batch: Batch, config: TrainingConfig, step: int
-) -> float:
-    """One step of gradient descent; returns the loss before it."""
-    o, device = config.optimizer, lm.model.device
-    rate = learning_rate(o, step)
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["factor"]
-    tokens, weights = batch.tokens.to(device), batch.weights.to(device)
-    half = o.precision == "bfloat16" or (o.precision == "auto" and device.type == "cuda")
-    with lm.with_momentum():
-        with torch.autocast(device.type, dtype=torch.bfloat16) if half else nullcontext():
-            logits = lm.logits(tokens)[:, :-1]
-        loss = _loss(logits.float(), tokens[:, 1:], weights)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], o.clip)
-    optimizer.step()
-    return float(loss.detach())
-
-
-def _loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    return (nll * weights.flatten()).sum() / weights.sum()
-
-
-def _optimizer(lm: LanguageModel, config: TrainingConfig) -> torch.optim.Optimizer:
-    o = config.optimizer
-    parameters = list(lm.weights.parameters())
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": o.weight_decay, "factor": 1.0},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "factor": 1.0},
-    ]
-    if lm.logits_of_eta is not None:
-        groups.append({"params": [lm.logits_of_eta], "weight_decay": 0.0, "factor": config.momentum.lr_factor})
-    return torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2))
-
-
 class _Progress:
     """A bar on a terminal, with the loss of the last steps."""
 
-    def __init__(self, name: str, total: int, first: int, *, shown: bool) -> None:
+    def __init__(self, name: str, total: int, so_far: _SoFar, *, shown: bool) -> None:
         from tqdm.auto import tqdm
 
-        self._bar = tqdm(total=total, initial=first, desc=name, unit="step", disable=None if shown else True)
+        self._bar = tqdm(
+            total=total, initial=len(so_far.losses), desc=name, unit="step", disable=None if shown else True
+        )
 
     def __enter__(self) -> _Progress:
         return self

@@ -71,7 +71,14 @@ def test_everything_is_stored(reference: tuple[Path, float], tiny: Any) -> None:
     assert set(heads["rule"]) == {"gd"}
     one = heads[(heads["rule"] == "gd") & (heads["statistic"] == "z total")]
     assert len(one) == 12
-    assert {"null: shuffled", "null: random", "null: unrelated text", "low", "high"} <= set(one.columns)
+    assert {
+        "null: other query",
+        "null: shuffled labels",
+        "null: flipped labels",
+        "null: unrelated text",
+        "low",
+        "high",
+    } <= set(one.columns)
     accuracies = result.table("accuracies")
     assert {"accuracy ZS", "accuracy ICL", "accuracy FT", "Rec2FTP %"} <= set(accuracies["quantity"])
     predictions = result.table("predictions")
@@ -95,6 +102,16 @@ def test_everything_is_stored(reference: tuple[Path, float], tiny: Any) -> None:
     assert {"torch", "transformer-lens", "metaopt-lens"} <= set(log["versions"])
     assert len(log["pieces"]) == len(list(reference[0].rglob("piece.json")))
     assert "complete" in repr(result)
+
+
+def test_runs_of_version_0_1_are_refused(reference: tuple[Path, float], tiny: Any, tmp_path: Path) -> None:
+    old = Path(shutil.copytree(reference[0], tmp_path / "old"))
+    body = json.loads((old / "run.json").read_text())
+    del body["format"]
+    (old / "run.json").write_text(json.dumps(body))
+    for attempt in (lambda: ExperimentResult.load(old), lambda: _run(SMALL, old, tiny)):
+        with pytest.raises(FileFormatError, match=r"holds a run of metaopt-lens 0\.1.*run it again in a new directory"):
+            attempt()
 
 
 def test_a_finished_run_is_left_as_it_is(reference: tuple[Path, float]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import bridge_of
 from hosts import HOOKED_NAMES, HOST_NAMES, build_hf, host_values, host_z, mask_query_to_demos, prompt, shared
-from rounding import PASS, STEP, assert_agree
+from rounding import PASS, STEP, SUM, assert_agree
 from torch import Tensor
 
 from metaopt_lens import WeightUpdate, finetune, wrap
@@ -42,10 +42,6 @@ def update_of(name: str) -> WeightUpdate:
     return finetune(shared(name), TEXTS[0], lr=0.1, progress=False)
 
 
-def close(found: Tensor, expected: Tensor, units: float = PASS) -> None:
-    assert_agree(found, expected, units)
-
-
 @pytest.mark.parametrize("name", FEW)
 @pytest.mark.parametrize("position", ["last", "all"])
 def test_runs_are_the_hosts_own_values(name: str, position: Any) -> None:
@@ -56,11 +52,11 @@ def test_runs_are_the_hosts_own_values(name: str, position: Any) -> None:
         assert runs.zs.tokens == tokens.zero_shot()
         for run in (runs.icl, runs.zs):
             ids, at = run.tokens.ids, list(run.destinations)
-            close(run.z, host_z(model, ids)[at])
+            assert_agree(run.z, host_z(model, ids)[at], PASS)
             pattern = torch.stack(host_values(model, ids, "attn.hook_pattern"))[:, :, at]  # layer head dst src
-            close(run.pattern, pattern.permute(2, 0, 1, 3))
+            assert_agree(run.pattern, pattern.permute(2, 0, 1, 3), PASS)
             v = torch.stack([t.reshape(len(ids), -1, 8) for t in host_values(model, ids, "attn.hook_v")])
-            close(run.v, v)
+            assert_agree(run.v, v, PASS)
             assert run.k.shape == run.v.shape == (3, len(ids), wrap(model).info.n_kv_heads, 8)
 
 
@@ -72,8 +68,8 @@ def test_in_every_setting_the_pattern_times_the_values_is_z(name: str) -> None:
         assert list(runs) == list(ALL)
         for setting, run in runs.items():
             assert run.setting == setting
-            close(softmax_parts(run).z, run.z)
-            close(run.pattern.sum(-1) + run.sink, torch.ones_like(run.sink))
+            assert_agree(softmax_parts(run).z, run.z, PASS)
+            assert_agree(run.pattern.sum(-1) + run.sink, torch.ones_like(run.sink), SUM)
             assert not run.pattern.masked_select(~run.visible.transpose(0, 1)[:, :, None]).any()
             if setting.endswith("matched"):
                 assert not run.pattern[..., run.tokens.demonstrations.slice].any()
@@ -87,8 +83,8 @@ def test_finetuned_runs_are_those_of_the_finetuned_model(name: str) -> None:
             plain = host_z(model, runs.ft.tokens.ids)[list(runs.ft.destinations)]
             edits = mask_query_to_demos(model, runs.icl.tokens)
             matched = host_z(model, runs.icl.tokens.ids, edits=edits)[list(runs.icl.destinations)]
-        close(runs.ft.z, plain)
-        close(runs.ft_matched.z, matched)
+        assert_agree(runs.ft.z, plain, PASS)
+        assert_agree(runs.ft_matched.z, matched, PASS)
         assert (runs.ft.z - runs.zs.z).abs().max() > 1e-3
 
 
@@ -102,7 +98,7 @@ def test_batches_make_no_difference_and_never_span_two_sets(name: str, batch_siz
         (alone,) = record(model, [tokens], settings=ALL, update=update)
         for setting, run in ours.items():
             for field in TENSORS:
-                close(getattr(run, field), getattr(alone[setting], field))
+                assert_agree(getattr(run, field), getattr(alone[setting], field), PASS)
     seen = []
     for indices, runs in record_batches(model, prompts, batch_size=batch_size):
         assert len(indices) == len(runs) <= batch_size
@@ -126,7 +122,7 @@ def test_a_batch_that_runs_out_of_memory_is_halved(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("metaopt_lens.runs._recording.run_rows", scarce)
     for ours, expected in zip(record(model, prompts, batch_size=3), whole, strict=True):
-        close(ours.icl.z, expected.icl.z)
+        assert_agree(ours.icl.z, expected.icl.z, PASS)
     assert max(sizes) == 6
 
 
@@ -165,8 +161,8 @@ def test_the_shared_prefix_is_what_a_shorter_one_begins_with_and_nothing_for_not
     assert short is not None
     assert direct is not None
     for layer in range(3):
-        close(short.k[layer], direct.k[layer])
-        close(short.v[layer], direct.v[layer])
+        assert_agree(short.k[layer], direct.k[layer], PASS)
+        assert_agree(short.v[layer], direct.v[layer], PASS)
     assert prefix.truncate(0) is None
 
 
@@ -191,11 +187,11 @@ def test_any_intervention_changes_the_pass_and_is_seen_by_the_run(name: str) -> 
     (tokens,) = prompts_of(wrap(model), [TEXTS[0]])
     (runs,) = record(wrap(model), [tokens], settings=("zs", "ft"), update=Silenced(), position="all")
     assert not runs.ft.z[:, 0, 1].any()
-    close(runs.ft.z[:, 0, [0, 2, 3]], runs.zs.z[:, 0, [0, 2, 3]], STEP)
+    assert_agree(runs.ft.z[:, 0, [0, 2, 3]], runs.zs.z[:, 0, [0, 2, 3]], STEP)
     assert (runs.ft.z[:, 1] - runs.zs.z[:, 1]).abs().max() > 1e-4
     zero_shot = runs.ft.tokens
     oracle = host_z(model, zero_shot.ids, edits=[("blocks.0.attn.hook_z", silence)])[zero_shot.query.slice]
-    close(runs.ft.z[:, 1:], oracle[:, 1:])
+    assert_agree(runs.ft.z[:, 1:], oracle[:, 1:], PASS)
 
 
 # ---- what is kept beyond the attention ------------------------------------------------------------------------------
@@ -211,19 +207,19 @@ def test_residuals_inputs_queries_and_logits_are_the_hosts(name: str) -> None:
         for setting in BASE:
             run = runs[setting]
             for field in TENSORS:  # what is kept changes nothing
-                close(getattr(run, field), getattr(bare[setting], field))
+                assert_agree(getattr(run, field), getattr(bare[setting], field), STEP)
             assert bare[setting].residual is bare[setting].attention_input is bare[setting].raw_q is None
             assert bare[setting].logits is bare[setting].log_normaliser is None
             edits = mask_query_to_demos(model, run.tokens) if setting == "zs_matched" else ()
             ids, at = run.tokens.ids, list(run.destinations)
             before = torch.stack(host_values(model, ids, "hook_resid_pre", edits=edits))[:, at]
             after = host_values(model, ids, "hook_resid_post", edits=edits)[-1][at]
-            close(run.residual, torch.cat([before, after[None]]).transpose(0, 1))  # type: ignore[arg-type]
+            assert_agree(run.residual, torch.cat([before, after[None]]).transpose(0, 1), PASS)  # type: ignore[arg-type]
             raw = torch.stack([q.reshape(len(ids), 4, 8) for q in host_values(model, ids, "attn.hook_q", edits=edits)])
-            close(run.raw_q, raw[:, at].transpose(0, 1))  # type: ignore[arg-type]
+            assert_agree(run.raw_q, raw[:, at].transpose(0, 1), PASS)  # type: ignore[arg-type]
             logits = wrap(model).early_exit(after[None])[0]
-            close(run.logits, logits[:, list(asked)])  # type: ignore[arg-type]
-            close(run.logits - run.log_normaliser[:, None], logits.log_softmax(-1)[:, list(asked)])  # type: ignore[index, operator]
+            assert_agree(run.logits, logits[:, list(asked)], PASS)  # type: ignore[arg-type]
+            assert_agree(run.logits - run.log_normaliser[:, None], logits.log_softmax(-1)[:, list(asked)], PASS)  # type: ignore[index, operator]
             assert run.asked == asked
 
 
@@ -236,7 +232,7 @@ def test_the_attention_input_times_the_weights_is_the_raw_query(name: str) -> No
             attn = model.blocks[layer].attn
             bias = attn.b_Q if attn.b_Q is not None else 0.0
             q = torch.einsum("tm,hmd->thd", runs.icl.attention_input[:, layer], attn.W_Q) + bias  # type: ignore[index]
-            close(runs.icl.raw_q[:, layer], q.detach())  # type: ignore[index]
+            assert_agree(runs.icl.raw_q[:, layer], q.detach(), PASS)  # type: ignore[index]
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
@@ -281,6 +277,6 @@ def test_prompts_without_demonstrations_have_a_zero_shot_run_only() -> None:
     model = wrap(shared("bridge:gpt2"))
     prompts = tokenize_for(model, [prompt(0, query="w16 w17 :")], require_demos=False)
     (runs,) = record(model, prompts, settings=("zs",))
-    close(runs.zs.z, host_z(shared("bridge:gpt2"), prompts[0].ids)[-1:])
+    assert_agree(runs.zs.z, host_z(shared("bridge:gpt2"), prompts[0].ids)[-1:], PASS)
     with pytest.raises(PromptError, match=r"a prompt has no demonstrations.*settings=\('zs',\)"):
         record(model, prompts)

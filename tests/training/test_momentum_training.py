@@ -39,7 +39,7 @@ from metaopt_lens.training import (
 )
 from metaopt_lens.training._corpora import word_tokenizer
 from metaopt_lens.training._momentum_comparison import t_interval
-from metaopt_lens.training._training_run import learning_rate
+from metaopt_lens.training._optimization import learning_rate
 
 
 @pytest.fixture(autouse=True)
