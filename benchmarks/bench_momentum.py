@@ -25,9 +25,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from metaopt_lens.dual import momentum_values
-from metaopt_lens.experiments.momentum import LanguageModel, TrainingConfig, build_model
-from metaopt_lens.experiments.momentum._corpora import Batch
-from metaopt_lens.experiments.momentum._train import _optimizer, training_step
+from metaopt_lens.training import LanguageModel, TrainingConfig, build_model
+from metaopt_lens.training._corpora import Batch
+from metaopt_lens.training._optimization import make_optimizer, training_step
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 STEP_LIMIT, LINEAR_LIMIT, EXPONENT_LIMIT = 1.15, 1.1, 1.15
@@ -43,7 +43,7 @@ def config(eta: float, *, learned: bool = False, host: str = "bridge") -> Traini
 
 def stepper(setting: TrainingConfig, n_vocab: int = 257) -> Callable[[], None]:
     lm: LanguageModel = build_model(setting, n_vocab=n_vocab)
-    optimizer = _optimizer(lm, setting)
+    optimizer = make_optimizer(lm, setting)
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(n_vocab, (4, 512), generator=draw)
     batch = Batch(tokens, torch.ones(4, 511))

@@ -20,7 +20,7 @@ NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 FIRST = ("theory.md", "results.md", "momentum.md")
 ORDER = (
     "prompts",
-    "prompts.tasks",
+    "tasks",
     "models",
     "models.tiny",
     "decomposition",
@@ -28,8 +28,9 @@ ORDER = (
     "interventions",
     "analysis",
     "experiments",
+    "training",
     "viz",
-    "extraction",
+    "runs",
     "dual",
 )
 
@@ -74,7 +75,7 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
         add(f"tutorials/{path.name}", path.read_bytes())
         for name, png in pictures.items():
             add(f"tutorials/{name}", png)
-    add("api/index.md", _api("metaopt_lens", _top_level_names()))
+    add("api/index.md", _api("metaopt_lens", _exported_names("")))
     for module in _modules():
         add(f"api/{module}.md", _api(f"metaopt_lens.{module}", _exported_names(module)))
 
@@ -144,15 +145,10 @@ def _notebook(path: Path) -> tuple[str, dict[str, bytes]]:
 
 
 def _exported_names(module: str) -> list[str]:
+    """Names that a package imports ``as`` themselves, at once or (where it loads them lazily) for type checkers."""
     tree = ast.parse((PACKAGE / module.replace(".", "/") / "__init__.py").read_text(encoding="utf-8"))
-    return [name.asname for node in tree.body if isinstance(node, ast.ImportFrom) for name in node.names if name.asname]
-
-
-def _top_level_names() -> list[str]:
-    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
-    guarded = next(node for node in tree.body if isinstance(node, ast.If))
     return [
-        name.asname for node in guarded.body if isinstance(node, ast.ImportFrom) for name in node.names if name.asname
+        name.asname for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for name in node.names if name.asname
     ]
 
 

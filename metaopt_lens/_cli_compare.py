@@ -96,7 +96,7 @@ def compare(
 def show_comparison(found: Any) -> None:
     """Print updates, predictions and similarities."""
     from metaopt_lens._errors import UndefinedMetricError
-    from metaopt_lens.viz import accuracies_text, comparison_text
+    from metaopt_lens.viz import accuracies_text, comparison_sentences, comparison_text
 
     console = Console(highlight=False)
     console.print(repr(found.updates[0]), markup=False, soft_wrap=True)
@@ -105,6 +105,8 @@ def show_comparison(found: Any) -> None:
         console.print(f"learning rate {choice.lr:g}, the best of {list(choice.rates)} on held-out demonstrations")
     try:
         console.print(accuracies_text(found.comparison))
+        for sentence in comparison_sentences(found.comparison):
+            console.print(sentence, markup=False)
     except UndefinedMetricError as error:
         console.print(f"no predictions: {error}", markup=False)
     console.print(comparison_text(found.comparison))

@@ -15,17 +15,17 @@ from rich.console import Console
 from metaopt_lens._cli_compare import analyze, compare, show_comparison
 from metaopt_lens._cli_experiments import run, sweep
 from metaopt_lens._cli_model import Model, NoCache
-from metaopt_lens._cli_momentum import app as momentum
 from metaopt_lens._cli_report import report
 from metaopt_lens._errors import MetaoptLensError, OptionError
 from metaopt_lens._threads import torch_threads
 from metaopt_lens._types import HeadRef
+from metaopt_lens.training._commands import app as momentum
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from metaopt_lens.decomposition import Decomposition, DecompositionSet
-    from metaopt_lens.extraction import LabelPrediction
+    from metaopt_lens.runs import LabelPrediction
 
 _DEMO_LR = 0.02
 _MISTAKE = 2  # exit code for everything the user can put right; typer's own for bad options
@@ -172,25 +172,20 @@ def decompose(
 
 def _run(
     model: Any, prompts: Sequence[Any], *, position: Any, prepend_bos: bool | None, heads: list[HeadRef] | None
-) -> tuple[Decomposition | DecompositionSet, list[LabelPrediction | None]]:
+) -> tuple[Decomposition | DecompositionSet, list[LabelPrediction]]:
     from metaopt_lens.decomposition import decompose as run
-    from metaopt_lens.extraction import candidate_labels, predict_labels
     from metaopt_lens.models import wrap
 
     wrapped = wrap(model)
     for ref in heads or ():
         ref.check(wrapped.info.n_layers, wrapped.info.n_heads)
     found = run(wrapped, prompts, position=position, prepend_bos=prepend_bos)
-    answers = [
-        predict_labels(wrapped, item.prompt, item.tokenized) if len(candidate_labels(item.prompt)) > 1 else None
-        for item in found
-    ]
-    return (found[0] if len(found) == 1 else found), answers
+    return (found[0] if len(found) == 1 else found), [item.predict() for item in found]
 
 
 def _show(
     result: Decomposition | DecompositionSet,
-    answers: Sequence[LabelPrediction | None],
+    answers: Sequence[LabelPrediction],
     *,
     heads: list[HeadRef] | None,
     top: int,
@@ -202,7 +197,7 @@ def _show(
     console.print(repr(result), markup=False, soft_wrap=True)
     if len(items) == 1:
         console.print(prompt_text(items[0]), soft_wrap=True)
-    if len(items) == 1 and answers[0] is not None:
+    if len(items) == 1:
         console.print(labels_text(answers[0]))
     else:
         console.print(answers_text(items, answers))
@@ -211,7 +206,7 @@ def _show(
 
 def _write(
     result: Decomposition | DecompositionSet,
-    answers: Sequence[LabelPrediction | None],
+    answers: Sequence[LabelPrediction],
     out: Path,
     *,
     heads: list[HeadRef] | None,

@@ -1,4 +1,10 @@
-"""Shared fixtures: small random models, made on the spot."""
+"""How the suite computes, and which tests run.
+
+float32 results differ in their last digits between processors, numbers of threads and kernels. To try other kernels on
+one machine: ``ATEN_CPU_CAPABILITY=default`` (``avx2``, ``avx512``) chooses PyTorch's own instructions, and
+``MKL_CBWR=COMPATIBLE`` (``AVX2``) those of MKL's matrix products; ``METAOPT_LENS_MKLDNN=0`` switches oneDNN off, and
+``METAOPT_LENS_THREADS=2`` computes with two threads.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +13,9 @@ import os
 import pytest
 import torch
 
-torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
+# The models are tiny: threads would only wait for each other.
+torch.set_num_threads(int(os.environ.get("METAOPT_LENS_THREADS", "1")))
+torch.backends.mkldnn.enabled = os.environ.get("METAOPT_LENS_MKLDNN", "1") != "0"  # type: ignore[assignment]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 

@@ -169,6 +169,25 @@ def test_several_prompts_get_one_row_each(tmp_path: Path) -> None:
     assert re.search(r"clamp : +\(not given\) +\w+ \d+\.\d% +wug \d+\.\d%", result.stdout)
 
 
+def test_an_open_answer_is_printed_with_its_rank(tmp_path: Path) -> None:
+    """The right label is that of no demonstration: terminal, JSON and page have it."""
+    file = tmp_path / "open.json"
+    demos = [["apple", "dax"], ["hammer", "wug"], ["pear", "dax"], ["saw", "wug"]]
+    file.write_text(json.dumps({"demos": demos, "queries": ["plum"], "labels": ["kiki"]}), encoding="utf-8")
+    result = run("decompose", "--model", "tiny", "--prompt", file)
+    assert result.exit_code == 0, result.output
+    assert "kiki ✓" in result.stdout
+    printed = " ".join(result.stdout.split())
+    assert re.search(r"first token \(kiki\) in the whole vocabulary: \d+ zero-shot and \d+ in context", printed)
+    data = json.loads(run("decompose", "--model", "tiny", "--prompt", file, "--format", "json").stdout)
+    found = data["prompts"][0]["prediction"]
+    assert list(found["in_context"]["labels"]) == ["dax", "wug", "kiki"]
+    assert found["in_context"]["right_label_rank"] > 2
+    values = [label["probability"] for label in found["in_context"]["labels"].values()]
+    assert found["in_context"]["candidates_probability"] == pytest.approx(sum(values))
+    assert found["in_context"]["top_tokens"][0]["token"] == "dax"
+
+
 # ---- what it refuses -------------------------------------------------------------------------------------------------
 
 

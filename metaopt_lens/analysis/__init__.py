@@ -1,13 +1,18 @@
 """Similarity, recall, rank statistics, nulls and confidence intervals: pure functions of tensors."""
 
-from metaopt_lens.analysis._bootstrap import Interval as Interval
-from metaopt_lens.analysis._bootstrap import hierarchical_bootstrap as hierarchical_bootstrap
 from metaopt_lens.analysis._compare import compare as compare
+from metaopt_lens.analysis._comparison import FLIPPED_LABELS as FLIPPED_LABELS
+from metaopt_lens.analysis._comparison import OTHER_QUERY as OTHER_QUERY
+from metaopt_lens.analysis._comparison import SHUFFLED_LABELS as SHUFFLED_LABELS
 from metaopt_lens.analysis._comparison import Comparison as Comparison
 from metaopt_lens.analysis._comparison import Statistic as Statistic
+from metaopt_lens.analysis._controls import flip_labels as flip_labels
 from metaopt_lens.analysis._controls import randomized_copy as randomized_copy
 from metaopt_lens.analysis._controls import shuffle_labels as shuffle_labels
 from metaopt_lens.analysis._controls import unrelated_update as unrelated_update
+from metaopt_lens.analysis._interval import Interval as Interval
+from metaopt_lens.analysis._interval import mean_interval as mean_interval
+from metaopt_lens.analysis._interval import scope as scope
 from metaopt_lens.analysis._matrices import Factors as Factors
 from metaopt_lens.analysis._matrices import PrincipalAngles as PrincipalAngles
 from metaopt_lens.analysis._matrices import effective_rank as effective_rank
@@ -19,12 +24,13 @@ from metaopt_lens.analysis._matrices import singular_values as singular_values
 from metaopt_lens.analysis._multiple import adjust_p_values as adjust_p_values
 from metaopt_lens.analysis._nulls import NullDraws as NullDraws
 from metaopt_lens.analysis._nulls import derangement as derangement
+from metaopt_lens.analysis._nulls import other_query_null as other_query_null
 from metaopt_lens.analysis._nulls import random_like as random_like
 from metaopt_lens.analysis._nulls import random_null as random_null
-from metaopt_lens.analysis._nulls import shuffled_null as shuffled_null
 from metaopt_lens.analysis._rank import kendall_tau as kendall_tau
 from metaopt_lens.analysis._recall import Rec2FTP as Rec2FTP
 from metaopt_lens.analysis._recall import TopKRecall as TopKRecall
+from metaopt_lens.analysis._recall import exact_interval as exact_interval
 from metaopt_lens.analysis._recall import rec2ftp as rec2ftp
 from metaopt_lens.analysis._recall import topk_recall as topk_recall
 from metaopt_lens.analysis._record import SetRecord as SetRecord
@@ -34,6 +40,7 @@ from metaopt_lens.analysis._set_statistics import usable_factors as usable_facto
 from metaopt_lens.analysis._similarity import SimAM as SimAM
 from metaopt_lens.analysis._similarity import SimAOU as SimAOU
 from metaopt_lens.analysis._similarity import cosine as cosine
+from metaopt_lens.analysis._similarity import difference as difference
 from metaopt_lens.analysis._similarity import sim_am as sim_am
 from metaopt_lens.analysis._similarity import sim_aou as sim_aou
 from metaopt_lens.analysis._similarity import sim_aou_null as sim_aou_null

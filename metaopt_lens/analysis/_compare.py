@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from metaopt_lens._errors import ModelMismatchError, OptionError, PromptError
 from metaopt_lens._storage import provenance
 from metaopt_lens.analysis._checks import check_positive
-from metaopt_lens.analysis._comparison import Comparison, Statistic
-from metaopt_lens.analysis._controls import finetune_arguments, randomized_copy, shuffle_labels
+from metaopt_lens.analysis._comparison import FLIPPED_LABELS, RANDOM_WEIGHTS, RESERVED, Comparison, Statistic
+from metaopt_lens.analysis._controls import finetune_arguments, randomized_copy
+from metaopt_lens.analysis._label_controls import control_answers, moved_labels
 from metaopt_lens.analysis._record import SetRecord, record_set
 from metaopt_lens.analysis._set_statistics import (
     set_statistics,
@@ -25,11 +26,19 @@ from metaopt_lens.analysis._set_statistics import (
     usable_factors,
     with_null,
 )
-from metaopt_lens.decomposition import prompt_groups
-from metaopt_lens.extraction import Scoring, candidate_labels, check_candidates, run_shared_prefix, score_candidates
 from metaopt_lens.finetuning import WeightUpdate, finetune, require_raw_weights
-from metaopt_lens.models import AttentionModel, wrap
+from metaopt_lens.models import LensModel, wrap
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_label, tokenize_prompt
+from metaopt_lens.runs import (
+    Scoring,
+    candidate_labels,
+    candidate_mass,
+    check_candidates,
+    prompt_groups,
+    read_queries,
+    run_shared_prefix,
+    scored_tokens,
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,8 @@ def compare(
     *,
     controls: Mapping[str, WeightUpdate | Sequence[WeightUpdate]] | None = None,
     label_shuffled: bool = True,
+    label_flipped: bool = True,
+    n_label_draws: int = 4,
     random_weights: bool = False,
     candidates: Sequence[str] | None = None,
     scoring: Scoring = "mean",
@@ -63,7 +74,7 @@ def compare(
     seed: int = 0,
     progress: bool = True,
 ) -> Comparison:
-    """Hold the in-context update of every head against the finetuning update, with what chance would give beside it.
+    """Compare the in-context update of every head with the finetuning update, and with what chance would give.
 
     Statistics at head level, cosines per query unless said otherwise; FT update is ``z^FT - z^ZS``:
     ``z total`` (ICL update ``z^ICL - z^ZS``, the paper's), ``z total, after W_O``, ``z total, position-matched`` (both
@@ -73,21 +84,26 @@ def compare(
     ``SimAM ICL-FT``, ``SimAM ICL-ZS``, ``SimAM difference``, and, where the update kept its factors, ``Kendall`` and
     ``top-k recall`` of the attention to training tokens (token and example level).
 
-    Nulls (docs/theory.md, section 4): (a) ``random``, (b) ``shuffled``, (d) ``label-shuffled`` demonstrations, (e) any
-    weight update given in `controls` (see `unrelated_update`), (c) ``random weights`` with and without trained
-    embeddings, (f) SimAOU's ``analytic`` null.
+    Nulls (docs/theory.md, section 4): (a) ``random``, (b) ``other query``: another query's finetuning update, (d)
+    ``shuffled labels`` in the demonstrations, (e) any weight update given in `controls` (see `unrelated_update`), (c)
+    ``random weights`` with and without trained embeddings, (f) SimAOU's ``analytic`` null. ``flipped labels`` are
+    another control: a consistent task, with its label words exchanged. What is answered behind shuffled and flipped
+    labels is recorded too, in context and (where the update says how it was made) finetuned on them.
 
     Args:
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model; never modified.
         prompts: queries with their demonstrations; prompts with the same demonstrations form a set.
         update: what finetuning did: one per demonstration set, in order of their first prompt (one alone for one set).
         controls: further updates by name, shaped like `update`, whose similarity to the ICL update is a null.
-        label_shuffled: also run the demonstrations with shuffled labels.
-        random_weights: also run everything on copies of the model with permuted weights (finetuned anew).
-        candidates: label words to choose from; by default each prompt's own, else the labels of its demonstrations.
+        label_shuffled: also run the demonstrations with shuffled labels (see `shuffle_labels`).
+        label_flipped: also run the demonstrations with flipped labels (see `flip_labels`).
+        n_label_draws: shuffles of the labels per set, averaged; each costs another run of everything and a finetuning.
+        random_weights: also run everything on copies of the model with permuted weights, finetuned in the same way.
+        candidates: label words to choose from; by default each prompt's own, else the labels of its demonstrations,
+            and the query's label, which always belongs to them.
         scoring: ``"mean"`` log-probability of the label's tokens, or that of the ``"first"`` token.
         subspace_dim: dimension of the singular subspaces.
-        n_null_draws: draws of the random and shuffled nulls per query.
+        n_null_draws: draws of the random and other-query nulls per query.
         top_k: k of the token-level recall (default: 100, or half the tokens of the smallest set if that is less).
         reference: the published code's choices in SimAOU, SimAM, Kendall and recall.
         allow_processed: accept a model with folded norms or biases.
@@ -99,7 +115,8 @@ def compare(
     Raises:
         PromptError: prompts without demonstrations, labels that cannot be told apart, a gold label that is no
             candidate.
-        OptionError: as many updates as demonstration sets are needed; `top_k` beyond the tokens there are.
+        OptionError: as many updates as demonstration sets are needed; `top_k` beyond the tokens there are; a control
+            with the name of another null.
         ModelMismatchError: an update of another model, or processed weights without `allow_processed`.
         NonFiniteError: NaN or infinity in the activations.
     """
@@ -108,13 +125,13 @@ def compare(
     sets = _sets(wrapped, prompts, update, dict(controls or {}), prepend_bos)
     words = _candidates(wrapped, sets, prompts, candidates, scoring)
     k = _top_k(sets, top_k)
-    check_positive(n_null_draws=n_null_draws, subspace_dim=subspace_dim)
+    check_positive(n_null_draws=n_null_draws, n_label_draws=n_label_draws, subspace_dim=subspace_dim)
     if random_weights:
         for group in sets:
             finetune_arguments(group.update)  # an update that cannot be made again is refused before any run
     recording: dict[str, Any] = {"subspace_dim": subspace_dim, "batch_size": batch_size}
     generator = torch.Generator().manual_seed(seed)
-    records, collected, predictions = [], [], []
+    norms, collected, predictions, under_control = [], [], [], []
     for number, group in enumerate(tqdm(sets, desc="comparing", unit="set", disable=None if progress else True)):
         record = record_set(wrapped, group.tokenized, group.update, **recording)
         statistics = set_statistics(
@@ -123,12 +140,40 @@ def compare(
         for null, (host, other) in _further_records(
             wrapped,
             group,
-            label_shuffled=seed + number if label_shuffled else None,
             random_weights=seed if random_weights else None,
             prepend_bos=prepend_bos,
             **recording,
         ).items():
             statistics = with_null(statistics, null, similarities(host, other, reference=reference))
+        moved = moved_labels(
+            group.prompts,
+            shuffled=label_shuffled,
+            flipped=label_flipped,
+            seeds=[seed + number + draw * len(sets) for draw in range(n_label_draws)],
+        )
+        answers: dict[str, list[Tensor]] = {}
+        for control, draws in moved.items():
+            found = []
+            for drawn in draws:
+                tokenized = [tokenize_prompt(p, wrapped.tokenizer, prepend_bos=prepend_bos) for p in drawn]
+                other = record_set(wrapped, tokenized, group.update, **recording)
+                found.append(similarities(wrapped, other, reference=reference))
+                if words is not None:
+                    for setting, best in control_answers(
+                        wrapped,
+                        drawn[0],
+                        tokenized,
+                        group.update,
+                        _label_ids(wrapped, group, words.names),
+                        _allowed(words, group),
+                        scoring=scoring,
+                        prepend_bos=prepend_bos,
+                        batch_size=batch_size,
+                    ).items():
+                        answers.setdefault(f"{setting}, {control}", []).append(best)
+            mean = {name: torch.stack([f[name] for f in found]).nanmean(0) for name in found[0]}
+            statistics = with_null(statistics, control, mean)
+        under_control.append({name: torch.stack(rows) for name, rows in answers.items()})
         statistics += training_attention_statistics(
             wrapped,
             record,
@@ -139,7 +184,7 @@ def compare(
             top_k=k,
             reference=reference,
         )
-        records.append(record)
+        norms.append(_norms(record))
         collected.append(statistics)
         if words is not None:
             predictions.append(_predict(wrapped, group, words, scoring, batch_size))
@@ -148,18 +193,26 @@ def compare(
         model=wrapped.info,
         statistics=_join(collected, order),
         sets=torch.cat([torch.full((len(group.prompts),), i) for i, group in enumerate(sets)])[order],
-        norms={name: tensor[order] for name, tensor in _norms(records).items()},
+        norms={name: torch.cat([n[name] for n in norms])[order] for name in norms[0]},
         gold=None if words is None else torch.tensor([_gold(p, words.names) for p in prompts]),
         zs=_column(predictions, 0, order),
         icl=_column(predictions, 1, order),
         ft=_column(predictions, 2, order),
+        flipped_gold=None if words is None or not label_flipped else _flipped_gold(prompts, words.names, sets, seed),
+        controlled={
+            name: torch.cat([answers[name] for answers in under_control], dim=1)[:, order]
+            for name in under_control[0]
+            if all(name in answers for answers in under_control)
+        },
         n_demos=tuple(len(group.prompts[0].demos) for group in sets),
         settings={
             "seed": seed,
             "candidates": None if words is None else list(words.names),
             "scoring": scoring,
+            "answers": _absolute(predictions, order),
             "subspace_dim": subspace_dim,
             "n_null_draws": n_null_draws,
+            "n_label_draws": n_label_draws,
             "reference": reference,
             "finetuning": [_settings(group.update) for group in sets],
             "prefix_shared": True,
@@ -172,7 +225,7 @@ def compare(
 
 
 def _sets(
-    model: AttentionModel,
+    model: LensModel,
     prompts: Sequence[ICLPrompt],
     update: WeightUpdate | Sequence[WeightUpdate],
     controls: dict[str, WeightUpdate | Sequence[WeightUpdate]],
@@ -188,9 +241,12 @@ def _sets(
     for index, group in enumerate(groups):
         if len(group) < 2:
             raise PromptError(
-                f"demonstration set {index} has a single query; the shuffled null needs at least two behind the same "
-                "demonstrations."
+                f"demonstration set {index} has a single query; the other-query null needs at least two behind the "
+                "same demonstrations."
             )
+    taken = sorted(RESERVED.intersection(controls))
+    if taken:
+        raise OptionError(f"the control {taken[0]!r} has the name of another null: give it a name of its own.")
     updates = _per_set(update, len(groups), "update")
     control_lists = {name: _per_set(value, len(groups), f"control {name!r}") for name, value in controls.items()}
     for name, found in (("update", updates), *control_lists.items()):
@@ -229,29 +285,48 @@ class _Words:
 
 
 def _candidates(
-    model: AttentionModel,
+    model: LensModel,
     sets: list[_Set],
     prompts: Sequence[ICLPrompt],
     given: Sequence[str] | None,
     scoring: Scoring,
 ) -> _Words | None:
-    """None if there is only one label word."""
+    """None if a query has nothing to choose among: fewer than two label words."""
     own = tuple(candidate_labels(p) if given is None else tuple(given) for p in prompts)
     names = tuple(dict.fromkeys(word for words in own for word in words))
-    if given is None and len(names) < 2:
+    if given is None and min(map(len, own)) < 2:
         return None
     for index, (prompt, words) in enumerate(zip(prompts, own, strict=True)):
         if prompt.label is not None and prompt.label not in words:
             raise PromptError(
-                f"the gold label {prompt.label!r} of query {index} is not among its candidates {list(words)}."
+                f"the gold label {prompt.label!r} of query {index} is not among its candidates {list(words)}: add it "
+                "to them, or leave candidates out."
             )
     for group in sets:
-        check_candidates(_label_ids(model, group, names), names, scoring=scoring)
+        for words in dict.fromkeys(own[index] for index in group.indices):
+            check_candidates(_label_ids(model, group, words), words, scoring=scoring)
     return _Words(names, own)
 
 
-def _label_ids(model: AttentionModel, group: _Set, names: Sequence[str]) -> list[tuple[int, ...]]:
+def _label_ids(model: LensModel, group: _Set, names: Sequence[str]) -> list[tuple[int, ...]]:
     return [tokenize_label(name, group.prompts[0].template, model.tokenizer) for name in names]
+
+
+def _allowed(words: _Words, group: _Set) -> Bool[Tensor, "query candidate"]:
+    return torch.tensor([[name in words.own[index] for name in words.names] for index in group.indices])
+
+
+def _flipped_gold(
+    prompts: Sequence[ICLPrompt], names: Sequence[str], sets: list[_Set], seed: int
+) -> Int[Tensor, " query"] | None:
+    """What a learner of the flipped demonstrations answers; None where a set has nothing to flip."""
+    found = torch.full((len(prompts),), -1)
+    for number, group in enumerate(sets):
+        moved = moved_labels(group.prompts, shuffled=False, flipped=True, seeds=[seed + number])
+        if not moved:
+            return None
+        found[group.indices] = torch.tensor([_gold(p, names) for p in moved[FLIPPED_LABELS][0]])
+    return found
 
 
 def _gold(prompt: ICLPrompt, names: Sequence[str]) -> int:
@@ -273,25 +348,20 @@ def _top_k(sets: list[_Set], given: int | None) -> dict[str, int]:
 
 
 def _further_records(
-    model: AttentionModel,
+    model: LensModel,
     group: _Set,
     *,
-    label_shuffled: int | None,
     random_weights: int | None,
     prepend_bos: bool | None,
     **recording: Any,
-) -> dict[str, tuple[AttentionModel, SetRecord]]:
-    """Records whose similarities are nulls: (e) other updates, (d) shuffled labels, (c) permuted weights."""
+) -> dict[str, tuple[LensModel, SetRecord]]:
+    """Records whose similarities are nulls: (e) other updates, (c) permuted weights."""
     records = {
         name: (model, record_set(model, group.tokenized, update, **recording))
         for name, update in group.controls.items()
     }
-    if label_shuffled is not None and len({demo.label for demo in group.prompts[0].demos}) > 1:
-        demos = shuffle_labels(group.prompts[0], seed=label_shuffled).demos
-        moved = [tokenize_prompt(p.with_demos(demos), model.tokenizer, prepend_bos=prepend_bos) for p in group.prompts]
-        records["label-shuffled"] = model, record_set(model, moved, group.update, **recording)
     if random_weights is not None:
-        for name, keep in (("random weights", False), ("random weights, trained embeddings", True)):
+        for name, keep in zip(RANDOM_WEIGHTS, (False, True), strict=True):
             twin = wrap(randomized_copy(model.host, seed=random_weights, keep_embeddings=keep))
             update = finetune(
                 twin,
@@ -308,33 +378,70 @@ def _further_records(
 # ---- predictions and joining --------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Predictions:
+    """Of one set, in the settings ZS, ICL and FT: the predicted candidate, and the answer in absolute numbers.
+
+    Attributes:
+        best: index of the candidate with the highest score among the query's own.
+        mass: probability that the answer begins with one of the query's candidates.
+        rank: rank of the right label's first token in the whole vocabulary; -1 where it is not known.
+    """
+
+    best: Int[Tensor, "setting query"]
+    mass: Float[Tensor, "setting query"]
+    rank: Int[Tensor, "setting query"]
+
+
 def _predict(
-    model: AttentionModel,
+    model: LensModel,
     group: _Set,
     words: _Words,
     scoring: Scoring,
     batch_size: int | None,
-) -> Int[Tensor, "setting query"]:
-    """Predicted candidate zero-shot, in context and finetuned; demonstrations run once."""
-    prompt, labels = group.tokenized[0], _label_ids(model, group, words.names)
-    allowed = torch.tensor([[name in words.own[index] for name in words.names] for index in group.indices])
+) -> _Predictions:
+    """What the model answers zero-shot, in context and finetuned; demonstrations run once."""
+    prompt = group.tokenized[0]
+    labels = [scored_tokens(ids, scoring) for ids in _label_ids(model, group, words.names)]
+    own = [[words.names.index(name) for name in words.own[index]] for index in group.indices]
+    gold = [_gold(p, words.names) for p in group.prompts]
     queries = [t.ids[t.query.start :] for t in group.tokenized]
     shared = run_shared_prefix(model, prompt.ids[: prompt.query.start])
     assert shared is not None
 
-    def best(prefix: Any) -> Tensor:
-        scores = score_candidates(model, prefix, queries, labels, scoring=scoring, batch_size=batch_size)
-        return scores.masked_fill(~allowed, -torch.inf).argmax(-1)
+    def answers(prefix: Any) -> list[tuple[int, float, int]]:
+        readings = read_queries(model, prefix, queries, labels, n_top=1, batch_size=batch_size)
+        return [
+            (
+                among[int(reading.scores[among].argmax())],
+                candidate_mass(reading.log_probs[among], [labels[i] for i in among]),
+                -1 if right < 0 else int(reading.ranks[right]),
+            )
+            for reading, among, right in zip(readings, own, gold, strict=True)
+        ]
 
     before = prompt.demonstrations.start
-    zs, icl = best(shared.truncate(before)), best(shared)
+    zs, icl = answers(shared.truncate(before)), answers(shared)
     with group.update.applied(model):
-        ft = best(run_shared_prefix(model, prompt.ids[:before]))
-    return torch.stack([zs, icl, ft])
+        ft = answers(run_shared_prefix(model, prompt.ids[:before]))
+    best, mass, rank = zip(*(zip(*setting, strict=True) for setting in (zs, icl, ft)), strict=True)
+    return _Predictions(torch.tensor(best), torch.tensor(mass, dtype=torch.float64), torch.tensor(rank))
 
 
-def _column(predictions: list[Tensor], setting: int, order: Tensor) -> Tensor | None:
-    return torch.cat([p[setting] for p in predictions])[order] if predictions else None
+def _absolute(predictions: list[_Predictions], order: Tensor) -> dict[str, dict[str, list[Any]]] | None:
+    """Candidate mass and right label's rank (None where not known) of every query, in the order of the prompts."""
+    if not predictions:
+        return None
+    mass = torch.cat([p.mass for p in predictions], dim=1)[:, order].tolist()
+    rank = torch.cat([p.rank for p in predictions], dim=1)[:, order].tolist()
+    return {
+        name: {"candidate_mass": mass[i], "label_rank": [None if r < 0 else r for r in rank[i]]}
+        for i, name in enumerate(("ZS", "ICL", "FT"))
+    }
+
+
+def _column(predictions: list[_Predictions], setting: int, order: Tensor) -> Tensor | None:
+    return torch.cat([p.best[setting] for p in predictions])[order] if predictions else None
 
 
 def _join(collected: list[list[Statistic]], order: Tensor) -> tuple[Statistic, ...]:
@@ -354,19 +461,17 @@ def _join(collected: list[list[Statistic]], order: Tensor) -> tuple[Statistic, .
     return tuple(joined)
 
 
-def _norms(records: list[SetRecord]) -> dict[str, Tensor]:
-    def joined(read: Any) -> Tensor:
-        return torch.cat([read(r).float() for r in records])
-
-    return {
-        "icl": joined(lambda r: (r.z_icl - r.z_zs).norm(dim=-1)),
-        "ft": joined(lambda r: (r.z_ft - r.z_zs).norm(dim=-1)),
-        "direct": joined(lambda r: r.direct.norm(dim=-1)),
-        "meta_gradient": joined(lambda r: r.meta_gradient.norm(dim=-1)),
-        "mass": joined(lambda r: r.mass),
-        "rank_icl": joined(lambda r: r.rank_icl),
-        "rank_ft": joined(lambda r: r.rank_ft),
+def _norms(r: SetRecord) -> dict[str, Tensor]:
+    found = {
+        "icl": (r.z_icl - r.z_zs).norm(dim=-1),
+        "ft": (r.z_ft - r.z_zs).norm(dim=-1),
+        "direct": r.direct.norm(dim=-1),
+        "meta_gradient": r.meta_gradient.norm(dim=-1),
+        "mass": r.mass,
+        "rank_icl": r.rank_icl,
+        "rank_ft": r.rank_ft,
     }
+    return {name: t.float() for name, t in found.items()}
 
 
 def _settings(update: WeightUpdate) -> dict[str, Any] | None:

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from metaopt_lens._errors import FileFormatError, OptionError, UndefinedMetricError
 from metaopt_lens._storage import load_result, save_result
-from metaopt_lens.analysis._bootstrap import Interval, hierarchical_bootstrap
+from metaopt_lens.analysis._interval import (
+    MIN_SETS_TO_TEST,
+    Interval,
+    mean_interval,
+    scope,
+    set_means,
+    t_test,
+)
 from metaopt_lens.analysis._multiple import adjust_p_values
 from metaopt_lens.analysis._recall import Rec2FTP, rec2ftp
 from metaopt_lens.models import ModelInfo
@@ -26,6 +33,15 @@ if TYPE_CHECKING:
 KIND = "comparison"
 Level = Literal["head", "layer"]
 
+OTHER_QUERY = "other query"
+SHUFFLED_LABELS = "shuffled labels"
+FLIPPED_LABELS = "flipped labels"
+RANDOM_WEIGHTS = ("random weights", "random weights, trained embeddings")
+RESERVED = frozenset(
+    {OTHER_QUERY, SHUFFLED_LABELS, FLIPPED_LABELS, "random", "analytic", "chance", *RANDOM_WEIGHTS}
+)  # nulls of our own; any other is a user's control
+_OF_0_1 = frozenset({"shuffled", "label-shuffled"})  # nulls under names that meant something else
+
 
 @dataclass(frozen=True)
 class Statistic:
@@ -33,25 +49,33 @@ class Statistic:
 
     Attributes:
         name: for example ``"z total"``; description: what is compared, in which space.
-        values: NaN where undefined. At layer level the head axis has length 1.
+        level: at layer level the head axis has length 1.
+        unit: ``set`` where the demonstrations decide the value and queries behind them repeat it.
+        values: NaN where undefined.
         nulls: by name, the same statistic under a null hypothesis, per query (averaged over draws).
     """
 
     name: str
     description: str
     level: Level
+    unit: Literal["query", "set"]
     values: Float[Tensor, "query layer head"]
     nulls: dict[str, Float[Tensor, "query layer head"]]
 
     @property
     def main_null(self) -> str:
-        """The null that the excess is taken over: shuffled where there is one, else the first."""
-        return "shuffled" if "shuffled" in self.nulls else next(iter(self.nulls))
+        """The null that the excess is taken over: another query's update where there is one, else the first."""
+        return OTHER_QUERY if OTHER_QUERY in self.nulls else next(iter(self.nulls))
+
+    @property
+    def n_undefined(self) -> int:
+        """How many values are undefined, and left out of every mean, interval and p value."""
+        return int(self.values.isnan().sum())
 
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """In-context updates held against finetuning updates, head by head.
+    """In-context updates compared with finetuning updates, head by head.
 
     Attributes:
         model: what was compared.
@@ -61,6 +85,9 @@ class Comparison:
             layer and head.
         gold, zs, icl, ft: index of the correct and of the predicted candidate per query; None without candidates (gold:
             -1 where a query has no label).
+        flipped_gold: the correct candidate behind flipped labels (-1 where no demonstration shows the query's label).
+        controlled: predicted candidates under the controls on labels, one row a draw, named by setting and control:
+            ``"ICL, shuffled labels"``, ``"FT, flipped labels"`` and so on.
         n_demos: demonstrations of each set.
         settings: arguments of `compare`, and of the finetuning.
         provenance: versions and time.
@@ -74,6 +101,8 @@ class Comparison:
     zs: Int[Tensor, " query"] | None
     icl: Int[Tensor, " query"] | None
     ft: Int[Tensor, " query"] | None
+    flipped_gold: Int[Tensor, " query"] | None
+    controlled: dict[str, Int[Tensor, "draw query"]]
     n_demos: tuple[int, ...]
     settings: dict[str, Any]
     provenance: dict[str, Any]
@@ -87,21 +116,33 @@ class Comparison:
         raise OptionError(f"there is no statistic {name!r}; this comparison has {names}.")
 
     @property
+    def n_sets(self) -> int:
+        """Demonstration sets."""
+        return len(self.n_demos)
+
+    @property
     def scope(self) -> str:
         """What the intervals speak about."""
-        n = len(self.n_demos)
-        return "conditional on these demonstrations" if n == 1 else f"over {n} demonstration sets and their queries"
+        return scope(self.n_sets)
 
-    def interval(self, values: Float[Tensor, "query ..."], *, level: float = 0.95, n_resamples: int = 2000) -> Interval:
-        """Hierarchical bootstrap (demonstration set, then query) of the mean of anything per query."""
-        return hierarchical_bootstrap(
-            values, sets=self.sets, level=level, n_resamples=n_resamples, seed=int(self.settings["seed"])
-        )
+    def interval(self, values: Float[Tensor, "query ..."], *, level: float = 0.95) -> Interval:
+        """t interval, over demonstration sets, of the mean of anything per query (see `mean_interval`)."""
+        return mean_interval(values, sets=self.sets, level=level)
+
+    def statistic_interval(self, statistic: Statistic, values: Float[Tensor, "query ..."], *, level: float) -> Interval:
+        """The same for values derived from a statistic: one value a set where the set decides it."""
+        if statistic.unit == "query":
+            return self.interval(values, level=level)
+        means = set_means(values, self.sets)
+        return mean_interval(means, sets=torch.arange(len(means)), level=level)
 
     # ---- predictions --------------------------------------------------------------------------------------------
 
     def accuracies(self, *, level: float = 0.95) -> pd.DataFrame:
-        """Accuracy of the three settings and agreement of their predictions, with intervals.
+        """Accuracy of every setting and agreement of predictions, with intervals and the number of queries ``n``.
+
+        Behind flipped labels the accuracy stands twice: against the natural and against the flipped labels. Draws of
+        shuffled labels are averaged per query. Intervals are cut at 0 and 1.
 
         Raises:
             UndefinedMetricError: no candidates, or no gold labels.
@@ -109,16 +150,29 @@ class Comparison:
         import pandas as pd
 
         gold, predictions = self._predictions()
-        rows = []
-        for name, predicted in predictions.items():
-            rows.append((f"accuracy {name}", (predicted == gold).double()))
+        rows = [(f"accuracy {name}", (predicted == gold).double()) for name, predicted in predictions.items()]
+        for name, predicted in self.controlled.items():
+            hits = (predicted == gold).double().mean(0)
+            if not name.endswith(FLIPPED_LABELS) or self.flipped_gold is None:
+                rows.append((f"accuracy {name}", hits))
+                continue
+            known = self.flipped_gold >= 0
+            follows = (predicted == self.flipped_gold).double().mean(0)
+            for against, found in (("natural", hits), ("flipped", follows)):
+                rows.append((f"accuracy {name}, against the {against}", torch.where(known, found, torch.nan)))
         for first, second in (("ICL", "FT"), ("ICL", "ZS"), ("FT", "ZS")):
             rows.append((f"agreement {first}-{second}", (predictions[first] == predictions[second]).double()))
         table = []
         for name, values in rows:
-            found = self.interval(values, level=level)
+            found_ = self.interval(values, level=level)
             table.append(
-                {"quantity": name, "value": float(found.estimate), "low": float(found.low), "high": float(found.high)}
+                {
+                    "quantity": name,
+                    "value": float(found_.estimate),
+                    "low": float(found_.low.clamp(0, 1)),
+                    "high": float(found_.high.clamp(0, 1)),
+                    "n": int((~values.isnan()).sum()),
+                }
             )
         return pd.DataFrame(table)
 
@@ -152,22 +206,21 @@ class Comparison:
 
     # ---- tables -------------------------------------------------------------------------------------------------
 
-    def to_frame(self, *, level: float = 0.95, per_query: bool = False, n_resamples: int = 2000) -> pd.DataFrame:
-        """Every statistic at every layer (and head), beside its nulls.
+    def to_frame(self, *, level: float = 0.95, per_query: bool = False) -> pd.DataFrame:
+        """Every statistic at every layer (and head), next to its nulls.
 
-        Columns: ``value`` with its interval ``low``..``high``, ``null: NAME`` for each null, ``excess`` over the main
-        null with ``excess_low``..``excess_high``, ``p`` (two-sided t test of the excess over queries, or over
-        demonstration sets if there are three or more) and ``p_adjusted`` (Benjamini-Hochberg over all layers and heads
-        of the statistic).
+        Columns: ``value`` with its interval ``low``..``high``, ``undefined`` of ``queries`` values, ``null: NAME`` for
+        each null, ``excess`` over the main null with ``excess_low``..``excess_high``, ``p`` (two-sided t test of the
+        excess over demonstration sets; undefined with fewer than three) and ``p_adjusted`` (Benjamini-Hochberg over all
+        layers and heads of the statistic).
 
         Args:
+            level: of the intervals.
             per_query: one row per query instead (``value`` and nulls only).
         """
         import pandas as pd
 
-        frames = [
-            self._query_frame(s) if per_query else self._summary_frame(s, level, n_resamples) for s in self.statistics
-        ]
+        frames = [self._query_frame(s) if per_query else self._summary_frame(s, level) for s in self.statistics]
         return pd.concat(frames, ignore_index=True)
 
     def _query_frame(self, statistic: Statistic) -> pd.DataFrame:
@@ -187,95 +240,69 @@ class Comparison:
             frame[f"null: {name}"] = null.flatten().numpy()
         return frame
 
-    def _summary_frame(self, statistic: Statistic, level: float, n_resamples: int) -> pd.DataFrame:
+    def _summary_frame(self, statistic: Statistic, level: float) -> pd.DataFrame:
         import pandas as pd
 
-        n_layers, n_heads = statistic.values.shape[1:]
+        n_queries, n_layers, n_heads = statistic.values.shape
         layer, head = (
             g.flatten().numpy() for g in torch.meshgrid(torch.arange(n_layers), torch.arange(n_heads), indexing="ij")
         )
         frame = pd.DataFrame({"statistic": statistic.name, "level": statistic.level, "layer": layer})
         frame["head"] = head if statistic.level == "head" else -1
-        defined = self._has_value(statistic.values)
-        value = self._interval_where(statistic.values, defined, level, n_resamples)
-        frame["value"], frame["low"], frame["high"] = (t.flatten().numpy() for t in value)
+        value = self.statistic_interval(statistic, statistic.values, level=level)
+        frame["value"], frame["low"], frame["high"] = _columns(value)
+        frame["undefined"] = statistic.values.isnan().sum(0).flatten().numpy()
+        frame["queries"] = n_queries
         for name, null in statistic.nulls.items():
-            frame[f"null: {name}"] = self._interval_where(null, self._has_value(null), level, 1)[0].flatten().numpy()
-        excess = statistic.values - statistic.nulls[statistic.main_null]
-        defined = self._has_value(excess)
+            frame[f"null: {name}"] = _columns(self.statistic_interval(statistic, null, level=level))[0]
         frame["main_null"] = statistic.main_null
-        found = self._interval_where(excess, defined, level, n_resamples)
-        frame["excess"], frame["excess_low"], frame["excess_high"] = (t.flatten().numpy() for t in found)
-        p = self._p_values(excess).flatten()
-        frame["p"] = p
-        testable = ~np.isnan(p)
-        adjusted = np.full_like(p, np.nan)
-        if testable.any():
-            adjusted[testable] = adjust_p_values(torch.from_numpy(p[testable])).numpy()
-        frame["p_adjusted"] = adjusted
+        excess = statistic.values - statistic.nulls[statistic.main_null]
+        found = self.statistic_interval(statistic, excess, level=level)
+        frame["excess"], frame["excess_low"], frame["excess_high"] = _columns(found)
+        p = self.p_values(excess)
+        frame["p"] = p.flatten().numpy()
+        frame["p_adjusted"] = _adjusted(p).flatten().numpy()
         return frame
 
-    def _has_value(self, values: Tensor) -> Tensor:
-        """Whether every demonstration set has a defined value there."""
-        groups = [values[self.sets == index] for index in range(len(self.n_demos))]
-        return torch.stack([~group.isnan().all(0) for group in groups]).all(0)
-
-    def _interval_where(
-        self, values: Tensor, defined: Tensor, level: float, n_resamples: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Estimate, low, high; NaN where some set has no defined value."""
-        out = torch.full((3, *defined.shape), torch.nan, dtype=torch.float64)
-        if defined.any():
-            found = self.interval(values[:, defined], level=level, n_resamples=n_resamples)
-            for row, tensor in zip(out, (found.estimate, found.low, found.high), strict=True):
-                row[defined] = tensor
-        return out[0], out[1], out[2]
-
-    def _p_values(self, excess: Float[Tensor, "query layer head"]) -> np.ndarray[Any, np.dtype[np.float64]]:
-        from scipy import stats  # here, as importing it takes half a second
-
-        values = excess.double().numpy()
-        if len(self.n_demos) >= 3:  # the sets are what was sampled
-            values = np.stack([_nanmean(values[(self.sets == i).numpy()]) for i in range(len(self.n_demos))])
-        enough = (~np.isnan(values)).sum(0) >= 2
-        p = np.full(values.shape[1:], np.nan)
-        if enough.any():
-            columns = values[:, enough]
-            spread = np.nanstd(columns, axis=0)
-            test = stats.ttest_1samp(columns, 0.0, axis=0, nan_policy="omit")
-            p[enough] = np.where(spread > 0, np.asarray(test.pvalue, dtype=float), np.nan)
-        return p
+    def p_values(self, excess: Float[Tensor, " query *item"]) -> Float[Tensor, "*item"]:
+        """Two-sided p of the mean being 0, by a t test over demonstration sets; NaN with fewer than three of them."""
+        return t_test(set_means(excess, self.sets))
 
     def summary(self, *, level: float = 0.95) -> pd.DataFrame:
         """One row per statistic: mean over layers and heads with its interval, nulls, and how many heads stand out.
 
-        ``significant``: layers or heads whose excess over the main null has ``p_adjusted < 1 - level``.
+        ``significant``: layers or heads, of those that can be tested (``of``), whose excess over the main null has
+        ``p_adjusted < 1 - level`` (Benjamini-Hochberg); missing with fewer than three demonstration sets.
+        ``undefined``: values, of all queries, layers and heads (``values``), that are left out.
+
+        Args:
+            level: of the intervals.
         """
         import pandas as pd
 
         rows = []
         for statistic in self.statistics:
-            mean = statistic.values.nanmean((1, 2))
-            excess = (statistic.values - statistic.nulls[statistic.main_null]).nanmean((1, 2))
+            excess = statistic.values - statistic.nulls[statistic.main_null]
             row: dict[str, Any] = {"statistic": statistic.name, "level": statistic.level}
-            for name, values in (("value", mean), ("excess", excess)):
-                usable = values[:, None, None]
-                found = self._interval_where(usable, self._has_value(usable), level, 2000)
-                row[name] = float(found[0])
-                row[f"{name}_low"], row[f"{name}_high"] = float(found[1]), float(found[2])
+            for name, values in (("value", statistic.values), ("excess", excess)):
+                found = self.statistic_interval(statistic, values.nanmean((1, 2)), level=level)
+                row[name] = float(found.estimate)
+                row[f"{name}_low"], row[f"{name}_high"] = float(found.low), float(found.high)
             row["main_null"] = statistic.main_null
             for name, null in statistic.nulls.items():
-                row[f"null: {name}"] = float(null.nanmean())
-            p = self._p_values(statistic.values - statistic.nulls[statistic.main_null]).flatten()
-            p = p[~np.isnan(p)]
-            adjusted = adjust_p_values(torch.from_numpy(p)).numpy() if len(p) else p
-            row["significant"] = int((adjusted < 1 - level).sum())
-            row["of"] = int(np.prod(statistic.values.shape[1:]))
+                mean = self.statistic_interval(statistic, null.nanmean((1, 2)), level=level).estimate
+                row[f"null: {name}"] = float(mean)
+            adjusted = _adjusted(self.p_values(excess))
+            testable = int((~adjusted.isnan()).sum())
+            enough = self.n_sets >= MIN_SETS_TO_TEST
+            row["significant"] = int((adjusted < 1 - level).sum()) if enough else None
+            row["of"] = testable if enough else None
+            row["undefined"], row["values"] = statistic.n_undefined, statistic.values.numel()
             rows.append(row)
-        return pd.DataFrame(rows)
+        return pd.DataFrame(rows).astype({"significant": "Int64", "of": "Int64"})
 
     def plot(self, statistic: str = "z total") -> Any:
-        """A plotly figure: layer x head map of a statistic, its main null beside it."""
+        """A plotly figure: layer x head map of a statistic, its main null next to it."""
         from metaopt_lens.viz import comparison_map
 
         return comparison_map(self, statistic)
@@ -286,16 +313,26 @@ class Comparison:
         """Write ``path.safetensors`` and ``path.json``; returns the latter."""
         tensors: dict[str, Tensor] = {"sets": self.sets}
         tensors |= {f"norms/{name}": t for name, t in self.norms.items()}
-        tensors |= {name: t for name in ("gold", "zs", "icl", "ft") if (t := getattr(self, name)) is not None}
+        tensors |= {name: t for name in _PREDICTED if (t := getattr(self, name)) is not None}
+        tensors |= {f"controlled/{name}": t for name, t in self.controlled.items()}
         described = []
         for index, s in enumerate(self.statistics):
             tensors[f"statistics/{index}"] = s.values
             tensors |= {f"statistics/{index}/{null}": t for null, t in s.nulls.items()}
-            described.append({"name": s.name, "description": s.description, "level": s.level, "nulls": list(s.nulls)})
+            described.append(
+                {
+                    "name": s.name,
+                    "description": s.description,
+                    "level": s.level,
+                    "unit": s.unit,
+                    "nulls": list(s.nulls),
+                }
+            )
         meta = {
             "model": dataclasses.asdict(self.model),
             "statistics": described,
             "norms": list(self.norms),
+            "controlled": list(self.controlled),
             "n_demos": list(self.n_demos),
             "settings": self.settings,
             "provenance": self.provenance,
@@ -307,10 +344,16 @@ class Comparison:
         """Read what `save` wrote.
 
         Raises:
-            FileFormatError: a file is missing, damaged, or holds something else.
+            FileFormatError: a file is missing, damaged, written by version 0.1, or holds something else.
         """
         tensors, meta = load_result(path, kind=KIND)
         try:
+            old = _OF_0_1.intersection(null for s in meta["statistics"] for null in s["nulls"])
+            if old:
+                raise FileFormatError(
+                    f"{path} was written by metaopt-lens 0.1, whose null {min(old)!r} is not what its name says: "
+                    "compare again."
+                )
             return cls(
                 model=ModelInfo(**(meta["model"] | {"processing": tuple(meta["model"]["processing"])})),
                 statistics=tuple(
@@ -318,6 +361,7 @@ class Comparison:
                         name=s["name"],
                         description=s["description"],
                         level=s["level"],
+                        unit=s["unit"],
                         values=tensors[f"statistics/{index}"],
                         nulls={null: tensors[f"statistics/{index}/{null}"] for null in s["nulls"]},
                     )
@@ -329,6 +373,8 @@ class Comparison:
                 zs=tensors.get("zs"),
                 icl=tensors.get("icl"),
                 ft=tensors.get("ft"),
+                flipped_gold=tensors.get("flipped_gold"),
+                controlled={name: tensors[f"controlled/{name}"] for name in meta["controlled"]},
                 n_demos=tuple(meta["n_demos"]),
                 settings=meta["settings"],
                 provenance=meta["provenance"],
@@ -340,23 +386,30 @@ class Comparison:
         m = self.model
         lines = [
             f"Comparison of in-context and finetuning updates in {m.name} ({m.n_layers} layers x {m.n_heads} heads)",
-            f"  {len(self.sets)} queries behind {len(self.n_demos)} set(s) of {max(self.n_demos)} demonstrations; "
-            f"intervals {self.scope}",
+            f"  {len(self.sets)} queries behind {self.n_sets} set(s) of {max(self.n_demos)} demonstrations; "
+            f"intervals {self.scope}: see summary()",
         ]
-        for row in self.summary().to_dict("records"):
+        for s in self.statistics:
             lines.append(
-                f"  {row['statistic']:<28} {row['value']:+.3f} [{row['value_low']:+.3f}, {row['value_high']:+.3f}]"
-                f"   {row['main_null']} null {row['null: ' + row['main_null']]:+.3f}"
-                f"   {row['significant']} of {row['of']} {row['level']}s above or below it"
+                f"  {s.name:<28} {float(s.values.nanmean()):+.3f}"
+                f"   {s.main_null} null {float(s.nulls[s.main_null].nanmean()):+.3f}"
             )
         return "\n".join(lines)
 
 
-def _nanmean(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """nanmean over the first axis, NaN (without a warning) where nothing is defined."""
-    defined = ~np.isnan(values)
-    count = defined.sum(0)
-    total = np.where(defined, values, 0.0).sum(0)
-    mean: np.ndarray[Any, np.dtype[np.float64]] = np.full(total.shape, np.nan)
-    np.divide(total, count, out=mean, where=count > 0)
-    return mean
+_PREDICTED = ("gold", "zs", "icl", "ft", "flipped_gold")
+_Column = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def _columns(found: Interval) -> tuple[_Column, _Column, _Column]:
+    """Estimate, low and high as columns of a table."""
+    low, estimate, high = (t.flatten().numpy() for t in (found.low, found.estimate, found.high))
+    return estimate, low, high
+
+
+def _adjusted(p: Float[Tensor, "*item"]) -> Float[Tensor, "*item"]:
+    """p values adjusted by Benjamini-Hochberg over those that there are."""
+    known = ~p.isnan()
+    adjusted = torch.full_like(p, torch.nan)
+    adjusted[known] = adjust_p_values(p[known])
+    return adjusted

@@ -1,4 +1,4 @@
-"""Controls a comparison is held against: shuffled labels, unrelated finetuning, random weights."""
+"""Controls of a comparison: shuffled and flipped labels, unrelated finetuning, random weights."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from metaopt_lens._errors import OptionError, PromptError
+from metaopt_lens.analysis._nulls import derangement
 from metaopt_lens.finetuning import WeightUpdate, finetune
 from metaopt_lens.prompts import Demo, ICLPrompt
 
@@ -18,7 +19,17 @@ _EMBEDDING_WORDS = ("embed", "wte", "wpe", "w_e", "w_pos", "w_u", "b_u", "lm_hea
 
 
 def shuffle_labels(prompt: ICLPrompt, *, seed: int) -> ICLPrompt:
-    """The same demonstrations with their labels permuted so that as few as possible keep their own (null d).
+    """The same demonstrations with their labels permuted, uniformly at random (null d).
+
+    Labels keep their place as often as chance has it: with two balanced labels, about half of them do. A permutation
+    chosen to move as many as possible would make another consistent task instead (see `flip_labels`).
+
+    Args:
+        prompt: left as it is.
+        seed: of the permutation.
+
+    Returns:
+        The prompt with other demonstrations; its own label stays.
 
     Raises:
         PromptError: all demonstrations have one label, so no shuffle changes anything.
@@ -26,10 +37,33 @@ def shuffle_labels(prompt: ICLPrompt, *, seed: int) -> ICLPrompt:
     labels = [demo.label for demo in prompt.demos]
     if len(set(labels)) < 2:
         raise PromptError("labels cannot be shuffled: all demonstrations have the same one.")
-    rng = random.Random(seed)
-    tries = [rng.sample(labels, len(labels)) for _ in range(64)]
-    best = min(tries, key=lambda new: sum(a == b for a, b in zip(new, labels, strict=True)))
-    return prompt.with_demos([Demo(d.input, label) for d, label in zip(prompt.demos, best, strict=True)])
+    moved = random.Random(seed).sample(labels, len(labels))
+    return prompt.with_demos([Demo(d.input, label) for d, label in zip(prompt.demos, moved, strict=True)])
+
+
+def flip_labels(prompt: ICLPrompt, *, seed: int) -> ICLPrompt:
+    """The same task with its label words exchanged: every word stands for another one throughout.
+
+    Whoever learns from the demonstrations follows the flip; whoever only recognises the task keeps to the old words.
+
+    Args:
+        prompt: left as it is.
+        seed: of the map of words, drawn uniformly from those that map no word to itself.
+
+    Returns:
+        The prompt with flipped demonstrations, and its own label flipped too (None if no demonstration shows it).
+
+    Raises:
+        PromptError: all demonstrations have one label, so there is nothing to exchange it with.
+    """
+    words = list(dict.fromkeys(demo.label for demo in prompt.demos))
+    if len(words) < 2:
+        raise PromptError("labels cannot be flipped: all demonstrations have the same one.")
+    flipped = {word: words[i] for word, i in zip(words, derangement(len(words), seed=seed).tolist(), strict=True)}
+    demos = tuple(Demo(d.input, flipped[d.label]) for d in prompt.demos)
+    label = flipped.get(prompt.label or "")
+    possible = prompt.candidates is None or label in prompt.candidates
+    return dataclasses.replace(prompt, demos=demos, label=label if possible else None)
 
 
 def unrelated_update(model: Any, texts: Sequence[str], *, like: WeightUpdate, progress: bool = False) -> WeightUpdate:

@@ -14,7 +14,7 @@ from metaopt_lens._errors import OptionError
 def adjust_p_values(
     p: Float[Tensor, "*item"], *, method: Literal["benjamini-hochberg", "holm"] = "benjamini-hochberg"
 ) -> Float[Tensor, "*item"]:
-    """Adjusted p values, to be held against the level wanted for all comparisons together.
+    """Adjusted p values, to be compared with the level wanted for all comparisons together.
 
     ``benjamini-hochberg`` bounds the share of false discoveries (tests independent or positively dependent);
     ``holm`` bounds the probability of any false discovery, whatever the dependence.

@@ -25,11 +25,11 @@ class NullDraws:
     Attributes:
         values: one number per draw (first axis) and query, and per layer (head); NaN where undefined.
         kind: ``random`` (zero-mean Gaussian vectors), ``random uniform [0, 1)`` (the published
-            baseline) or ``shuffled``.
+            baseline) or ``other query``.
     """
 
     values: Float[Tensor, "item query ..."]
-    kind: Literal["random", "random uniform [0, 1)", "shuffled"]
+    kind: Literal["random", "random uniform [0, 1)", "other query"]
 
     def means(self) -> Float[Tensor, "item ..."]:
         """Mean over the queries, one per draw."""
@@ -89,7 +89,7 @@ def random_null(
     return NullDraws(torch.stack(draws), "random uniform [0, 1)" if reference else "random")
 
 
-def shuffled_null(
+def other_query_null(
     first: Float[Tensor, "query *item d_model"],
     second: Float[Tensor, "query *item d_model"],
     *,
@@ -108,13 +108,13 @@ def shuffled_null(
     generator = as_generator(seed)
     similar = similarity or cosine
     draws = [similar(first, second[derangement(len(first), seed=generator)]) for _ in range(n_draws)]
-    return NullDraws(torch.stack(draws), "shuffled")
+    return NullDraws(torch.stack(draws), "other query")
 
 
 def derangement(n: int, *, seed: Seed) -> Int[Tensor, " query"]:
     """A permutation of n things, drawn uniformly from those that leave nothing in its place."""
     if n < 2:
-        raise OptionError(f"a shuffle that moves every query needs at least 2 queries, got {n}: add queries.")
+        raise OptionError(f"giving every query another one needs at least 2 queries, got {n}: add queries.")
     generator = as_generator(seed)
     here = torch.arange(n)
     while True:  # each attempt succeeds with probability about 1/e

@@ -42,6 +42,20 @@ class Rec2FTP:
         """100 P(ICL right | zero-shot wrong): what Rec2FTP is if finetuning tells nothing about ICL."""
         return self.icl / self.zs_wrong * 100 if self.zs_wrong else None
 
+    def interval(self, *, level: float = 0.95) -> tuple[float, float] | None:
+        """Exact (Clopper-Pearson) interval of `value` in percent, from its counts; None where there is no value.
+
+        Queries count as independent: with demonstration sets that differ, the truth is less certain than this.
+        """
+        return exact_interval(self.both, self.ft, level=level)
+
+    @property
+    def text(self) -> str:
+        """Value and base rate with their counts and exact 95 % intervals."""
+        value = f"undefined ({self.undefined})" if self.undefined else _percent(self.both, self.ft)
+        base = _percent(self.icl, self.zs_wrong) if self.zs_wrong else "undefined (no query is wrong zero-shot)"
+        return f"{value}; base rate {base}"
+
     @property
     def undefined(self) -> str | None:
         """Why there is no value; None if there is one."""
@@ -57,6 +71,24 @@ class Rec2FTP:
                 "Use more queries, or a finetuning that changes predictions."
             )
         return self.value
+
+
+def exact_interval(k: int, n: int, *, level: float = 0.95) -> tuple[float, float] | None:
+    """Clopper-Pearson interval, in percent, of a share of which k of n were seen; None if n is 0."""
+    from scipy.stats import beta  # here, as importing it takes half a second
+
+    if n == 0:
+        return None
+    tail = (1 - level) / 2
+    low = float(beta.ppf(tail, k, n - k + 1)) if k > 0 else 0.0
+    high = float(beta.ppf(1 - tail, k + 1, n - k)) if k < n else 1.0
+    return 100 * low, 100 * high
+
+
+def _percent(k: int, n: int) -> str:
+    found = exact_interval(k, n)
+    assert found is not None
+    return f"{100 * k / n:.1f} % ({k} of {n}; {found[0]:.1f} % to {found[1]:.1f} %)"
 
 
 def rec2ftp(

@@ -1,35 +1,37 @@
-"""Record what a comparison needs from the runs of one demonstration set, on the CPU, a query a row."""
+"""What a comparison needs from the runs of one demonstration set, on the CPU, a query a row."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from metaopt_lens._errors import UndefinedMetricError
 from metaopt_lens.analysis._matrices import Factors, effective_rank, frobenius_cosine, principal_angles
-from metaopt_lens.decomposition import run_settings, without_demos
-from metaopt_lens.dual import (
-    ScoreRule,
-    attention_scores,
-    linear_weights,
-    split_softmax,
-    visible_sources,
-    weighted_values,
-)
-from metaopt_lens.extraction import (
-    QueryCapture,
-    capture_queries,
-    choose_batch_size,
-    map_batches,
-    run_shared_prefix,
-)
-from metaopt_lens.finetuning import UpdatedMemory, WeightUpdate, updated_memory
-from metaopt_lens.models import AttentionModel, Prefix
+from metaopt_lens.analysis._similarity import difference
+from metaopt_lens.dual import at_least_float32
+from metaopt_lens.finetuning import UpdatedMemory, WeightUpdate, delta_w_ft, updated_memory
+from metaopt_lens.models import LensModel
 from metaopt_lens.prompts import TokenizedPrompt
+from metaopt_lens.runs import (
+    SETTINGS,
+    Keep,
+    Run,
+    Runs,
+    attention_output,
+    delta_w_icl,
+    demo_scores,
+    own_scores,
+    record_batches,
+    softmax_parts,
+)
+
+if TYPE_CHECKING:
+    from transformer_lens import FactoredMatrix
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class SetRecord:
         queries_ft: query vectors of the finetuned run before rotary, times the score scale, heads side by side.
         mass: attention mass on the demonstrations.
         lengths: tokens of each query.
+        eps: rounding unit of the dtype that the model ran in, at least float32's: hosts make rotary tables in float32
+            whatever the weights are.
     """
 
     z_icl: Float[Tensor, "query layer head d_head"]
@@ -76,10 +80,16 @@ class SetRecord:
     queries_ft: Float[Tensor, "query layer d_q"]
     mass: Float[Tensor, "query layer head"]
     lengths: Int[Tensor, " query"]
+    eps: Float[Tensor, " query"]
+
+    @property
+    def rounding(self) -> float:
+        """`eps`, which is one for all queries of a set."""
+        return float(self.eps[0])
 
 
 def record_set(
-    model: AttentionModel,
+    model: LensModel,
     tokenized: Sequence[TokenizedPrompt],
     update: WeightUpdate,
     *,
@@ -87,189 +97,89 @@ def record_set(
     batch_size: int | None = None,
 ) -> SetRecord:
     """Run every setting over queries that share their demonstrations; the demonstrations are run once per model."""
-    base = run_shared_prefix(model, tokenized[0].ids[: tokenized[0].query.start])
-    with update.applied(model):
-        tuned = run_shared_prefix(model, tokenized[0].ids[: tokenized[0].query.start])
-    assert base is not None
-    assert tuned is not None
-    longest = max(len(t.query) for t in tokenized)
+    rows: dict[int, dict[str, Tensor]] = {}
+    for indices, batch in record_batches(
+        model, tokenized, settings=SETTINGS, update=update, keep=Keep(raw_q=True), batch_size=batch_size
+    ):
+        memories = updated_memory(model, update, [runs.icl for runs in batch])
+        for index, runs, memory in zip(indices, batch, memories, strict=True):
+            row = _attention(model, runs, update) | _linear(runs.icl, memory, subspace_dim)
+            rows[index] = {name: _kept(t) for name, t in row.items()}
+            rows[index]["eps"] = torch.tensor(
+                max(torch.finfo(dtype).eps for dtype in (runs.icl.z.dtype, torch.float32))
+            )
+    return _stack([rows[index] for index in range(len(tokenized))], max(len(t.query) for t in tokenized))
 
-    def run(batch: list[TokenizedPrompt]) -> list[dict[str, Tensor]]:
-        return _record_batch(model, batch, update, base, tuned, subspace_dim=subspace_dim)
 
-    size = batch_size or max(1, choose_batch_size(model, n_new=longest, n_prefix=base.n_tokens) // 2)
-    rows = map_batches(list(tokenized), lambda t: len(t.query), run, batch_size=size)
-    return _stack(rows, longest)
+def _kept(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32).cpu()
 
 
 def _stack(rows: list[dict[str, Tensor]], longest: int) -> SetRecord:
-    stacked = {}
-    for field in fields(SetRecord):
-        tensors = [row[field.name] for row in rows]
-        if field.name.startswith("scores_"):
+    stacked = {"lengths": torch.tensor([row["scores_zs"].shape[-1] for row in rows])}
+    for name in rows[0]:
+        tensors = [row[name] for row in rows]
+        if name.startswith("scores_"):
             tensors = [torch.nn.functional.pad(t, (0, longest - t.shape[-1]), value=torch.nan) for t in tensors]
-        stacked[field.name] = torch.stack(tensors)
+        stacked[name] = torch.stack(tensors)
     return SetRecord(**stacked)
 
 
-def _record_batch(
-    model: AttentionModel,
-    batch: list[TokenizedPrompt],
-    update: WeightUpdate,
-    base: Prefix,
-    tuned: Prefix,
-    *,
-    subspace_dim: int,
-) -> list[dict[str, Tensor]]:
-    demos = batch[0].demonstrations
-    queries = [t.ids[t.query.start :] for t in batch]
-    last = [[len(q) - 1] for q in queries]
-    runs = run_settings(model, base, batch, [[t.n_tokens - 1] for t in batch], zero_shot_runs="both")
-    assert runs.zero_shot is not None
-    assert runs.position_matched is not None
-    raw_queries: list[Tensor] = []
-
-    def keep_query(q: Tensor) -> None:
-        rows = [q[row, len(ids) - 1] for row, ids in enumerate(queries)]
-        raw_queries.append(torch.stack(rows))
-
-    with update.applied(model):
-        query_hooks = [(model.hook_name("q", layer), keep_query) for layer in range(model.info.n_layers)]
-        with model.hooked(query_hooks):
-            ft = capture_queries(model, tuned.truncate(demos.start), queries, last)
-        matched_ft = capture_queries(model, tuned, queries, last, edit=lambda call: without_demos(call, demos))
-    memory = updated_memory(model, update, base, demos, batch[0].ids[: demos.start], queries)
-    return [
-        _record_query(
-            model,
-            prompt,
-            update,
-            base,
-            runs.in_context[i],
-            {"zs": runs.zero_shot[i], "zsm": runs.position_matched[i], "ft": ft[i], "ftm": matched_ft[i]},
-            memory[i],
-            torch.stack([q[i] for q in raw_queries]),
-            subspace_dim,
-        )
-        for i, prompt in enumerate(batch)
-    ]
+def _attention(model: LensModel, runs: Runs, update: WeightUpdate) -> dict[str, Tensor]:
+    """Outputs and scores of every setting at the last token, and the exact split of the in-context run."""
+    parts = softmax_parts(runs.icl)
+    row = {"mass": parts.mass, "direct": parts.update, "meta_gradient": parts.meta_gradient}
+    names = {"icl": "icl", "zs": "zs", "ft": "ft", "zs_matched": "zsm", "ft_matched": "ftm"}
+    row |= {f"z_{names[setting]}": run.z for setting, run in runs.items()}
+    for name, run in (("icl", runs.icl), ("zs", runs.zs), ("ft", runs.ft)):
+        w_o, b_o = (update.w_o, update.b_o) if name == "ft" else (None, None)
+        row[f"hidden_{name}"] = attention_output(model, run, w_o=w_o, b_o=b_o)
+        row[f"scores_{name}"] = own_scores(run)
+    row["context_scores"] = demo_scores(runs.icl).sum(-2)
+    assert runs.ft.raw_q is not None
+    scales = torch.tensor([rule.scale for rule in runs.ft.rules], dtype=runs.ft.raw_q.dtype)
+    row["queries_ft"] = (runs.ft.raw_q * scales.to(runs.ft.raw_q.device)[:, None, None]).flatten(-2)
+    return {name: tensor[-1] for name, tensor in row.items()}
 
 
-def _record_query(
-    model: AttentionModel,
-    prompt: TokenizedPrompt,
-    update: WeightUpdate,
-    base: Prefix,
-    icl: QueryCapture,
-    others: dict[str, QueryCapture],
-    memory: UpdatedMemory,
-    raw_query: Tensor,
-    subspace_dim: int,
-) -> dict[str, Tensor]:
+def _linear(icl: Run, memory: UpdatedMemory, subspace_dim: int) -> dict[str, Tensor]:
+    """The linear form: both updates applied to the in-context query, and the matrices compared."""
     layers = []
-    for layer in range(model.info.n_layers):
-        # The metrics speak of scores before masking, so a sliding window does not enter.
-        rule = replace(model.score_rule(layer), window=None)
-        k, v = torch.cat([base.k[layer], icl.k[layer]]), torch.cat([base.v[layer], icl.v[layer]])
-        row = _exact_part(icl, v, layer, prompt)
-        for name, capture in {"icl": icl, **others}.items():
-            row[f"z_{name}"] = capture.z[0, layer]
-            if name in {"icl", "zs", "ft"}:
-                row[f"hidden_{name}"] = _attention_output(model, layer, capture, update if name == "ft" else None)
-                row[f"scores_{name}"] = _own_scores(rule, capture, layer, prompt, in_context=name == "icl")
-        row |= _linear_part(model, icl.q[:, layer], k, v, memory, layer, prompt, subspace_dim)
-        row["context_scores"] = _context_scores(rule, icl.q[:, layer], k, prompt)
-        row["queries_ft"] = (raw_query[layer] * rule.scale).flatten()
-        layers.append(
-            {
-                name: t.detach().to(torch.float64 if t.dtype == torch.float64 else torch.float32).cpu()
-                for name, t in row.items()
-            }
-        )
-    record = {name: torch.stack([row[name] for row in layers]) for name in layers[0]}
-    record["lengths"] = torch.tensor(len(prompt.query))
-    return record
+    for layer, visible in enumerate(icl.visible[:, -1]):
+        first, second = delta_w_icl(icl, layer), delta_w_ft(memory, layer, visible[~icl.in_demos])
+        group = icl.model.n_heads // icl.model.n_kv_heads
+        row = {"linear_icl": _applied(first, icl.q[-1, layer]), "linear_ft": _applied(second, icl.q[-1, layer])}
+        a, b = Factors(first.A, first.B), Factors(second.A, second.B)
+        left, right = _mean_squared_cosines(a, b, subspace_dim)
+        matrices = {
+            "frobenius": frobenius_cosine(a, b),
+            "subspace_left": left,
+            "subspace_right": right,
+            "rank_icl": effective_rank(a),
+            "rank_ft": effective_rank(b),
+        }
+        row |= {name: t.repeat_interleave(group) for name, t in matrices.items()}
+        changed = _changed(memory, layer, visible[~icl.in_demos]).repeat_interleave(group)  # else dW_FT is rounding
+        for name in row.keys() - {"linear_icl", "rank_icl"}:
+            row[name] = torch.where(changed[:, None] if row[name].ndim > 1 else changed, row[name], torch.nan)
+        layers.append(row)
+    return {name: torch.stack([row[name] for row in layers]) for name in layers[0]}
 
 
-def _exact_part(icl: QueryCapture, v: Tensor, layer: int, prompt: TokenizedPrompt) -> dict[str, Tensor]:
-    parts = split_softmax(icl.pattern[0, layer][:, None], v, prompt.demonstrations, sink=icl.sink[0, layer][:, None])
-    return {"mass": parts.mass[0], "direct": parts.update[0], "meta_gradient": parts.meta_gradient[0]}
+def _changed(memory: UpdatedMemory, layer: int, seen: Bool[Tensor, " src"]) -> Bool[Tensor, " kv_head"]:
+    """Whether an update changed a head's keys or values by more than rounding."""
+    pairs = ((memory.k_updated, memory.k), (memory.v_updated, memory.v))
+    # [src kv_head d_head] -> [kv_head src * d_head]
+    flat = [[t[layer][seen].transpose(0, 1).flatten(1) for t in pair] for pair in pairs]
+    keys, values = (~difference(new, old).isnan().any(-1) for new, old in flat)
+    return keys | values
 
 
-def _attention_output(
-    model: AttentionModel, layer: int, capture: QueryCapture, update: WeightUpdate | None
-) -> Float[Tensor, " d_model"]:
-    """After W_O and b_O, with an update of the output projection where there is one."""
-    z = capture.z[0, layer]
-    weight, bias = model.w_o(layer).to(z), model.b_o(layer)
-    bias = torch.zeros(model.info.d_model, dtype=z.dtype, device=z.device) if bias is None else bias.to(z)
-    if update is not None and update.w_o is not None:
-        weight = weight + update.w_o[layer].to(z)
-    if update is not None and update.b_o is not None:
-        bias = bias + update.b_o[layer].to(z)
-    return torch.einsum("hd,hdm->m", z, weight) + bias
-
-
-def _own_scores(
-    rule: ScoreRule, capture: QueryCapture, layer: int, prompt: TokenizedPrompt, *, in_context: bool
-) -> Float[Tensor, "head pos"]:
-    """Scores from the last token to the query's own tokens, before the softmax."""
-    start = prompt.query.start if in_context else prompt.demonstrations.start
-    at = torch.arange(start, start + len(prompt.query), device=capture.z.device)
-    return attention_scores(rule, capture.q[:, layer], capture.k[layer], dst_positions=at[-1:], src_positions=at)[:, 0]
-
-
-def _context_scores(rule: ScoreRule, q: Tensor, k: Tensor, prompt: TokenizedPrompt) -> Float[Tensor, " src"]:
-    """Scores from the last token to the demonstrations' tokens (no separators), summed over the heads."""
-    columns = [
-        i for demo, label in zip(prompt.demos, prompt.labels, strict=True) for i in range(demo.start, label.stop)
-    ]
-    at = torch.tensor(columns, device=k.device)
-    last = torch.tensor([prompt.n_tokens - 1], device=k.device)
-    return attention_scores(rule, q, k[at], dst_positions=last, src_positions=at)[:, 0].sum(0)
-
-
-def _linear_part(
-    model: AttentionModel,
-    q: Float[Tensor, "1 head d_head"],
-    k: Float[Tensor, "src kv_head d_head"],
-    v: Float[Tensor, "src kv_head d_head"],
-    memory: UpdatedMemory,
-    layer: int,
-    prompt: TokenizedPrompt,
-    subspace_dim: int,
-) -> dict[str, Tensor]:
-    """The linear form of one layer: both updates applied to the in-context query, and the matrices compared."""
-    positions = torch.arange(prompt.n_tokens, device=k.device)
-    seen = visible_sources(model.score_rule(layer), positions[-1:], positions)[0]
-    demos = prompt.demonstrations
-    in_demos = (positions >= demos.start) & (positions < demos.stop)
-    d, z = seen & in_demos, seen[~in_demos]
-
-    def applied(keys: Tensor, values: Tensor) -> Tensor:
-        everything = torch.ones(1, len(keys), dtype=torch.bool, device=keys.device)
-        return weighted_values(linear_weights(q, keys, everything), values)[0]
-
-    # (v + dv)(k + dk) - v k = dv (k + dk) + v dk: nothing large cancels.
-    k_old, k_new, v_old, v_new = (t[layer][z] for t in (memory.k, memory.k_updated, memory.v, memory.v_updated))
-    ft_keys, ft_values = torch.cat([k_new, k_new - k_old]), torch.cat([v_new - v_old, v_old])
-    icl = Factors(_heads_first(v[d]).mT, _heads_first(k[d]))
-    ft = Factors(_heads_first(ft_values).mT, _heads_first(ft_keys))
-    angles_left, angles_right = _mean_squared_cosines(icl, ft, subspace_dim)
-    matrices = {
-        "frobenius": frobenius_cosine(icl, ft),
-        "subspace_left": angles_left,
-        "subspace_right": angles_right,
-        "rank_icl": effective_rank(icl),
-        "rank_ft": effective_rank(ft),
-    }
-    group = model.info.n_heads // model.info.n_kv_heads
-    per_head = {name: t.to(k.device).repeat_interleave(group) for name, t in matrices.items()}
-    return {"linear_icl": applied(k[d], v[d]), "linear_ft": applied(ft_keys, ft_values), **per_head}
-
-
-def _heads_first(tensor: Float[Tensor, "src kv_head d_head"]) -> Float[Tensor, "kv_head src d_head"]:
-    return tensor.transpose(0, 1)
+def _applied(memory: FactoredMatrix, q: Float[Tensor, "head d_head"]) -> Float[Tensor, "head d_head"]:
+    """A memory of every key-value head, applied to the queries of the heads that read it."""
+    values, keys = (at_least_float32(t) for t in (memory.A, memory.B))  # [kv_head, d_head, src], [kv_head, src, d_head]
+    grouped = at_least_float32(q).reshape(len(keys), -1, q.shape[-1])  # [kv_head, group, d_head]
+    return torch.einsum("kds,ksc,kgc->kgd", values, keys, grouped).flatten(0, 1)
 
 
 def _mean_squared_cosines(first: Factors, second: Factors, k: int) -> tuple[Tensor, Tensor]:

@@ -10,15 +10,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from metaopt_lens.analysis._comparison import Statistic
+from metaopt_lens.analysis._comparison import OTHER_QUERY, Statistic
 from metaopt_lens.analysis._nulls import derangement, random_like
 from metaopt_lens.analysis._rank import kendall_tau
 from metaopt_lens.analysis._recall import topk_recall
 from metaopt_lens.analysis._record import SetRecord
-from metaopt_lens.analysis._similarity import cosine, sim_am, sim_aou
+from metaopt_lens.analysis._similarity import cosine, difference, sim_am, sim_aou
 from metaopt_lens.analysis._training_attention import finetuning_scores, training_attention
 from metaopt_lens.finetuning import StepFactors, WeightUpdate
-from metaopt_lens.models import AttentionModel
+from metaopt_lens.models import LensModel
 from metaopt_lens.prompts import TokenizedPrompt
 
 Values = Float[Tensor, "query layer head"]
@@ -44,6 +44,7 @@ _DESCRIPTIONS = {
         "scores before the softmax over the query's tokens, difference mode (both minus zero-shot), mean over heads"
     ),
 }
+_PER_SET = ("matrices", "subspaces left", "subspaces right")
 # First map, second map, what is subtracted from both.
 _MAPS = {
     "SimAM ICL-FT": ("icl", "ft", None),
@@ -52,18 +53,18 @@ _MAPS = {
 }
 
 
-def similarities(model: AttentionModel, r: SetRecord, *, reference: bool) -> dict[str, Values]:
+def similarities(model: LensModel, r: SetRecord, *, reference: bool) -> dict[str, Values]:
     """Every similarity of in-context and finetuning updates in a record, by name; layer level has one head."""
     found = {name: cosine(icl, ft) for name, (icl, ft) in _vectors(model, r).items()}
     found |= {"matrices": r.frobenius, "subspaces left": r.subspace_left, "subspaces right": r.subspace_right}
-    aou = sim_aou(r.hidden_icl, r.hidden_zs, r.hidden_ft, reference=reference)
+    aou = sim_aou(r.hidden_icl, r.hidden_zs, r.hidden_ft, eps=r.rounding, reference=reference)
     found |= {"SimAOU": aou.normalised.values[..., None], "SimAOU unnormalised": aou.plain.values[..., None]}
     found |= {name: _sim_am(r, name, reference)[..., None] for name in _MAPS}
     return found
 
 
 def set_statistics(
-    model: AttentionModel,
+    model: LensModel,
     r: SetRecord,
     generator: torch.Generator,
     *,
@@ -75,7 +76,7 @@ def set_statistics(
     nulls: dict[str, dict[str, Tensor]] = {}
     for name, (icl, ft) in _vectors(model, r).items():
         nulls[name] = {
-            "shuffled": _shuffled(cosine, icl, ft, generator, n_draws),
+            OTHER_QUERY: _other_query(cosine, icl, ft, generator, n_draws),
             "random": _mean_of(lambda a=icl, b=ft: cosine(a, random_like(b, seed=generator)), n_draws),  # type: ignore[misc]
         }
     # Expectations: of the Frobenius cosine with a random matrix, and of the overlap with a random subspace.
@@ -89,6 +90,7 @@ def set_statistics(
             name=name,
             description=_DESCRIPTIONS[name] + (f", k = {subspace_dim}" if name.startswith("subspaces") else ""),
             level="layer" if name.startswith("Sim") else "head",
+            unit="set" if name in _PER_SET else "query",
             values=values.float(),
             nulls={null: tensor.float() for null, tensor in nulls[name].items()},
         )
@@ -104,14 +106,15 @@ def with_null(statistics: Sequence[Statistic], label: str, values: dict[str, Val
     ]
 
 
-def _vectors(model: AttentionModel, r: SetRecord) -> dict[str, tuple[Tensor, Tensor]]:
-    total, ft = r.z_icl - r.z_zs, r.z_ft - r.z_zs
+def _vectors(model: LensModel, r: SetRecord) -> dict[str, tuple[Tensor, Tensor]]:
+    minus = partial(difference, eps=r.rounding)
+    total, ft = minus(r.z_icl, r.z_zs), minus(r.z_ft, r.z_zs)
     w_o = torch.stack([model.w_o(layer).detach().to("cpu", total.dtype) for layer in range(model.info.n_layers)])
     through = partial(torch.einsum, "qlhd,lhdm->qlhm")
     return {
         "z total": (total, ft),
         "z total, after W_O": (through(total, w_o), through(ft, w_o)),
-        "z total, position-matched": (r.z_icl - r.z_zsm, r.z_ftm - r.z_zsm),
+        "z total, position-matched": (minus(r.z_icl, r.z_zsm), minus(r.z_ftm, r.z_zsm)),
         "z direct": (r.direct, ft),
         "z meta-gradient": (r.meta_gradient, ft),
         "linear": (r.linear_icl, r.linear_ft),
@@ -123,7 +126,7 @@ def _mean_of(draw: Callable[[], Tensor], n_draws: int) -> Tensor:
     return torch.stack([draw() for _ in range(n_draws)]).nanmean(0)
 
 
-def _shuffled(similarity: _Pair, icl: Tensor, ft: Tensor, generator: torch.Generator, n_draws: int) -> Tensor:
+def _other_query(similarity: _Pair, icl: Tensor, ft: Tensor, generator: torch.Generator, n_draws: int) -> Tensor:
     """Null (b): every query's ICL update against another query's FT update."""
     return _mean_of(lambda: similarity(icl, ft[derangement(len(icl), seed=generator)]), n_draws)
 
@@ -135,10 +138,10 @@ def _sim_aou_nulls(
 
     def moved(change: Tensor, *, plain: bool) -> Tensor:
         """Another update, put on the query's own baseline."""
-        aou = sim_aou(r.hidden_icl, r.hidden_zs, r.hidden_zs + change, reference=reference)
+        aou = sim_aou(r.hidden_icl, r.hidden_zs, r.hidden_zs + change, eps=r.rounding, reference=reference)
         return (aou.plain if plain else aou.normalised).values[..., None]
 
-    def shuffled(*, plain: bool) -> Tensor:
+    def other_query(*, plain: bool) -> Tensor:
         return _mean_of(lambda: moved(update[derangement(len(update), seed=generator)], plain=plain), n_draws)
 
     def random() -> Tensor:
@@ -146,8 +149,8 @@ def _sim_aou_nulls(
 
     analytic = sim_aou(r.hidden_icl, r.hidden_zs, r.hidden_ft, reference=reference).null.values[..., None]
     return {
-        "SimAOU": {"analytic": analytic, "shuffled": shuffled(plain=False)},
-        "SimAOU unnormalised": {"shuffled": shuffled(plain=True), "random": _mean_of(random, n_draws)},
+        "SimAOU": {"analytic": analytic, OTHER_QUERY: other_query(plain=False)},
+        "SimAOU unnormalised": {OTHER_QUERY: other_query(plain=True), "random": _mean_of(random, n_draws)},
     }
 
 
@@ -159,6 +162,7 @@ def _sim_am(r: SetRecord, name: str, reference: bool, other: Tensor | None = Non
         maps[first],
         maps[second] if other is None else other,
         lengths=r.lengths,
+        eps=r.rounding,
         baseline=None if base is None else maps[base],
         reference=reference,
     ).per_query.values
@@ -176,7 +180,7 @@ def _sim_am_nulls(
         drawn = random_like(map_ - baseline, seed=generator) * mask
         return _sim_am(r, name, reference, (baseline + drawn).to(map_.dtype))
 
-    def shuffled() -> Tensor:
+    def other_query() -> Tensor:
         """Only a query of the same length can stand in; one that has none is left out."""
         partner = _same_length_partner(r.lengths, generator)
         values = _sim_am(r, name, reference, baseline + (map_ - baseline)[partner])
@@ -184,8 +188,8 @@ def _sim_am_nulls(
         return values
 
     nulls = {"random": _mean_of(random, n_draws)[..., None]}
-    moved = _mean_of(shuffled, n_draws)[..., None]
-    return nulls if bool(moved.isnan().all()) else {"shuffled": moved, **nulls}
+    moved = _mean_of(other_query, n_draws)[..., None]
+    return nulls if bool(moved.isnan().all()) else {OTHER_QUERY: moved, **nulls}
 
 
 def _same_length_partner(lengths: Int[Tensor, " query"], generator: torch.Generator) -> Int[Tensor, " query"]:
@@ -208,9 +212,7 @@ def usable_factors(update: WeightUpdate) -> tuple[StepFactors, ...] | None:
     return update.factors
 
 
-def demonstration_queries(
-    model: AttentionModel, factors: Sequence[StepFactors]
-) -> list[Float[Tensor, "src layer d_q"]]:
+def demonstration_queries(model: LensModel, factors: Sequence[StepFactors]) -> list[Float[Tensor, "src layer d_q"]]:
     """Query vectors of every demonstration's tokens (BOS first) in its own finetuning step, with the score scale, heads
     side by side."""
     scale = torch.tensor([model.score_rule(layer).scale for layer in range(model.info.n_layers)])
@@ -221,7 +223,7 @@ def demonstration_queries(
 
 
 def training_attention_statistics(
-    model: AttentionModel,
+    model: LensModel,
     r: SetRecord,
     prompt: TokenizedPrompt,
     update: WeightUpdate,
@@ -267,9 +269,9 @@ def training_attention_statistics(
             ),
         ):
             values = similarity(icl, ft).float()
-            shuffled = _shuffled(similarity, icl, ft, generator, max(1, n_draws // 4)).float()
-            nulls = {"shuffled": shuffled, "chance": torch.full_like(values, chance)}
-            found.append(Statistic(name, description, "layer", values, nulls))
+            moved = _other_query(similarity, icl, ft, generator, max(1, n_draws // 4)).float()
+            nulls = {OTHER_QUERY: moved, "chance": torch.full_like(values, chance)}
+            found.append(Statistic(name, description, "layer", "query", values, nulls))
     return found
 
 

@@ -6,6 +6,7 @@ Dai et al. 2022 (arXiv 2212.10559), with the critique of Deutch et al. 2023 (arX
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +17,9 @@ from metaopt_lens.analysis._checks import check_finite, check_same_shape
 from metaopt_lens.analysis._statistic import QueryStatistic
 
 _TINY = 1e-20  # what the published code adds to every norm and denominator
-_ZERO_UPDATE = "one of the two updates is exactly zero and has no direction"
+_ZERO_UPDATE = "one of the two updates is zero, or not above rounding, and has no direction"
+_ROUNDING = 1e3  # rounding units a difference must exceed ...
+_LARGEST = 1 / 32  # ... but never more than this share of what is subtracted (half precision)
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,35 @@ def cosine(
     return similarity
 
 
+def rounding_tolerance(eps: float) -> float:
+    """Size of a difference, relative to what was subtracted, up to which it counts as rounding.
+
+    Args:
+        eps: rounding unit (``torch.finfo(dtype).eps``) of the numbers as the model computed them.
+    """
+    return min(_ROUNDING * eps, _LARGEST)
+
+
+def difference(
+    first: Float[Tensor, "*item d_model"], second: Float[Tensor, "*item d_model"], *, eps: float | None = None
+) -> Float[Tensor, "*item d_model"]:
+    """``first - second`` in float64; NaN where it is no larger than rounding and has no direction.
+
+    What is left of two equal vectors is rounding: its cosine with anything is a number without a meaning. A difference
+    counts as undefined up to 1e3 rounding units (at most 1/32) of the norm of what was subtracted.
+
+    Args:
+        first: vectors along the last axis.
+        second: what is subtracted from them.
+        eps: rounding unit of the recorded numbers; by default that of `second`'s dtype.
+    """
+    tolerance = rounding_tolerance(torch.finfo(second.dtype).eps if eps is None else eps)
+    first, second = first.double(), second.double()
+    found = first - second
+    large = found.norm(dim=-1, keepdim=True) > tolerance * second.norm(dim=-1, keepdim=True)
+    return torch.where(large, found, torch.nan)
+
+
 def unit(hidden: Float[Tensor, "*item d_model"], *, reference: bool = False) -> Float[Tensor, "*item d_model"]:
     """Vectors scaled to unit length, in float64: NaN for a zero vector, or 0 with ``reference=True``."""
     hidden = hidden.double()
@@ -85,22 +117,25 @@ def sim_aou(
     zs: Float[Tensor, "query *item d_model"],
     ft: Float[Tensor, "query *item d_model"],
     *,
+    eps: float | None = None,
     reference: bool = False,
 ) -> SimAOU:
     """SimAOU from the attention outputs of the in-context, zero-shot and finetuned runs.
 
     Default and reference differ in one thing: ``reference=True`` adds 1e-20 to norms and denominators, so an
-    update of exactly zero counts as similarity 0 and stays in the mean; by default it is undefined and left
-    out. (Deutch et al. bound the norms below by 1e-12 and 1e-8, which changes only how far a near-zero update
-    is damped.) The published code reports the unit-normalised form alone; here the plain form and the
-    normalised form's analytic null always stand beside it.
+    update of exactly zero counts as similarity 0 and stays in the mean, and one of rounding counts as it is; by
+    default both are undefined and left out (see `difference`, also for `eps`). (Deutch et al. bound the norms
+    below by 1e-12 and 1e-8, which changes only how far a near-zero update is damped.) The published code reports the
+    unit-normalised form alone; here the plain form and the normalised form's analytic null come with it.
     """
     check_same_shape(icl=icl, zs=zs, ft=ft)
     check_finite(icl=icl, zs=zs, ft=ft)
+    eps = torch.finfo(zs.dtype).eps if eps is None else eps
     icl, zs, ft = icl.double(), zs.double(), ft.double()
+    minus = torch.sub if reference else partial(difference, eps=eps)
     units = [unit(h, reference=reference) for h in (icl, zs, ft)]
-    normalised = cosine(units[0] - units[1], units[2] - units[1], reference=reference)
-    plain = cosine(icl - zs, ft - zs, reference=reference)
+    normalised = cosine(minus(units[0], units[1]), minus(units[2], units[1]), reference=reference)
+    plain = cosine(minus(icl, zs), minus(ft, zs), reference=reference)
     return SimAOU(
         normalised=QueryStatistic(normalised, _ZERO_UPDATE),
         plain=QueryStatistic(plain, _ZERO_UPDATE),
@@ -132,6 +167,7 @@ def sim_am(
     lengths: Int[Tensor, " query"] | None = None,
     baseline: Float[Tensor, "query layer head pos"] | None = None,
     centre: bool | None = None,
+    eps: float | None = None,
     reference: bool = False,
 ) -> SimAM:
     """SimAM from attention scores before the softmax, over the query's own tokens.
@@ -140,32 +176,47 @@ def sim_am(
     is the difference mode of the critique. With `lengths`, only the first ``lengths[i]`` entries of query i
     count and the filling behind them may be anything, NaN included.
 
-    Default and reference differ in two things. The softmax ignores a constant added to all of a head's scores
+    Default and reference differ in three things. The softmax ignores a constant added to all of a head's scores
     (a key bias adds one), the cosine of raw scores does not: by default each map's mean over the tokens is
     taken off first (``centre=True``), with ``reference=True`` it is not. And a map that is exactly zero gives
-    similarity 0 in the reference (1e-20 in the denominator), but is undefined and left out by default.
+    similarity 0 in the reference (1e-20 in the denominator), but is undefined and left out by default. And what is no
+    larger than rounding after a subtraction (see `difference`) is undefined by default. In layer 0 of a model with
+    relative positions the query's own scores do not depend on the demonstrations at all: the difference mode has
+    nothing to compare there.
+
+    Args:
+        first: attention map of the one setting.
+        second: attention map of the other.
+        lengths: tokens of each query; all of them if not given.
+        baseline: subtracted from both maps.
+        centre: whether each map's mean is taken off.
+        eps: rounding unit of the recorded scores; by default that of their dtype.
+        reference: the published code's choices.
     """
     check_same_shape(first=first, second=second, **({} if baseline is None else {"baseline": baseline}))
     mask = _token_mask(first, lengths)
     maps = [torch.where(mask, scores, 0) for scores in (first, second, baseline) if scores is not None]
     check_finite(**dict(zip(("first", "second", "baseline"), maps, strict=False)))
-    a, b = maps[0].double(), maps[1].double()
-    if baseline is not None:
-        a, b = a - maps[2].double(), b - maps[2].double()
+    tolerance = rounding_tolerance(torch.finfo(first.dtype).eps if eps is None else eps)
+    a, b, *subtracted = (m.double() for m in maps)
     centre = (not reference) if centre is None else centre
-    if centre:
-        count = mask.sum(-1, keepdim=True)
-        a, b = ((x - x.sum(-1, keepdim=True) / count) * mask for x in (a, b))
-        # what centring leaves of a constant map is rounding, not a direction
-        a, b = (torch.where(_is_rounding(x, raw), 0, x) for x, raw in ((a, maps[0]), (b, maps[1])))
-    because = "an attention map is " + ("constant" if centre else "zero") + " over the query's tokens"
+    count = mask.sum(-1, keepdim=True)
+
+    def compared(raw: Tensor) -> Tensor:
+        """The map as it is compared; NaN where the subtractions leave nothing but rounding."""
+        map_, size = raw, raw.norm(dim=-1, keepdim=True)
+        for zero in subtracted:
+            map_, size = map_ - zero, torch.maximum(size, zero.norm(dim=-1, keepdim=True))
+        if centre:
+            map_ = (map_ - map_.sum(-1, keepdim=True) / count) * mask
+        if reference or map_ is raw:
+            return map_
+        return torch.where(map_.norm(dim=-1, keepdim=True) > tolerance * size, map_, torch.nan)
+
+    a, b = compared(a), compared(b)
+    because = "an attention map is " + ("constant" if centre else "zero") + " over the query's tokens, up to rounding"
     values = QueryStatistic(cosine(a, b, reference=reference), because)
     return SimAM(per_head=values, difference=baseline is not None, centred=centre, reference=reference)
-
-
-def _is_rounding(centred: Tensor, raw: Tensor) -> Tensor:
-    is_small: Tensor = centred.norm(dim=-1, keepdim=True) <= 1e-14 * raw.double().norm(dim=-1, keepdim=True)
-    return is_small
 
 
 def _token_mask(scores: Tensor, lengths: Tensor | None) -> Tensor:

@@ -2,124 +2,195 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from metaopt_lens._errors import UndefinedMetricError
-from metaopt_lens.analysis._comparison import Comparison
+from metaopt_lens.analysis._comparison import (
+    FLIPPED_LABELS,
+    OTHER_QUERY,
+    RANDOM_WEIGHTS,
+    SHUFFLED_LABELS,
+    Comparison,
+)
+from metaopt_lens.analysis._interval import MIN_SETS_TO_DECIDE, scope
 
-Answer = Literal["yes", "no", "unclear"]
+Answer = Literal["yes", "no", "unclear", "undecided"]
+
+LEARNING, FINETUNING, DIRECTION, PUBLISHED = "in_context_learning", "finetuning", "direction", "sim_aou"
+_CONTROL = "control:"
+_QUESTIONS = {
+    OTHER_QUERY: ("Is that similarity specific to the query?", "its excess over another query's finetuning update"),
+    SHUFFLED_LABELS: ("Does it depend on the demonstrations' labels?", "its excess over randomly shuffled labels"),
+    FLIPPED_LABELS: ("Does it depend on which label word stands for what?", "its excess over flipped labels"),
+    "random": ("Is it more than random directions show?", "its excess over random directions"),
+    **{
+        name: (f"Is it more than a model with {name} shows?", "its excess over that model's") for name in RANDOM_WEIGHTS
+    },
+}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One question with its answer: ``yes`` if the 95 % interval lies above 0, ``no`` if below, else ``unclear``.
+    """One question with its answer.
 
     Attributes:
+        key: ``in_context_learning``, ``finetuning``, ``direction``, ``control:NAME`` for each null, ``sim_aou``.
+        question: in words.
+        answer: ``yes`` if the 95 % interval lies above 0, ``no`` if below, ``unclear`` if it holds 0; ``undecided``
+            where the data cannot say: see `because`.
         what: the quantity that estimate, low and high are of.
+        estimate, low, high: NaN where undefined.
+        n_sets: demonstration sets behind it.
+        because: why it is undecided; empty otherwise.
     """
 
+    key: str
     question: str
     answer: Answer
     what: str
     estimate: float
     low: float
     high: float
+    n_sets: int
+    because: str = ""
+
+    @property
+    def control(self) -> str | None:
+        """Name of the null that the similarity is compared with, if that is the question."""
+        return self.key.removeprefix(_CONTROL) if self.key.startswith(_CONTROL) else None
 
     @property
     def sentence(self) -> str:
         """Answer and numbers."""
-        lead = {"yes": "Yes", "no": "No, the opposite", "unclear": "Not shown"}[self.answer]
-        return f"{lead}: {self.what} is {self.estimate:+.3f} (95 % interval {self.low:+.3f} to {self.high:+.3f})."
+        lead = {
+            "yes": "Yes",
+            "no": "No, the opposite",
+            "unclear": "Not shown",
+            "undecided": f"Undecided, as {self.because}",
+        }[self.answer]
+        if self.estimate != self.estimate:
+            return f"{lead}."
+        return f"{lead}: {self.what} is {self.estimate:+.3f} ({self.interval_text})."
+
+    @property
+    def interval_text(self) -> str:
+        """The interval and what it speaks about, or why there is none."""
+        if self.low != self.low:
+            return f"no interval: all values are equal, or there is one; {scope(self.n_sets)}"
+        return f"95 % interval {self.low:+.3f} to {self.high:+.3f}, {scope(self.n_sets)}"
 
 
 def findings(comparison: Comparison, statistic: str = "z total") -> tuple[Finding, ...]:
     """The questions a reader asks first, answered from a comparison (docs/theory.md, section 4).
 
-    Means over layers and heads; intervals by the hierarchical bootstrap, over demonstration sets only if there are
-    several (`Comparison.scope`). Questions whose runs were not made are left out.
+    The first two say whether the model learns in context and whether finetuning helps. Where either is not shown, the
+    similarities after them are not interpreted: they are undecided. So is everything behind a single demonstration set.
+
+    Args:
+        comparison: means over layers and heads, t intervals over demonstration sets.
+        statistic: whose similarity is asked about; each of its nulls has a question.
     """
-    found = []
-    try:
-        right = {name: hits.double() for name, hits in comparison.correct().items()}
-    except UndefinedMetricError:
-        pass
-    else:
-        found.append(
-            _finding(
-                comparison,
-                "Does the model learn in context?",
-                "the gain in accuracy over zero-shot",
-                right["ICL"] - right["ZS"],
-            )
-        )
-        found.append(
-            _finding(
-                comparison,
-                "Does finetuning on the same demonstrations help?",
-                "the gain in accuracy over zero-shot",
-                right["FT"] - right["ZS"],
-            )
-        )
+    learning = _learning(comparison)
+    failed = [name for f, name in zip(learning, _WORKS, strict=True) if f.answer != "yes"]
+    why = "" if not failed else f"it is not shown that {' and that '.join(failed)}"
     chosen = comparison[statistic]
     mean = chosen.values.nanmean((1, 2))
-    found.append(
-        _finding(
-            comparison,
+    questions: list[tuple[str, str, str, Tensor]] = [
+        (
+            DIRECTION,
             "Do the in-context and the finetuning update point the same way?",
             "their mean cosine over all heads",
             mean,
         )
-    )
-    for null, question, what in (
-        ("shuffled", "Is that similarity specific to the query?", "its excess over another query's finetuning update"),
-        ("label-shuffled", "Does it depend on the demonstrations' labels?", "its excess over shuffled labels"),
-    ):
-        if null in chosen.nulls:
-            found.append(_finding(comparison, question, what, mean - chosen.nulls[null].nanmean((1, 2))))
-    for null in chosen.nulls:
-        if null.startswith("unrelated"):
-            question = "Is it more than any finetuning of this size would give?"
-            excess = mean - chosen.nulls[null].nanmean((1, 2))
-            found.append(_finding(comparison, question, "its excess over finetuning on unrelated text", excess))
-        if null.startswith("random weights"):
-            question = f"Is it more than a model with {null} shows?"
-            excess = mean - chosen.nulls[null].nanmean((1, 2))
-            found.append(_finding(comparison, question, "its excess over that model's", excess))
+    ]
+    for name, null in chosen.nulls.items():
+        question, what = _QUESTIONS.get(
+            name, (f"Is it more than the control “{name}” shows?", f"its excess over the control “{name}”")
+        )
+        questions.append((f"{_CONTROL}{name}", question, what, (chosen.values - null).nanmean((1, 2))))
     aou = comparison["SimAOU"]
     excess = (aou.values - aou.nulls["analytic"]).nanmean((1, 2))
-    found.append(
-        _finding(comparison, "Is the published SimAOU above what its normalisation alone gives?", "its excess", excess)
+    question = "Is the published SimAOU above what its normalisation alone gives?"
+    questions.append((PUBLISHED, question, "its excess", excess))
+    return (*learning, *(_finding(comparison, *asked, because=why) for asked in questions))
+
+
+_WORKS = ("the model learns in context", "finetuning helps")
+
+
+def _learning(comparison: Comparison) -> tuple[Finding, Finding]:
+    """Accuracy in context and finetuned against zero-shot, paired by queries and sets."""
+    asked = (
+        (LEARNING, "Does the model learn in context?", "ICL"),
+        (FINETUNING, "Does finetuning on the same demonstrations help?", "FT"),
     )
-    return tuple(found)
+    why = ""
+    try:
+        right = {name: hits.double() for name, hits in comparison.correct().items()}
+    except UndefinedMetricError as error:
+        why = str(error).split(":")[0]
+        right = {name: torch.full((len(comparison.sets),), torch.nan).double() for name in ("ZS", "ICL", "FT")}
+    first, second = (
+        _finding(comparison, key, question, "the gain in accuracy over zero-shot", right[name] - right["ZS"], why)
+        for key, question, name in asked
+    )
+    return first, second
 
 
-def headline(answers: tuple[Finding, ...]) -> str:
-    """The findings in one or two sentences, no stronger than they are."""
-    by_question = {f.question: f.answer for f in answers}
-    same_way = by_question["Do the in-context and the finetuning update point the same way?"]
-    controls = {q: a for q, a in by_question.items() if q.startswith(("Is that", "Does it", "Is it more"))}
-    failed = [q for q, a in controls.items() if a != "yes"]
-    if same_way == "no":
-        return "In-context learning and finetuning move the heads in opposite directions on average."
-    if same_way == "unclear":
-        return "No common direction of the in-context and the finetuning updates is shown."
-    if not failed:
+def headline(answers: Sequence[Finding]) -> str:
+    """The findings in one or two sentences, no stronger than they are.
+
+    Args:
+        answers: of `findings`.
+    """
+    by_key = {f.key: f for f in answers}
+    sets = scope(answers[0].n_sets)
+    if answers[0].n_sets < MIN_SETS_TO_DECIDE:
         return (
-            "The in-context updates resemble the finetuning updates, beyond every control that was run. That is what a "
-            "hidden gradient descent would look like; it does not prove one."
+            "Undecided: there is one demonstration set, and nothing is known of how another would do. Compare behind "
+            "several sets, better five or more."
+        )
+    failed = [name for key, name in zip((LEARNING, FINETUNING), _WORKS, strict=True) if by_key[key].answer != "yes"]
+    if failed:
+        return (
+            f"It is not shown that {' and that '.join(failed)} ({sets}): the similarities are not interpreted, as "
+            "there is nothing that they could explain."
+        )
+    same_way = by_key[DIRECTION].answer
+    controls = [f for f in answers if f.control is not None]
+    not_beyond = [f.control for f in controls if f.answer != "yes"]
+    if same_way == "no":
+        return f"In-context learning and finetuning move the heads in opposite directions on average ({sets})."
+    if same_way != "yes":
+        return f"No common direction of the in-context and the finetuning updates is shown ({sets})."
+    if not controls:
+        return f"The in-context updates resemble the finetuning updates ({sets}); no control was run."
+    if not not_beyond:
+        return (
+            f"The in-context updates resemble the finetuning updates, beyond every control that was run ({sets}). That "
+            "is what a hidden gradient descent would look like; it does not prove one."
         )
     return (
-        f"The in-context updates resemble the finetuning updates, but over {len(failed)} of {len(controls)} controls "
-        "no excess is shown: the similarity by itself is no evidence of a hidden gradient descent."
+        f"The in-context updates resemble the finetuning updates, but over {len(not_beyond)} of {len(controls)} "
+        f"controls ({', '.join(map(str, not_beyond))}) no excess is shown ({sets}): the similarity by itself is no "
+        "evidence of a hidden gradient descent."
     )
 
 
-def _finding(comparison: Comparison, question: str, what: str, values: Float[Tensor, " query"]) -> Finding:
+def _finding(
+    comparison: Comparison, key: str, question: str, what: str, values: Float[Tensor, " query"], because: str = ""
+) -> Finding:
     found = comparison.interval(values)
     low, high = float(found.low), float(found.high)
-    answer: Answer = "yes" if low > 0 else "no" if high < 0 else "unclear"
-    return Finding(question, answer, what, float(found.estimate), low, high)
+    if comparison.n_sets < MIN_SETS_TO_DECIDE:
+        because = "there is one demonstration set"
+    elif not because and low != low:
+        because = "there is no interval"
+    answer: Answer = "undecided" if because else "yes" if low > 0 else "no" if high < 0 else "unclear"
+    return Finding(key, question, answer, what, float(found.estimate), low, high, comparison.n_sets, because)

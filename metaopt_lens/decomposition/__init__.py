@@ -1,11 +1,8 @@
-"""capture -> dual forms -> a frozen result that can be asked for any head, demonstration or token."""
+"""The split of every head on a prompt, composed of the prompt's runs."""
 
 from metaopt_lens.decomposition._decompose import decompose as decompose
-from metaopt_lens.decomposition._decompose import prompt_groups as prompt_groups
-from metaopt_lens.decomposition._result import Decomposition as Decomposition
-from metaopt_lens.decomposition._result import DecompositionSet as DecompositionSet
-from metaopt_lens.decomposition._result import Effects as Effects
-from metaopt_lens.decomposition._result import ResidualParts as ResidualParts
-from metaopt_lens.decomposition._runs import SettingRuns as SettingRuns
-from metaopt_lens.decomposition._runs import run_settings as run_settings
-from metaopt_lens.decomposition._runs import without_demos as without_demos
+from metaopt_lens.decomposition._decomposition import Decomposition as Decomposition
+from metaopt_lens.decomposition._decomposition_set import DecompositionSet as DecompositionSet
+from metaopt_lens.decomposition._effects import Effects as Effects
+from metaopt_lens.decomposition._effects import ResidualParts as ResidualParts
+from metaopt_lens.decomposition._effects import effects_of as effects_of

@@ -6,19 +6,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, overload
 
-import torch
-from torch import Tensor
-
-from metaopt_lens._errors import OptionError, PromptError, SpanError
+from metaopt_lens._errors import OptionError, PromptError
 from metaopt_lens._storage import provenance
-from metaopt_lens.decomposition._result import Decomposition, DecompositionSet
-from metaopt_lens.decomposition._runs import ZeroShotRuns, run_settings
-from metaopt_lens.extraction import QueryCapture, run_shared_prefix
-from metaopt_lens.models import AttentionModel, MomentumTerm, Prefix, active_momentum, announced_momentum, wrap
-from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_prompt
+from metaopt_lens.decomposition._decomposition import Decomposition
+from metaopt_lens.decomposition._decomposition_set import DecompositionSet
+from metaopt_lens.models import LensModel, MomentumTerm, active_momentum, wrap
+from metaopt_lens.prompts import ICLPrompt
+from metaopt_lens.runs import Position, Setting, record, tokenize_for
 
-Position = int | Literal["last", "all"]
 PromptLike = str | ICLPrompt
+ZeroShotRuns = Literal["both", "plain", "none"]
+_SETTINGS: dict[str, tuple[Setting, ...]] = {
+    "both": ("icl", "zs", "zs_matched"),
+    "plain": ("icl", "zs"),
+    "none": ("icl",),
+}
 
 
 @overload
@@ -31,7 +33,7 @@ def decompose(
     prepend_bos: bool | None = None,
     momentum: MomentumTerm | None = None,
     grad: bool = False,
-    batch_size: int = 8,
+    batch_size: int | None = None,
 ) -> Decomposition: ...
 
 
@@ -45,7 +47,7 @@ def decompose(
     prepend_bos: bool | None = None,
     momentum: MomentumTerm | None = None,
     grad: bool = False,
-    batch_size: int = 8,
+    batch_size: int | None = None,
 ) -> DecompositionSet: ...
 
 
@@ -58,7 +60,7 @@ def decompose(
     prepend_bos: bool | None = None,
     momentum: MomentumTerm | None = None,
     grad: bool = False,
-    batch_size: int = 8,
+    batch_size: int | None = None,
 ) -> Decomposition | DecompositionSet:
     """Split every attention head's output into its zero-shot part and its in-context meta-gradient part.
 
@@ -78,7 +80,7 @@ def decompose(
             demonstrations: `Decomposition.momentum` and `momentum_meta_gradient`. Momentum attention that is on already
             (``with intervene(model, ...)``) is seen by itself.
         grad: keep the graph, so that gradients flow from every part to the model's weights.
-        batch_size: queries run together.
+        batch_size: queries run together; by default as many as memory allows.
 
     Returns:
         A `Decomposition`, or a `DecompositionSet` in the order of the prompts.
@@ -90,143 +92,32 @@ def decompose(
         UnsupportedModelError: the architecture cannot be split.
         NonFiniteError: NaN or infinity in the activations; names the first layer.
     """
-    if zero_shot_runs not in {"both", "plain", "none"}:
+    if zero_shot_runs not in _SETTINGS:
         raise OptionError(f"zero_shot_runs must be 'both', 'plain' or 'none', got {zero_shot_runs!r}.")
-    if batch_size < 1:
-        raise OptionError(f"batch_size must be at least 1, got {batch_size}.")
     wrapped = wrap(model)
     single = isinstance(prompt, str | ICLPrompt)
     prompts = [prompt] if isinstance(prompt, str | ICLPrompt) else list(prompt)
     if not prompts:
         raise PromptError("no prompts: give at least one.")
     parsed = [ICLPrompt.from_string(p) if isinstance(p, str) else p for p in prompts]
-    tokenized = [
-        tokenize_prompt(
-            p, wrapped.tokenizer, prepend_bos=prepend_bos, max_tokens=wrapped.info.n_ctx, require_demos=True
-        )
-        for p in parsed
-    ]
-    _check_vocabulary(wrapped, tokenized)
-    rows = [_destinations(t, position) for t in tokenized]
-    results: list[Decomposition | None] = [None] * len(prompts)
+    tokens = tokenize_for(wrapped, parsed, prepend_bos=prepend_bos)
     with _momentum_on(wrapped, momentum):
-        for group in prompt_groups(tokenized):
-            shared = run_shared_prefix(wrapped, tokenized[group[0]].ids[: tokenized[group[0]].query.start], grad=grad)
-            assert shared is not None  # require_demos
-            stacked = _stacked(shared.k), _stacked(shared.v)  # one copy for all queries behind these demonstrations
-            for start in range(0, len(group), batch_size):
-                batch = group[start : start + batch_size]
-                for index, result in zip(
-                    batch,
-                    _decompose_batch(
-                        wrapped,
-                        [parsed[i] for i in batch],
-                        [tokenized[i] for i in batch],
-                        [rows[i] for i in batch],
-                        shared,
-                        stacked,
-                        zero_shot_runs=zero_shot_runs,
-                        keep_position_axis=position == "all",
-                        grad=grad,
-                    ),
-                    strict=True,
-                ):
-                    results[index] = result
-    finished = tuple(result for result in results if result is not None)
-    return finished[0] if single else DecompositionSet(finished)
+        recorded = record(
+            wrapped, tokens, settings=_SETTINGS[zero_shot_runs], position=position, batch_size=batch_size, grad=grad
+        )
+    info = provenance() | {"zero_shot_runs": zero_shot_runs}
+    results = [
+        Decomposition(text, runs, keep_position_axis=position == "all", provenance=info, source=wrapped)
+        for text, runs in zip(parsed, recorded, strict=True)
+    ]
+    return results[0] if single else DecompositionSet(tuple(results))
 
 
 @contextmanager
-def _momentum_on(model: AttentionModel, momentum: MomentumTerm | None) -> Iterator[None]:
+def _momentum_on(model: LensModel, momentum: MomentumTerm | None) -> Iterator[None]:
     if momentum is None:
         yield
         return
-    eta = momentum.etas(model)
-    with model.hooked(momentum.hooks(model)), announced_momentum(model, eta):
+    with model.hooked(momentum.hooks(model)):
         active_momentum(model)  # refuses a head that has momentum already
         yield
-
-
-def _decompose_batch(
-    model: AttentionModel,
-    prompts: list[ICLPrompt],
-    tokenized: list[TokenizedPrompt],
-    destinations: list[tuple[int, ...]],
-    shared: Prefix,
-    stacked: tuple[Tensor, Tensor],
-    *,
-    zero_shot_runs: ZeroShotRuns,
-    keep_position_axis: bool,
-    grad: bool,
-) -> list[Decomposition]:
-    runs = run_settings(model, shared, tokenized, destinations, zero_shot_runs=zero_shot_runs, grad=grad)
-    eta = active_momentum(model)
-    info = provenance() | {"zero_shot_runs": zero_shot_runs}
-    prefix_k, prefix_v = stacked
-    window = torch.tensor([model.score_rule(layer).window or model.info.n_ctx for layer in range(model.info.n_layers)])
-    return [
-        Decomposition(
-            model=model.info,
-            prompt=prompts[i],
-            tokenized=tokenized[i],
-            positions=destinations[i],
-            keep_position_axis=keep_position_axis,
-            q=runs.in_context[i].q,
-            pattern=runs.in_context[i].pattern,
-            sink=runs.in_context[i].sink,
-            z=runs.in_context[i].z,
-            prefix_k=prefix_k,
-            prefix_v=prefix_v,
-            query_k=runs.in_context[i].k,
-            query_v=runs.in_context[i].v,
-            window=window,
-            z_zero_shot=_z(runs.zero_shot, i),
-            z_position_matched=_z(runs.position_matched, i),
-            provenance=info,
-            eta=eta if eta is None or grad else eta.detach(),
-            source=model,
-        )
-        for i in range(len(tokenized))
-    ]
-
-
-def _stacked(layers: tuple[Tensor, ...]) -> Tensor:
-    return torch.stack([t.to(layers[0].device) for t in layers])  # layers may live on several devices
-
-
-def _z(captures: tuple[QueryCapture, ...] | None, index: int) -> Tensor | None:
-    return None if captures is None else captures[index].z
-
-
-def prompt_groups(tokenized: list[TokenizedPrompt]) -> list[list[int]]:
-    """Indices of prompts with the same tokens up to the query, in order of first appearance."""
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for index, prompt in enumerate(tokenized):
-        key = (prompt.ids[: prompt.query.start], prompt.demonstrations)
-        groups.setdefault(key, []).append(index)
-    return list(groups.values())
-
-
-def _destinations(prompt: TokenizedPrompt, position: Position) -> tuple[int, ...]:
-    if position == "last":
-        return (prompt.n_tokens - 1,)
-    if position == "all":
-        return tuple(range(prompt.query.start, prompt.query.stop))
-    if not isinstance(position, int):
-        raise OptionError(f"position must be 'last', 'all' or a token index, got {position!r}.")
-    index = position + prompt.n_tokens if position < 0 else position
-    if index not in prompt.query:
-        raise SpanError(
-            f"position {position} is not in the query, which holds positions {prompt.query.start} to "
-            f"{prompt.query.stop - 1} of this prompt."
-        )
-    return (index,)
-
-
-def _check_vocabulary(model: AttentionModel, tokenized: list[TokenizedPrompt]) -> None:
-    highest = max(max(t.ids) for t in tokenized)
-    if highest >= model.info.d_vocab:
-        raise PromptError(
-            f"the tokenizer gave token id {highest}, but {model.info.name} knows only {model.info.d_vocab} tokens: "
-            "it is not this model's tokenizer."
-        )

@@ -11,11 +11,13 @@ from metaopt_lens.dual._momentum import momentum_state as momentum_state
 from metaopt_lens.dual._momentum import momentum_values as momentum_values
 from metaopt_lens.dual._momentum import momentum_weights as momentum_weights
 from metaopt_lens.dual._scores import ScoreRule as ScoreRule
+from metaopt_lens.dual._scores import attend as attend
 from metaopt_lens.dual._scores import attention_scores as attention_scores
 from metaopt_lens.dual._scores import softmax_with_sink as softmax_with_sink
 from metaopt_lens.dual._scores import visible_sources as visible_sources
 from metaopt_lens.dual._softmax import SoftmaxParts as SoftmaxParts
 from metaopt_lens.dual._softmax import merge_softmax as merge_softmax
 from metaopt_lens.dual._softmax import split_softmax as split_softmax
+from metaopt_lens.dual._weighted import at_least_float32 as at_least_float32
 from metaopt_lens.dual._weighted import split_sources as split_sources
 from metaopt_lens.dual._weighted import weighted_values as weighted_values

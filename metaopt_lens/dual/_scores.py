@@ -9,7 +9,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from metaopt_lens.dual._weighted import at_least_float32
+from metaopt_lens.dual._weighted import at_least_float32, weighted_values
 
 
 @dataclass(frozen=True)
@@ -75,3 +75,29 @@ def softmax_with_sink(
     column = sinks.to(scores)[:, None, None].expand(*scores.shape[:-1], 1)
     weights = torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)
     return weights[..., :-1], weights[..., -1]
+
+
+def attend(
+    scores: Float[Tensor, "*batch head dst src"],
+    values: Float[Tensor, "*batch src kv_head d_head"],
+    *,
+    sinks: Float[Tensor, " head"] | None = None,
+    hidden: Bool[Tensor, "*hidden src"] | None = None,
+) -> tuple[
+    Float[Tensor, "*batch dst head d_head"], Float[Tensor, "*batch head dst src"], Float[Tensor, "*batch head dst"]
+]:
+    """The heads' outputs under these scores, with some sources hidden: ``z_without``, q, k and v unchanged.
+
+    Args:
+        scores: final scores, ``-inf`` where not visible.
+        values: values of all sources.
+        sinks: the layer's sink logits; None without sinks.
+        hidden: sources to hide, broadcast against `scores`; None hides nothing.
+
+    Returns:
+        z, the pattern, and what goes to the sink, in float32 at least.
+    """
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, -torch.inf)
+    pattern, sink = softmax_with_sink(scores, sinks)
+    return weighted_values(pattern, values), pattern, sink

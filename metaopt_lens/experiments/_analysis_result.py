@@ -175,6 +175,7 @@ class RecordAnalysis:
         return {
             "base_rate": self.rec2ftp.base_rate,
             "zs_wrong": self.rec2ftp.zs_wrong,
+            "Recall2FTP interval": self.rec2ftp.interval(),
             "all": self._block(others, "all", "beside.all", undefined),
             "f2t": self._block(others, "f2t", "beside.f2t", undefined),
             "null": {name: list(m.null) for name, m in self.metrics.items() if m.null is not None},

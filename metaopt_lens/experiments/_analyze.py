@@ -21,11 +21,11 @@ from metaopt_lens.analysis import (
     context_columns,
     cosine,
     finetuning_scores,
-    hierarchical_bootstrap,
     kendall_tau,
+    mean_interval,
+    other_query_null,
     random_null,
     rec2ftp,
-    shuffled_null,
     sim_am,
     sim_aou,
     topk_recall,
@@ -79,7 +79,6 @@ def analyze_records(
     top_k: Mapping[str, int] | None = None,
     null_draws: int = 2,
     level: float = 0.95,
-    n_resamples: int = 2000,
     seed: int = 0,
     workers: int | None = None,
 ) -> RecordAnalysis:
@@ -92,13 +91,12 @@ def analyze_records(
             have underflowed, break ties at the k-th place by accident, read at most 100 queries for the
             attention to training tokens, and draw an all-positive random baseline.
         top_k: how many entries count as top at ``example`` and at ``token`` level; 5 and 100 if not given.
-        null_draws: random vectors and shuffles drawn per query.
-        level: coverage of the bootstrap intervals.
-        n_resamples: bootstrap resamples.
-        seed: of nulls and intervals.
+        null_draws: random vectors and other queries drawn per query.
+        level: coverage of the t intervals over queries: a recording is one demonstration set.
+        seed: of nulls.
         workers: processes that parse the files; by the files' size if not given, 0 for none.
     """
-    _check_options(top_k or {}, null_draws=null_draws, n_resamples=n_resamples, level=level)
+    _check_options(top_k or {}, null_draws=null_draws, level=level)
     generator = torch.Generator().manual_seed(seed)
     options = _Options(reference, {**_TOP_K, **(top_k or {})}, null_draws, generator)
     found: dict[str, list[QueryStatistic | str]] = {}
@@ -130,7 +128,6 @@ def analyze_records(
             longest = max(longest, int(chunk.lengths.max()))
     gold, *predicted = torch.tensor(labels).T
     right = dict(zip(_SETTINGS, (label == gold for label in predicted), strict=True))
-    bootstrap = {"level": level, "n_resamples": n_resamples, "seed": seed}
     return RecordAnalysis(
         reference=reference,
         shapes=RecordShapes(
@@ -145,7 +142,7 @@ def analyze_records(
         ),
         rec2ftp=rec2ftp(right["zs"], right["icl"], right["ftzs"]),
         f2t=~right["zs"] & right["icl"] & right["ftzs"],
-        metrics=_with_nulls(found, demos, options, bootstrap),
+        metrics=_with_nulls(found, demos, options, level),
         notes=_notes(options, demos, n),
     )
 
@@ -163,8 +160,9 @@ def _check_options(top_k: Mapping[str, int], *, level: float, **counts: int) -> 
 
 def _similarities(chunk: _Chunk, options: _Options) -> _Found:
     reference = options.reference
-    zs, icl, ft = (chunk.attn_out[kind].double() for kind in _SETTINGS)
-    aou = sim_aou(icl, zs, ft, reference=reference)
+    raw = [chunk.attn_out[kind] for kind in _SETTINGS]
+    aou = sim_aou(raw[1], raw[0], raw[2], reference=reference)
+    zs, icl, ft = (hidden.double() for hidden in raw)
     units = [unit(hidden, reference=reference).nan_to_num() for hidden in (icl, zs, ft)]  # zero has no direction
     updates = units[0] - units[1], units[2] - units[1]
     settings: dict[str, Any] = {
@@ -179,12 +177,16 @@ def _similarities(chunk: _Chunk, options: _Options) -> _Found:
         "SimAOU null": aou.null,
         "SimAOU random": QueryStatistic(random.values.nanmean(0), aou.normalised.undefined_because),
     }
-    for name, pair in (("SimAOU shuffled", updates), ("SimAOU unnormalised shuffled", (icl - zs, ft - zs))):
+    for name, pair in (
+        ("SimAOU other query", updates),
+        ("SimAOU unnormalised other query", (icl - zs, ft - zs)),
+    ):
         if len(icl) > 1:
-            values = shuffled_null(*pair, **settings).values.nanmean(0)
+            values = other_query_null(*pair, **settings).values.nanmean(0)
+            values = torch.where(aou.plain.defined, values, torch.nan)
             found[name] = QueryStatistic(values, aou.plain.undefined_because)
         else:
-            found[name] = "a single query cannot be shuffled"
+            found[name] = "there is no other query"
     maps = [chunk.attn_map[kind] for kind in ("icl", "ftzs", "zs")]
     pairs = {
         "SimAM": (maps[0], maps[1], None),
@@ -217,7 +219,7 @@ def _training_metrics(context: Tensor, attn_q: Tensor, demos: _Demos, options: _
 
 
 def _with_nulls(
-    found: dict[str, list[QueryStatistic | str]], demos: _Demos, options: _Options, bootstrap: dict[str, Any]
+    found: dict[str, list[QueryStatistic | str]], demos: _Demos, options: _Options, level: float
 ) -> dict[str, LayerMetric]:
     n_layers = demos.attn_q.shape[1]
     metrics: dict[str, LayerMetric] = {}
@@ -230,16 +232,16 @@ def _with_nulls(
         metrics[name] = LayerMetric(
             name,
             joined,
-            interval=hierarchical_bootstrap(joined, **bootstrap) if bool(joined.n_defined.all()) else None,
+            interval=mean_interval(joined, level=level) if bool(joined.n_defined.all()) else None,
             strict=options.reference,
         )
     nulls: dict[str, list[float | None]] = {
         "SimAOU": metrics["SimAOU null"].layers(),
-        "SimAOU unnormalised": metrics["SimAOU unnormalised shuffled"].layers(),
+        "SimAOU unnormalised": metrics["SimAOU unnormalised other query"].layers(),
     }
-    for level, available in (("example", len(demos.lengths)), ("token", int(demos.lengths.sum()))):
-        nulls[f"{level}-level kendall"] = [0.0] * n_layers
-        nulls[f"{level}-level recall_topk"] = [options.top_k[level] / available] * n_layers
+    for kind, available in (("example", len(demos.lengths)), ("token", int(demos.lengths.sum()))):
+        nulls[f"{kind}-level kendall"] = [0.0] * n_layers
+        nulls[f"{kind}-level recall_topk"] = [options.top_k[kind] / available] * n_layers
     for name, layers in nulls.items():
         values = tuple(value for value in layers if value is not None)
         metric = metrics[name]
@@ -256,7 +258,7 @@ def _notes(options: _Options, demos: _Demos, n_queries: int) -> tuple[str, ...]:
             notes.append(f"attention to training tokens uses the first {_PUBLISHED_LIMIT} of {n_queries} queries")
     else:
         notes.append("attention maps are centred over the query's tokens; undefined cosines are left out")
-    notes.append("nulls: SimAOU analytic, SimAOU unnormalised shuffled, kendall 0, recall_topk k/n")
+    notes.append("nulls: SimAOU analytic, SimAOU unnormalised other query, kendall 0, recall_topk k/n")
     return tuple(notes)
 
 
@@ -345,9 +347,11 @@ def _stack(records: list[dict[str, Fields]]) -> _Chunk:
     lengths = [record["zs"]["attn_map"].shape[2] for record in records]
     maps = {}
     for kind in _SETTINGS:
-        filled = torch.zeros(len(records), *records[0]["zs"]["attn_map"].shape[:2], max(lengths), dtype=torch.float64)
-        for row, record, length in zip(filled, records, lengths, strict=True):
-            row[..., :length] = torch.from_numpy(record[kind]["attn_map"])
+        found = [torch.from_numpy(record[kind]["attn_map"]) for record in records]
+        dtype = torch.float64 if any(m.dtype == torch.float64 for m in found) else torch.float32
+        filled = torch.zeros(len(records), *found[0].shape[:2], max(lengths), dtype=dtype)
+        for row, one, length in zip(filled, found, lengths, strict=True):
+            row[..., :length] = one
         maps[kind] = filled
     return _Chunk(
         attn_out={kind: stacked(kind, "self_attn_out_hiddens") for kind in _SETTINGS},

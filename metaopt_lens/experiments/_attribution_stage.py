@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metaopt_lens._errors import UndefinedMetricError, UnsupportedModelError
-from metaopt_lens.analysis import hierarchical_bootstrap
+from metaopt_lens.analysis import mean_interval
 from metaopt_lens.experiments._prompt_set import PromptSet
 from metaopt_lens.experiments._run_config import RunConfig
 from metaopt_lens.experiments._stages import Save, read_json, untimed, write_json
-from metaopt_lens.interventions import HeadEffects, head_effects
-from metaopt_lens.models import AttentionModel
+from metaopt_lens.interventions import HeadEffects, Recovery, head_effects, rank_by_effect, recovery
+from metaopt_lens.models import LensModel
 from metaopt_lens.prompts import ICLPrompt, tokenize_label
+from metaopt_lens.runs import candidate_labels
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-def attribution(config: RunConfig, model: AttentionModel, prompts: PromptSet) -> Save:
+def attribution(config: RunConfig, model: LensModel, prompts: PromptSet) -> Save:
     """Effects of all heads on the first queries (see `head_effects`), or a note why there are none."""
     chosen = prompts.prompts[: config.attribution_queries]
     notes: list[str] = []
@@ -45,12 +46,12 @@ def attribution(config: RunConfig, model: AttentionModel, prompts: PromptSet) ->
     return save
 
 
-def _metric(config: RunConfig, model: AttentionModel, prompts: Sequence[ICLPrompt]) -> str:
+def _metric(config: RunConfig, model: LensModel, prompts: Sequence[ICLPrompt]) -> str:
     """The logit difference cannot saturate, but needs label words with different first tokens."""
     if config.attribution_metric != "auto":
         return config.attribution_metric
     template = prompts[0].template
-    for words in {prompt.candidates or () for prompt in prompts}:
+    for words in {candidate_labels(prompt) for prompt in prompts}:
         firsts = [tokenize_label(word, template, model.tokenizer)[0] for word in words]
         if len(firsts) < 2 or len(set(firsts)) < len(firsts):
             return "label_log_prob"
@@ -69,16 +70,24 @@ def attribution_notes(folder: Path) -> list[str]:
 
 
 def attribution_tables(found: Mapping[int, HeadEffects]) -> dict[str, pd.DataFrame]:
-    """Tables of the effects of all seeds: ``attributions`` (one row per head), ``attribution_seeds`` (per seed)."""
+    """Tables of the effects of all seeds, each a demonstration set.
+
+    ``attributions``: one row per head, ranked by exact effect; ``attribution_seeds``: how many heads recover 90 % of
+    the gain on each set's held-out queries; ``attribution_recovery``: the same over all sets, one row per metric.
+    """
     import pandas as pd
 
     if not found:
         return {}
-    metrics = dict.fromkeys(e.metric for e in found.values())
-    frames = [_heads(metric, [e for e in found.values() if e.metric == metric]) for metric in metrics]
+    by_metric = {
+        metric: [e for e in found.values() if e.metric == metric]
+        for metric in dict.fromkeys(e.metric for e in found.values())
+    }
+    frames = [_heads(metric, effects) for metric, effects in by_metric.items()]
     return {
         "attributions": pd.concat(frames, ignore_index=True),
         "attribution_seeds": pd.DataFrame([_seed_row(seed, e) for seed, e in found.items()]),
+        "attribution_recovery": pd.DataFrame([_recovery_row(metric, effects) for metric, effects in by_metric.items()]),
     }
 
 
@@ -86,19 +95,24 @@ def _heads(metric: str, effects: Sequence[HeadEffects]) -> pd.DataFrame:
     import pandas as pd
 
     sets = torch.cat([torch.full((len(e.in_context),), i) for i, e in enumerate(effects)])
-    exact = hierarchical_bootstrap(torch.cat([e.exact for e in effects]).double(), sets=sets, seed=0)
+    exact = mean_interval(torch.cat([e.exact for e in effects]).double(), sets=sets)
     estimate = torch.stack([e.first_order.double().mean(0) for e in effects]).mean(0)
-    n_layers, n_heads = estimate.shape
-    layer, head = torch.meshgrid(torch.arange(n_layers), torch.arange(n_heads), indexing="ij")
-    columns: dict[str, torch.Tensor] = {
-        "layer": layer,
-        "head": head,
-        "exact": exact.estimate,
-        "low": exact.low,
-        "high": exact.high,
-        "first_order": estimate,
-    }
-    return pd.DataFrame({name: t.flatten().numpy() for name, t in columns.items()}).assign(metric=metric)
+    gain = torch.stack([e.gain.mean() for e in effects])
+    rows = [
+        {
+            "rank": rank,
+            "name": str(ref),
+            "layer": ref.layer,
+            "head": ref.head,
+            "exact": float(exact.estimate[ref.layer, ref.head]),
+            "low": float(exact.low[ref.layer, ref.head]),
+            "high": float(exact.high[ref.layer, ref.head]),
+            "first_order": float(estimate[ref.layer, ref.head]),
+            "metric": metric,
+        }
+        for rank, ref in enumerate(rank_by_effect(exact.estimate, gain), start=1)
+    ]
+    return pd.DataFrame(rows)
 
 
 def _seed_row(seed: int, effects: HeadEffects) -> dict[str, Any]:
@@ -111,12 +125,35 @@ def _seed_row(seed: int, effects: HeadEffects) -> dict[str, Any]:
         "gain": float(effects.gain.mean()),
     }
     try:
-        heads = effects.icl_heads()
-        row |= {"heads_for_90_percent": len(heads.heads), "heads": " ".join(map(str, heads.heads))}
-    except UndefinedMetricError:
-        row |= {"heads_for_90_percent": -1, "heads": ""}
+        found = effects.icl_heads()
+        row |= _recovery(found.recovery) | {"heads": " ".join(map(str, found.heads))}
+    except UndefinedMetricError as error:
+        row |= _recovery(str(error)) | {"heads": ""}
     try:
         row["first_order_correlation"] = effects.correlation
     except UndefinedMetricError:
         row["first_order_correlation"] = float("nan")
     return row
+
+
+def _recovery_row(metric: str, effects: Sequence[HeadEffects]) -> dict[str, Any]:
+    """Demonstration sets are the unit where there are several: each set's heads are ranked on its own other queries."""
+    try:
+        if len(effects) == 1:
+            found: Recovery | str = effects[0].recovery()
+        else:
+            usable = [e.added.mean(0) for e in effects if len(e.held_out)]
+            curves = torch.stack(usable) if usable else effects[0].added
+            found = recovery(curves, 0.9, "demonstration sets")
+    except UndefinedMetricError as error:
+        found = str(error)
+    return {"metric": metric, "sets": len(effects), **_recovery(found)}
+
+
+def _recovery(found: Recovery | str) -> dict[str, Any]:
+    """Columns of a recovery, or of the reason why it is undefined."""
+    if isinstance(found, str):
+        undefined = float("nan")
+        return {"heads_needed": undefined, "heads_low": undefined, "heads_high": undefined, "note": found}
+    low, high = (float("nan") if end is None else float(end) for end in (found.low, found.high))
+    return {"heads_needed": float(found.n_heads), "heads_low": low, "heads_high": high, "note": found.note}

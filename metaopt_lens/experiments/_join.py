@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ def join_comparisons(parts: Sequence[Comparison]) -> Comparison:
     settings = {**first.settings, "finetuning": [s for part in parts for s in part.settings["finetuning"]]}
     if any(part.settings["candidates"] != first.settings["candidates"] for part in parts):
         settings["candidates"] = None
+    settings["answers"] = _answers([part.settings.get("answers") for part in parts])
     return dataclasses.replace(
         first,
         statistics=tuple(s for name in _shared(parts) if (s := _statistic(parts, name)) is not None),
@@ -45,9 +47,25 @@ def join_comparisons(parts: Sequence[Comparison]) -> Comparison:
         zs=joined("zs"),
         icl=joined("icl"),
         ft=joined("ft"),
+        flipped_gold=joined("flipped_gold"),
+        controlled={
+            name: torch.cat([part.controlled[name] for part in parts], dim=1)
+            for name in first.controlled
+            if all(name in part.controlled for part in parts)
+        },
         n_demos=tuple(n for part in parts for n in part.n_demos),
         settings=settings,
     )
+
+
+def _answers(parts: Sequence[Any]) -> dict[str, dict[str, list[Any]]] | None:
+    """Absolute numbers of all queries (see `compare`), where every part has them."""
+    if any(part is None for part in parts):
+        return None
+    return {
+        setting: {name: [value for part in parts for value in part[setting][name]] for name in values}
+        for setting, values in parts[0].items()
+    }
 
 
 def _shared(parts: Sequence[Comparison]) -> list[str]:

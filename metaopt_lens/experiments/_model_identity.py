@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from metaopt_lens.models import AttentionModel
+from metaopt_lens.models import LensModel
 
 _SAMPLES = 4096  # values of every tensor that are read: enough to notice another checkpoint, cheap on large models
 
 
-def model_identity(model: AttentionModel) -> dict[str, Any]:
+def model_identity(model: LensModel) -> dict[str, Any]:
     """JSON-able facts that must agree for two runs to be of one model (its name apart)."""
     info = dataclasses.asdict(model.info)
     return {

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from metaopt_lens._errors import PromptError
 from metaopt_lens.analysis import Comparison, compare, unrelated_update
 from metaopt_lens.finetuning import LearningRateChoice, WeightUpdate, choose_learning_rate, finetune
-from metaopt_lens.models import AttentionModel, wrap
+from metaopt_lens.models import LensModel, wrap
 from metaopt_lens.models.tiny import CATEGORIES, CATEGORY_OF, Episode
 from metaopt_lens.prompts import ICLPrompt, tokenize_prompt
 
@@ -82,7 +82,7 @@ def compare_prompts(
 
 
 def _choose(
-    model: AttentionModel, prompt: ICLPrompt, finetuning: dict[str, Any], *, allow_processed: bool
+    model: LensModel, prompt: ICLPrompt, finetuning: dict[str, Any], *, allow_processed: bool
 ) -> LearningRateChoice:
     n_held_out = len(prompt.demos) // _HELD_OUT_SHARE
     if n_held_out == 0:
@@ -102,7 +102,7 @@ def _choose(
     )
 
 
-def default_unrelated_texts(model: AttentionModel, prompt: ICLPrompt) -> list[str]:
+def default_unrelated_texts(model: LensModel, prompt: ICLPrompt) -> list[str]:
     """Our own sentences, or words of the demonstrations in random order where the tokenizer does not know those."""
     try:
         for text in UNRELATED_TEXTS:

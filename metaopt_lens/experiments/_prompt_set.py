@@ -10,10 +10,10 @@ from typing import Any
 
 from metaopt_lens._errors import ContextWindowError, DataError
 from metaopt_lens.experiments._run_config import RunConfig
-from metaopt_lens.extraction import check_candidates
-from metaopt_lens.models import AttentionModel
+from metaopt_lens.models import LensModel
 from metaopt_lens.prompts import Demo, ICLPrompt, Template, tokenize_label, tokenize_prompt
-from metaopt_lens.prompts.tasks import Row, Task, TaskRows, select_demos
+from metaopt_lens.runs import check_candidates
+from metaopt_lens.tasks import Row, Task, TaskRows, select_demos
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class PromptSet:
         )
 
 
-def make_prompts(config: RunConfig, task: Task, rows: TaskRows, model: AttentionModel, seed: int) -> PromptSet:
+def make_prompts(config: RunConfig, task: Task, rows: TaskRows, model: LensModel, seed: int) -> PromptSet:
     """Choose the rows of one seed and check that the model can read them.
 
     Raises:
@@ -153,7 +153,7 @@ def _words(demos: Sequence[Row], queries: Sequence[Row]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(row.label for row in (*demos, *queries)))
 
 
-def _check_words(words: Sequence[str], task: Task, model: AttentionModel, config: RunConfig) -> None:
+def _check_words(words: Sequence[str], task: Task, model: LensModel, config: RunConfig) -> None:
     ids = [tokenize_label(word, task.template, model.tokenizer) for word in words]
     check_candidates(ids, words, scoring=config.scoring)
 
@@ -162,7 +162,7 @@ def _fitting(
     demos: Sequence[Row],
     queries: Sequence[Row],
     task: Task,
-    model: AttentionModel,
+    model: LensModel,
     config: RunConfig,
     room: int,
     notes: list[str],
@@ -193,14 +193,14 @@ def _fitting(
     return tuple(demos[:fit])
 
 
-def _length(text: str, task: Task, model: AttentionModel, config: RunConfig) -> int:
+def _length(text: str, task: Task, model: LensModel, config: RunConfig) -> int:
     """Tokens of the zero-shot prompt."""
     prompt = ICLPrompt((), text, task.template, task.instruction)
     return tokenize_prompt(prompt, model.tokenizer, prepend_bos=config.prepend_bos).n_tokens
 
 
 def _held_out(
-    config: RunConfig, rows: TaskRows, demos: Sequence[Row], task: Task, model: AttentionModel, room: int, seed: int
+    config: RunConfig, rows: TaskRows, demos: Sequence[Row], task: Task, model: LensModel, room: int, seed: int
 ) -> list[Row]:
     if config.lr != "auto":
         return []

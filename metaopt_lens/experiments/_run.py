@@ -25,7 +25,7 @@ from metaopt_lens.experiments._model_identity import model_identity
 from metaopt_lens.experiments._prompt_set import PromptSet, make_prompts
 from metaopt_lens.experiments._run_config import RunConfig, deciding_fields
 from metaopt_lens.experiments._run_result import ExperimentResult, make_tables
-from metaopt_lens.experiments._run_store import RUN_FILE, RunStore
+from metaopt_lens.experiments._run_store import RUN_FILE, RUN_FORMAT, RunStore
 from metaopt_lens.experiments._stages import (
     Save,
     comparison,
@@ -35,10 +35,9 @@ from metaopt_lens.experiments._stages import (
     save_prompts,
     write_json,
 )
-from metaopt_lens.experiments._synthetic import register_synthetic_tasks
 from metaopt_lens.finetuning import require_raw_weights
-from metaopt_lens.models import AttentionModel, load_model, wrap
-from metaopt_lens.prompts.tasks import Task, TaskRows, find_task, load_rows
+from metaopt_lens.models import LensModel, load_model, wrap
+from metaopt_lens.tasks import Task, TaskRows, find_task, load_rows
 
 _WAIT_S = 0.2  # between looks at a piece that another process works on
 _SHARES = {
@@ -131,7 +130,6 @@ def find_run_task(config: RunConfig) -> Task:
     Raises:
         OptionError: there is no such task.
     """
-    register_synthetic_tasks()
     found = find_task(config.task)
     return found.one_line() if config.variant == "one-line" else found
 
@@ -165,6 +163,7 @@ class _Run:
 
     def work(self, *, recompute_damaged: bool, progress: bool) -> ExperimentResult:
         self.store.prepare()
+        self.store.read_run()
         self.store.check(RUN_FILE, self._description(), what="configuration")
         result = ExperimentResult(self.store.folder, self.config, self.task)
         removed = self.store.require_intact(
@@ -217,7 +216,7 @@ class _Run:
         return [*plan, _Piece(None, "tables")]
 
     def _ready(self, todo: list[_Piece], done: Callable[[_Piece], Any]) -> Iterator[_Piece]:
-        """Pieces to make, one at a time and locked; those that another process is making are come back to."""
+        """Pieces to make, one at a time and locked; those that another process is making are tried again later."""
         waiting = list(todo)
         while waiting:
             later = []
@@ -274,7 +273,7 @@ class _Run:
         self.store.pin("model.json", self._model_description, what="model")
 
     @cached_property
-    def model(self) -> AttentionModel:
+    def model(self) -> LensModel:
         """Loaded when first needed."""
         return wrap(load_run_model(self.config) if self._given_model is None else self._given_model)
 
@@ -330,6 +329,7 @@ class _Run:
         body = self.config.to_dict()
         return {
             "kind": "metaopt-lens run",
+            "format": RUN_FORMAT,
             "config": {name: body[name] for name in deciding_fields()},
             "fingerprint": self.config.fingerprint,
             "task": self.task.to_dict(),

@@ -5,46 +5,37 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import os
-import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import field
+from typing import Annotated, Any, Literal
 
-from metaopt_lens._errors import FileFormatError, OptionError
-from metaopt_lens.extraction import Scoring
-from metaopt_lens.prompts.tasks import SELECTIONS, Selection
+from pydantic import BeforeValidator, Field
+
+from metaopt_lens._configuration import Count, Different, Flag, NonNegative, Number, Whole, read, read_file, settings
+from metaopt_lens.runs import Scoring
+from metaopt_lens.tasks import Selection
+
+
+def _first_seeds(found: Any) -> Any:
+    return tuple(range(found)) if isinstance(found, int) and not isinstance(found, bool) else found
+
 
 Rule = Literal["gd", "lcgd"]
 RULES: tuple[Rule, ...] = ("gd", "lcgd")
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-_SMALLEST = {
-    "shots": 1,
-    "queries": 2,
-    "epochs": 1,
-    "held_out": 1,
-    "n_candidates": 2,
-    "n_null_draws": 1,
-    "subspace_dim": 1,
-    "attribution_queries": 1,
-    "batch_size": 1,
-    "n_devices": 1,
-    "threads": 1,
-}
-_ALLOWED: dict[str, tuple[str, ...]] = {
-    "variant": ("published", "one-line"),
-    "selection": SELECTIONS,
-    "scoring": ("mean", "first"),
-    "attribution_metric": ("auto", "logit_difference", "label_log_prob"),
-    "dtype": DTYPES,
-}
+Rate = Annotated[Whole | Number, Field(gt=0, description="a positive, finite number")]
+LearningRate = Literal["auto"] | Rate
+Seeds = Annotated[
+    tuple[NonNegative, ...],
+    BeforeValidator(_first_seeds),
+    Different,
+    Field(description="one or several different numbers from 0 on"),
+]
+_AtLeast2 = Annotated[Whole, Field(ge=2)]
 _PLACE = {"place": True}  # where and with what it runs; does not decide the result
 
 
-@dataclass(frozen=True)
+@settings
 class RunConfig:
     """Everything that decides the results of a run.
 
@@ -80,40 +71,37 @@ class RunConfig:
 
     model: str
     task: str
-    shots: int = 32
-    seeds: tuple[int, ...] = (0, 1, 2)
-    queries: int | None = None
-    lr: float | Literal["auto"] = "auto"
+    shots: Count = 32
+    seeds: Seeds = (0, 1, 2)
+    queries: _AtLeast2 | None = None
+    lr: LearningRate = "auto"
     variant: Literal["published", "one-line"] = "published"
     selection: Selection = "balanced"
-    permutation: int = 0
-    rules: tuple[Rule, ...] = RULES
-    epochs: int = 1
-    held_out: int = 32
-    n_candidates: int | None = None
+    permutation: Whole = 0
+    rules: Annotated[tuple[Rule, ...], Different, Field(description="'gd', 'lcgd' or both")] = RULES
+    epochs: Count = 1
+    held_out: Count = 32
+    n_candidates: _AtLeast2 | None = None
     scoring: Scoring = "mean"
-    random_weights: bool = True
-    unrelated: bool = True
-    attribution: bool = True
-    attribution_queries: int = 16
+    random_weights: Flag = True
+    unrelated: Flag = True
+    attribution: Flag = True
+    attribution_queries: Count = 16
     attribution_metric: Literal["auto", "logit_difference", "label_log_prob"] = "auto"
-    n_null_draws: int = 20
-    subspace_dim: int = 4
-    reference: bool = False
-    prepend_bos: bool | None = None
-    dtype: str = "float32"
+    n_null_draws: Count = 20
+    subspace_dim: Count = 4
+    reference: Flag = False
+    prepend_bos: Flag | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     revision: str | None = None
-    batch_size: int = 16
-    save_updates: bool = False
-    allow_processed: bool = False
+    batch_size: Count = 16
+    save_updates: Flag = False
+    allow_processed: Flag = False
     data: str | None = field(default=None, metadata=_PLACE)
     device: str | None = field(default=None, metadata=_PLACE)
-    n_devices: int | None = field(default=None, metadata=_PLACE)
+    n_devices: Count | None = field(default=None, metadata=_PLACE)
     device_map: str | None = field(default=None, metadata=_PLACE)
-    threads: int | None = field(default=None, metadata=_PLACE)
-
-    def __post_init__(self) -> None:
-        _check({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+    threads: Count | None = field(default=None, metadata=_PLACE)
 
     @property
     def fingerprint(self) -> str:
@@ -132,27 +120,7 @@ class RunConfig:
         Raises:
             OptionError: an unknown field, a missing one, or a value that makes no sense; `where` names the place.
         """
-        known = [f.name for f in dataclasses.fields(cls)]
-        unknown = sorted(set(body) - set(known))
-        if unknown:
-            raise OptionError(
-                f"{where} has no field {', '.join(map(repr, unknown))}; its fields are {', '.join(known)}."
-            )
-        missing = [name for name in ("model", "task") if name not in body]
-        if missing:
-            raise OptionError(f"{where} does not say which {' and '.join(missing)}.")
-        values = dict(body)
-        seeds = values.get("seeds")
-        if isinstance(seeds, int) and not isinstance(seeds, bool):
-            values["seeds"] = tuple(range(seeds))
-        for name in ("seeds", "rules"):
-            if isinstance(values.get(name), list):
-                values[name] = tuple(values[name])
-        try:
-            _check(values)
-            return cls(**values)
-        except (OptionError, TypeError) as error:
-            raise OptionError(f"{where}: {error}") from error
+        return read(cls, body, where=where)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RunConfig:
@@ -162,8 +130,7 @@ class RunConfig:
             FileFormatError: the file is missing or not valid.
             OptionError: see `from_dict`.
         """
-        body = read_settings(path)
-        return cls.from_dict(body, where=str(path))
+        return cls.from_dict(read_file(path), where=str(path))
 
     def to_toml(self) -> str:
         """As TOML, which `load` reads; fields that are None are left out."""
@@ -172,47 +139,6 @@ class RunConfig:
         return "\n".join(lines) + "\n"
 
 
-def _check(values: Mapping[str, Any]) -> None:
-    """Raise `OptionError` for values that make no sense; fields that are missing are not looked at."""
-    for name, smallest in _SMALLEST.items():
-        value = values.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < smallest):
-            raise OptionError(f"{name} must be a whole number of at least {smallest}, got {value!r}.")
-    lr, seeds, rules = values.get("lr", "auto"), values.get("seeds", (0,)), values.get("rules", RULES)
-    if lr != "auto" and not (isinstance(lr, (int, float)) and math.isfinite(lr) and lr > 0):
-        raise OptionError(f"lr must be 'auto' or a positive, finite number, got {lr!r}.")
-    if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(s, int) and s >= 0 for s in seeds):
-        raise OptionError(f"seeds must be one or several different numbers from 0 on, got {list(seeds)}.")
-    if not rules or len(set(rules)) < len(rules) or not set(rules) <= set(RULES):
-        raise OptionError(f"rules must be 'gd', 'lcgd' or both, got {list(rules)}.")
-    for name, allowed in _ALLOWED.items():
-        if values.get(name, allowed[0]) not in allowed:
-            raise OptionError(f"{name} must be one of {', '.join(allowed)}, got {values[name]!r}.")
-
-
 def deciding_fields() -> tuple[str, ...]:
     """The fields that decide the results."""
     return tuple(f.name for f in dataclasses.fields(RunConfig) if not f.metadata.get("place"))
-
-
-def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The table in a TOML or JSON file.
-
-    Raises:
-        FileFormatError: the file is missing or not valid.
-    """
-    file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileFormatError(
-            f"the file {file} cannot be read ({getattr(error, 'strerror', None) or error})."
-        ) from None
-    kind = "JSON" if file.suffix == ".json" else "TOML"
-    try:
-        body = json.loads(text) if kind == "JSON" else tomllib.loads(text)
-    except ValueError as error:
-        raise FileFormatError(f"the file {file} is not valid {kind} ({error}).") from None
-    if not isinstance(body, dict):
-        raise FileFormatError(f"the file {file} must hold a table of settings.")
-    return body

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metaopt_lens._errors import FileFormatError, OptionError, UndefinedMetricError
-from metaopt_lens.analysis import Comparison
+from metaopt_lens.analysis import Comparison, exact_interval
 from metaopt_lens.decomposition import Decomposition
 from metaopt_lens.experiments._attribution_stage import attribution_notes, attribution_tables, load_attribution
 from metaopt_lens.experiments._join import join_comparisons
@@ -20,7 +20,7 @@ from metaopt_lens.experiments._run_store import RUN_FILE, RunStore
 from metaopt_lens.experiments._stages import load_comparison, load_example, load_learning_rate, read_json
 from metaopt_lens.finetuning import LearningRateChoice, WeightUpdate
 from metaopt_lens.interventions import HeadEffects
-from metaopt_lens.prompts.tasks import Task
+from metaopt_lens.tasks import Task
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,7 +47,7 @@ class ExperimentResult:
             FileFormatError: it holds no run, or its description is damaged.
         """
         store = RunStore(path)
-        body = store.read(RUN_FILE)
+        body = store.read_run()
         if body is None:
             raise FileFormatError(f"{path} holds no run: there is no {RUN_FILE} in it.")
         try:
@@ -112,11 +112,13 @@ class ExperimentResult:
 
         * ``summary``: `Comparison.summary` of all seeds, with a column ``rule``;
         * ``heads``: `Comparison.to_frame`, likewise: every statistic at every layer and head, with nulls and intervals;
-        * ``accuracies``: accuracies and agreements, Rec2FTP and its base rate, likewise;
+        * ``accuracies``: accuracies and agreements with intervals over sets, Rec2FTP and its base rate with exact
+          ones, and the queries ``n`` that each is of;
         * ``predictions``: one row per rule, seed and query;
         * ``learning_rates``: what was tried, where the rate was chosen; ``losses``: of every finetuning step;
-        * ``attributions``: effect of every head's meta-gradient over all seeds, with intervals; ``attribution_seeds``:
-          per seed, gain and the heads that make 90 percent of it.
+        * ``attributions``: effect of every head's meta-gradient over all seeds, ranked, with intervals;
+          ``attribution_seeds``: per seed, gain and the heads that recover 90 percent of it on held-out queries;
+          ``attribution_recovery``: how many heads that takes over all seeds, one row per metric.
 
         Raises:
             OptionError: there is no such table, or the run is not finished.
@@ -244,12 +246,16 @@ def _accuracies(comparison: Comparison) -> pd.DataFrame:
         table = comparison.accuracies()
         recall = comparison.rec2ftp()
     except UndefinedMetricError:  # a single candidate: nothing to predict
-        return pd.DataFrame({"quantity": [], "value": [], "low": [], "high": []})
+        return pd.DataFrame({"quantity": [], "value": [], "low": [], "high": [], "n": []})
     undefined = float("nan")
-    rows = [
-        {"quantity": name, "value": undefined if value is None else value, "low": undefined, "high": undefined}
-        for name, value in (("Rec2FTP %", recall.value), ("Rec2FTP base rate %", recall.base_rate))
-    ]
+    rows = []
+    for name, k, n in (
+        ("Rec2FTP %", recall.both, recall.ft),
+        ("Rec2FTP base rate %", recall.icl, recall.zs_wrong),
+    ):
+        low, high = exact_interval(k, n) or (undefined, undefined)
+        value = 100 * k / n if n else undefined
+        rows.append({"quantity": name, "value": value, "low": low, "high": high, "n": n})
     return pd.concat([table, pd.DataFrame(rows)], ignore_index=True)
 
 

@@ -1,8 +1,9 @@
 """A run's directory: pieces that are there whole or not at all, whoever is killed and however many write.
 
-A piece is a directory of files with their SHA-256 in ``piece.json``. It is written under ``.tmp/`` and renamed into
+A piece is a directory of files with their SHA-256 in ``piece.json``. It is written as a hidden draft and renamed into
 place, so that a killed process leaves nothing that looks finished, and of two processes that made the same piece one
-wins. Locks (released by the system when their holder dies) only spare double work.
+wins. Locks (released by the system when their holder dies) only spare double work. Drafts and lock files go when their
+process is done with them; those of killed processes, when the next one comes.
 """
 
 from __future__ import annotations
@@ -20,20 +21,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from metaopt_lens._errors import FileFormatError, OutputError
 from metaopt_lens._storage import write_text
 
-fcntl: Any
-try:
-    import fcntl
-except ImportError:  # Windows: two processes may then do a piece twice, which harms nothing
-    fcntl = None
-
 RUN_FILE = "run.json"
+RUN_FORMAT = 2  # 1: of version 0.1
 PIECE_FILE = "piece.json"
 _PIECE_KIND = "metaopt-lens piece"
+_LOCK, _DRAFT = ".lock.", ".draft."
 
 
 class RunStore:
@@ -45,7 +43,7 @@ class RunStore:
     # ---- what the run is ----------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Make sure that the directory can be written and is a run's, or empty.
+        """Make sure that the directory can be written and is a run's, or empty; remove what killed processes left.
 
         Raises:
             OutputError: it cannot be written, or holds something else.
@@ -60,6 +58,9 @@ class RunStore:
                 f"{self.folder} is not empty and holds no run ({sorted(strangers)[0]} is there): give a new or empty "
                 "directory."
             )
+        for file in self.folder.glob(f"{_LOCK}*"):
+            with self.lock(file.name.removeprefix(_LOCK)):
+                pass
 
     def read(self, name: str) -> dict[str, Any] | None:
         """A JSON file of the run; None if it is not there.
@@ -76,6 +77,20 @@ class RunStore:
             raise FileFormatError(f"{file} is damaged ({error}): delete {self.folder} and run again.") from None
         if not isinstance(body, dict):
             raise FileFormatError(f"{file} is damaged: delete {self.folder} and run again.")
+        return body
+
+    def read_run(self) -> dict[str, Any] | None:
+        """The description of the run; None if there is none.
+
+        Raises:
+            FileFormatError: it is damaged, or of version 0.1.
+        """
+        body = self.read(RUN_FILE)
+        if body is not None and body.get("format") != RUN_FORMAT:
+            raise FileFormatError(
+                f"{self.folder} holds a run of metaopt-lens 0.1, whose shuffled labels, intervals and counts were "
+                "wrong: run it again in a new directory."
+            )
         return body
 
     def check(self, name: str, body: Mapping[str, Any], *, what: str) -> None:
@@ -170,7 +185,7 @@ class RunStore:
         """
         target = self.path(piece)
         with self.writing():
-            draft = self._drafts(piece) / f"{os.getpid()}-{secrets.token_hex(4)}"
+            draft = self.folder / f"{_DRAFT}{_flat(piece)}.{os.getpid()}-{secrets.token_hex(4)}"
             draft.mkdir(parents=True)
             try:
                 save(draft)
@@ -189,32 +204,26 @@ class RunStore:
     @contextmanager
     def lock(self, piece: str) -> Iterator[bool]:
         """Whether this process may work on the piece; False if another one does."""
-        if fcntl is None:
+        lock = FileLock(self.folder / f"{_LOCK}{_flat(piece)}")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            yield False
+            return
+        except (OSError, NotImplementedError):  # a file system without locks
             yield True
             return
-        with self.writing():
-            file = self.folder / ".locks" / f"{piece.replace('/', '.')}.lock"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            except OSError:  # a file system without locks
-                yield True
-                return
             with contextlib.suppress(OSError):  # for people; the lock itself is the system's
-                os.truncate(handle, 0)
-                os.write(handle, f"{os.getpid()} on {socket.gethostname()}\n".encode())
-            shutil.rmtree(self._drafts(piece), ignore_errors=True)  # of killed processes: nobody else works on it
+                Path(lock.lock_file).write_text(f"{os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+            for draft in self.folder.glob(f"{_DRAFT}{_flat(piece)}.*"):  # of killed processes: nobody else works on it
+                shutil.rmtree(draft, ignore_errors=True)
             yield True
         finally:
-            os.close(handle)
-
-    def _drafts(self, piece: str) -> Path:
-        return self.folder / ".tmp" / piece.replace("/", ".")
+            # Whoever locks the removed file meanwhile finds the piece finished, or does at worst what another does.
+            with contextlib.suppress(OSError):
+                Path(lock.lock_file).unlink()
+            lock.release()
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -229,6 +238,10 @@ class RunStore:
                 f"{self.folder} cannot be written ({reason}). Finished pieces are kept: make room or allow writing and "
                 "run the same command again, or give another output directory."
             ) from error
+
+
+def _flat(piece: str) -> str:
+    return piece.replace("/", ".")
 
 
 def _sha256(file: Path) -> str:

@@ -16,7 +16,7 @@ from metaopt_lens.experiments._prompt_comparison import default_unrelated_texts
 from metaopt_lens.experiments._prompt_set import PromptSet
 from metaopt_lens.experiments._run_config import Rule, RunConfig
 from metaopt_lens.finetuning import LearningRateChoice, WeightUpdate, choose_learning_rate, finetune
-from metaopt_lens.models import AttentionModel
+from metaopt_lens.models import LensModel
 from metaopt_lens.prompts import tokenize_prompt
 
 Save = Callable[[Path], None]
@@ -46,7 +46,7 @@ def save_prompts(prompts: PromptSet) -> Save:
     return lambda folder: write_json(folder / "prompts.json", prompts.to_dict())
 
 
-def learning_rate(config: RunConfig, model: AttentionModel, prompts: PromptSet, rule: Rule) -> Save:
+def learning_rate(config: RunConfig, model: LensModel, prompts: PromptSet, rule: Rule) -> Save:
     """The piece ``lr-RULE``: the learning rate with which finetuning does best on the held-out rows."""
     choice = choose_learning_rate(
         model,
@@ -69,7 +69,7 @@ def load_learning_rate(folder: Path) -> LearningRateChoice:
     return LearningRateChoice(**body)
 
 
-def comparison(config: RunConfig, model: AttentionModel, prompts: PromptSet, rule: Rule, lr: float, seed: int) -> Save:
+def comparison(config: RunConfig, model: LensModel, prompts: PromptSet, rule: Rule, lr: float, seed: int) -> Save:
     """The piece ``RULE``: finetuning, and its comparison with the in-context runs."""
     notes: list[str] = []
     update = finetune(
@@ -127,7 +127,7 @@ def versions() -> dict[str, Any]:
 
 
 def _controls(
-    config: RunConfig, model: AttentionModel, prompts: PromptSet, update: WeightUpdate, notes: list[str]
+    config: RunConfig, model: LensModel, prompts: PromptSet, update: WeightUpdate, notes: list[str]
 ) -> dict[str, WeightUpdate]:
     if not config.unrelated:
         return {}
@@ -157,7 +157,7 @@ def explain(error: MetaoptLensError, where: str) -> MetaoptLensError:
 _EXAMPLE_BYTES = 64 * 2**20  # keys and values of a long prompt in a large model are not worth storing for a picture
 
 
-def example(config: RunConfig, model: AttentionModel, prompts: PromptSet) -> Save:
+def example(config: RunConfig, model: LensModel, prompts: PromptSet) -> Save:
     """The piece ``example``: the first prompt decomposed, for the report's views; nothing if it is too large."""
     first = prompts.prompts[0]
     n_tokens = tokenize_prompt(first, model.tokenizer, prepend_bos=config.prepend_bos).n_tokens

@@ -5,21 +5,23 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import BeforeValidator, Field
 from tqdm.auto import tqdm
 
+from metaopt_lens._configuration import Count, Different, read, read_file, settings
 from metaopt_lens._errors import FileFormatError, MetaoptLensError, OptionError
 from metaopt_lens.experiments._run import find_run_task, run_experiment
-from metaopt_lens.experiments._run_config import RunConfig, read_settings
+from metaopt_lens.experiments._run_config import LearningRate, RunConfig, Seeds
 from metaopt_lens.experiments._run_result import ExperimentResult
 from metaopt_lens.experiments._run_store import RunStore
 from metaopt_lens.experiments._workers import Workers
-from metaopt_lens.prompts.tasks import Task
+from metaopt_lens.tasks import Task
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,32 +31,40 @@ _AXES = ("model", "task", "shots", "lr")
 _UNSAFE = re.compile(r"[^A-Za-z0-9.]+")
 
 
-@dataclass(frozen=True)
+def _as_list(found: Any) -> Any:
+    return (found,) if isinstance(found, str | int | float) else found
+
+
+_Axis = (BeforeValidator(_as_list), Different)
+_Names = Annotated[tuple[str, ...], *_Axis, Field(description="one or several different names")]
+
+
+@settings
 class SweepConfig:
     """What a sweep goes over.
 
     Attributes:
-        models, tasks, shots, lrs: every combination is a run.
-        seeds: of every run.
+        models, tasks, shots, lr: every combination is a run; a single value may stand without a list.
+        seeds: of every run; a number n stands for seeds 0 to n - 1.
         settings: further fields of every `RunConfig`.
         data: local data by task, where they do not come from the hub.
         workers: where the runs are made; does not decide the results.
     """
 
-    models: tuple[str, ...]
-    tasks: tuple[str, ...]
-    shots: tuple[int, ...] = (32,)
-    lrs: tuple[float | Literal["auto"], ...] = ("auto",)
-    seeds: tuple[int, ...] = (0, 1, 2)
+    models: _Names
+    tasks: _Names
+    shots: Annotated[
+        tuple[Count, ...], *_Axis, Field(description="one or several different whole numbers of at least 1")
+    ] = (32,)
+    lr: Annotated[
+        tuple[LearningRate, ...], *_Axis, Field(description="one or several different positive numbers, or 'auto'")
+    ] = ("auto",)
+    seeds: Seeds = (0, 1, 2)
     settings: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, str] = field(default_factory=dict)
     workers: Workers = field(default_factory=Workers)
 
     def __post_init__(self) -> None:
-        for name in ("models", "tasks", "shots", "lrs"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise OptionError(f"a sweep needs one or several different {name}, got {list(values)}.")
         fixed = sorted({"model", "task", "shots", "lr", "seeds", "data"} & set(self.settings))
         if fixed:
             raise OptionError(
@@ -71,7 +81,7 @@ class SweepConfig:
             OptionError: a value that makes no sense.
         """
         found: dict[str, RunConfig] = {}
-        for model, task, shots, lr in itertools.product(self.models, self.tasks, self.shots, self.lrs):
+        for model, task, shots, lr in itertools.product(self.models, self.tasks, self.shots, self.lr):
             body = {"model": model, "task": task, "shots": shots, "lr": lr, "seeds": self.seeds, **self.settings}
             if task in self.data:
                 body["data"] = self.data[task]
@@ -104,24 +114,7 @@ class SweepConfig:
             FileFormatError: the file is missing or not valid.
             OptionError: an unknown field, or a value that makes no sense.
         """
-        body = read_settings(path)
-        known = ("models", "tasks", "shots", "lr", "seeds", "settings", "data", "workers")
-        unknown = sorted(set(body) - set(known))
-        if unknown:
-            raise OptionError(
-                f"{path}: a sweep has no field {', '.join(map(repr, unknown))}; its fields are {', '.join(known)}."
-            )
-        try:
-            values: dict[str, Any] = {
-                "lrs" if name == "lr" else name: _tuple(body[name]) for name in known[:4] if name in body
-            }
-            if "seeds" in body:
-                seeds = body["seeds"]
-                values["seeds"] = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
-            values |= {name: body[name] for name in ("settings", "data") if name in body}
-            return cls(**values, workers=Workers(**body.get("workers", {})))
-        except (TypeError, OptionError) as error:
-            raise OptionError(f"{path}: {error}") from error
+        return read(cls, read_file(path), where=str(path))
 
 
 @dataclass(frozen=True, repr=False)
@@ -260,7 +253,3 @@ def _model(
 
 def _slug(text: str) -> str:
     return _UNSAFE.sub("-", Path(text).name if text.endswith(".toml") else text).strip("-") or "x"
-
-
-def _tuple(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)

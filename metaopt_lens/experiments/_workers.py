@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import field
+from typing import Any, Literal
 
+from metaopt_lens._configuration import Count, settings
 from metaopt_lens._errors import OptionError
 
-_CLUSTERS = ("local", "slurm", "pbs", "sge", "lsf", "htcondor", "moab", "oar")
 _JOBQUEUE = {
     "slurm": "SLURMCluster",
     "pbs": "PBSCluster",
@@ -22,7 +22,7 @@ _JOBQUEUE = {
 }
 
 
-@dataclass(frozen=True)
+@settings
 class Workers:
     """The processes that work on a sweep.
 
@@ -35,21 +35,12 @@ class Workers:
         options: handed to the cluster's class.
     """
 
-    engine: str = "processes"
-    n: int = 1
-    threads: int = 1
-    cluster: str = "local"
+    engine: Literal["processes", "dask"] = "processes"
+    n: Count = 1
+    threads: Count = 1
+    cluster: Literal["local", "slurm", "pbs", "sge", "lsf", "htcondor", "moab", "oar"] = "local"
     address: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.engine not in {"processes", "dask"}:
-            raise OptionError(f"the engine of the workers must be 'processes' or 'dask', got {self.engine!r}.")
-        for name in ("n", "threads"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise OptionError(f"workers: {name} must be a whole number of at least 1, got {getattr(self, name)!r}.")
-        if self.cluster not in _CLUSTERS:
-            raise OptionError(f"the cluster must be one of {', '.join(_CLUSTERS)}, got {self.cluster!r}.")
 
     def run(self, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         """Call `function` with every tuple of arguments; results in the order in which they are ready."""

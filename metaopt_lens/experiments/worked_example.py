@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metaopt_lens._storage import write_text
-from metaopt_lens.analysis import Comparison, compare, unrelated_update
+from metaopt_lens.analysis import (
+    SHUFFLED_LABELS,
+    Comparison,
+    Statistic,
+    compare,
+    findings,
+    headline,
+    unrelated_update,
+)
 from metaopt_lens.experiments._prompt_comparison import episode_prompts
 from metaopt_lens.finetuning import choose_learning_rate, finetune
 from metaopt_lens.models import load_model, wrap
@@ -29,8 +37,9 @@ if TYPE_CHECKING:
 RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 METHODS: dict[str, dict[str, Any]] = {"gradient descent": {}, "layer-causal": {"layer_causal": True}}
 _CONTROLS = (
-    "shuffled",
-    "label-shuffled",
+    "other query",
+    "shuffled labels",
+    "flipped labels",
     "other task",
     "unrelated words",
     "random weights",
@@ -153,10 +162,10 @@ def excess_table(comparison: Comparison, names: Sequence[str]) -> pd.DataFrame:
     rows = []
     for name in names:
         statistic = comparison[name]
-        row = {"statistic": name, "value": _interval(comparison, statistic.values.nanmean((1, 2)))}
+        row = {"statistic": name, "value": _interval(comparison, statistic, statistic.values)}
         for null in _CONTROLS:
             if null in statistic.nulls:
-                row[f"over {null}"] = _interval(comparison, (statistic.values - statistic.nulls[null]).nanmean((1, 2)))
+                row[f"over {null}"] = _interval(comparison, statistic, statistic.values - statistic.nulls[null])
         rows.append(row)
     return pd.DataFrame(rows).fillna("")
 
@@ -178,7 +187,7 @@ def to_markdown(results: Sequence[WorkedExample], *, seconds: float, command: st
     versions = ", ".join(f"{name} {first.provenance[name]}" for name in ("transformer-lens", "transformers", "torch"))
     heading = (
         f"{len(first.sets)} queries behind {len(first.n_demos)} sets of {max(first.n_demos)} demonstrations; intervals "
-        f"are 95 %, {first.scope}. Made in {seconds:.0f} s by\n\n    {command}\n\nwith {versions}."
+        f"are 95 % t intervals {first.scope}. Made in {seconds:.0f} s by\n\n    {command}\n\nwith {versions}."
     )
     return "\n".join([heading, *(_section(result) for result in results)])
 
@@ -188,32 +197,36 @@ def _section(result: WorkedExample) -> str:
 
     c = result.comparison
     recall = c.rec2ftp()
-    value = "undefined" if recall.value is None else f"{recall.value:.1f} %"
-    base = "undefined" if recall.base_rate is None else f"{recall.base_rate:.1f} %"
     search = result.search
     rates = pd.DataFrame({"learning rate": search.rates, "accuracy": search.accuracy, "loss": search.loss})
     summary = c.summary()
     nulls = [column for column in map(str, summary.columns) if column.startswith("null: ")]
     table = summary[["statistic", "value", "value_low", "value_high", *nulls]].astype(object)
     table = table.where(table.notna(), "")
-    counts = summary[["statistic", "main_null", "significant", "of", "level"]]
-    heads = head_table(c, "z total", "label-shuffled")
-    columns = ["head name", "value", "null: label-shuffled", "excess", "excess_low", "excess_high", "p_adjusted"]
+    counts = summary[["statistic", "main_null", "significant", "of", "level", "undefined", "values"]]
+    heads = head_table(c, "z total", SHUFFLED_LABELS)
+    columns = ["head name", "value", f"null: {SHUFFLED_LABELS}", "excess", "excess_low", "excess_high", "p_adjusted"]
+    answers = findings(c)
+    said = pd.DataFrame({"question": [f.question for f in answers], "answer": [f.sentence for f in answers]})
     names = [s.name for s in c.statistics]
     parts = [
         f"\n## Measured: {result.method}\n",
         f"Learning rate {search.lr:g}, chosen on held-out demonstrations of other sets (zero-shot accuracy there "
         f"{search.base_accuracy:.3f}):\n",
         _markdown(rates),
-        "\nAccuracies and agreement of predictions:\n",
+        f"\n{headline(answers)}\n",
+        _markdown(said),
+        f"\nAccuracies and agreement of predictions; {c.settings['n_label_draws']} shuffles of the labels a set, and "
+        "the accuracy behind flipped labels against the natural and against the flipped ones:\n",
         _markdown(c.accuracies()),
-        f"\nRec2FTP {value} ({recall.both} of {recall.ft}); base rate P(in-context right | zero-shot wrong) {base} "
-        f"({recall.icl} of {recall.zs_wrong}).\n",
-        "\nMeans over layers and heads, nulls beside them:\n",
+        f"\nRec2FTP {recall.text}, which is P(in-context right | zero-shot wrong); exact intervals that take queries "
+        "as independent.\n",
+        "\nMeans over layers and heads, and their nulls:\n",
         _markdown(table),
         "\nExcess over each null, [95 % interval]:\n",
         _markdown(excess_table(c, names)),
-        "\nLayers or heads that differ from the main null (Benjamini-Hochberg, 5 %):\n",
+        "\nLayers or heads, of those that can be tested, that differ from the main null (t test over sets, "
+        "Benjamini-Hochberg, 5 %), and undefined values, which are left out:\n",
         _markdown(counts),
         "\nHeads, `z total` against the same demonstrations with shuffled labels:\n",
         _markdown(heads[columns]),
@@ -221,13 +234,13 @@ def _section(result: WorkedExample) -> str:
     return "\n".join(parts)
 
 
-def _interval(comparison: Comparison, values: torch.Tensor) -> str:
-    known = ~values.isnan()
-    sets = comparison.sets[known]
-    if len(set(sets.tolist())) < len(comparison.n_demos):
+def _interval(comparison: Comparison, statistic: Statistic, values: torch.Tensor) -> str:
+    """Mean over layers and heads with its interval; empty where nothing is defined."""
+    found = comparison.statistic_interval(statistic, values.nanmean((1, 2)), level=0.95)
+    if bool(found.estimate.isnan()):
         return ""
-    found = comparison.interval(values)
-    return f"{float(found.estimate):+.3f} [{float(found.low):+.3f}, {float(found.high):+.3f}]"
+    interval = "no interval" if bool(found.degenerate) else f"{float(found.low):+.3f}, {float(found.high):+.3f}"
+    return f"{float(found.estimate):+.3f} [{interval}]"
 
 
 def _markdown(frame: pd.DataFrame) -> str:

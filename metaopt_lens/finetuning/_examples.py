@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from metaopt_lens._errors import ContextWindowError, PromptError
 from metaopt_lens.finetuning._settings import Loss
-from metaopt_lens.models import AttentionModel
+from metaopt_lens.models import LensModel
 from metaopt_lens.prompts import Demo, ICLPrompt, Template, tokenize_prompt
 
 
@@ -20,7 +20,7 @@ class TrainingExample:
 
 
 def training_examples(
-    model: AttentionModel,
+    model: LensModel,
     demos: ICLPrompt | Sequence[Demo | tuple[str, str]],
     *,
     template: Template | None = None,
@@ -59,9 +59,7 @@ def training_examples(
     return examples
 
 
-def text_examples(
-    model: AttentionModel, texts: Sequence[str], *, prepend_bos: bool | None = None
-) -> list[TrainingExample]:
+def text_examples(model: LensModel, texts: Sequence[str], *, prepend_bos: bool | None = None) -> list[TrainingExample]:
     """Plain texts, each behind BOS, all tokens learned; for control runs on unrelated text.
 
     Raises:

@@ -16,7 +16,7 @@ from metaopt_lens.finetuning._losses import layer_causal_losses, ordinary_loss
 from metaopt_lens.finetuning._settings import FinetuneSettings, Loss, Order, Projection, Readout
 from metaopt_lens.finetuning._tape import Tape
 from metaopt_lens.finetuning._update import StepFactors, WeightUpdate, change_hooks
-from metaopt_lens.models import AttentionModel, Hook, wrap
+from metaopt_lens.models import Hook, LensModel, wrap
 from metaopt_lens.prompts import Demo, ICLPrompt, Template
 
 
@@ -126,7 +126,7 @@ def finetune(
     )
 
 
-def require_raw_weights(model: AttentionModel, *, allow_processed: bool) -> None:
+def require_raw_weights(model: LensModel, *, allow_processed: bool) -> None:
     """Raise `ModelMismatchError` for folded weights: finetuning and dW depend on the parametrisation."""
     if model.info.is_processed and not allow_processed:
         raise ModelMismatchError(
@@ -136,7 +136,7 @@ def require_raw_weights(model: AttentionModel, *, allow_processed: bool) -> None
 
 
 def _examples(
-    model: AttentionModel, demos: Any, *, template: Template | None, loss: Loss, prepend_bos: bool | None
+    model: LensModel, demos: Any, *, template: Template | None, loss: Loss, prepend_bos: bool | None
 ) -> list[TrainingExample]:
     if isinstance(demos, str):
         raise PromptError("finetune needs demonstrations, an ICLPrompt or a list of texts, got one string.")
@@ -164,7 +164,7 @@ def _schedule(n_examples: int, settings: FinetuneSettings) -> Iterator[list[int]
             yield order[start : start + size]
 
 
-def _leaves(model: AttentionModel, settings: FinetuneSettings) -> dict[str, list[Tensor]]:
+def _leaves(model: LensModel, settings: FinetuneSettings) -> dict[str, list[Tensor]]:
     """Zero changes of every layer, with room for their gradients.
 
     Weights of q, k and v are ``[d_model, head, d_head]``: the matrices that x is multiplied with, uncopied.
@@ -197,7 +197,7 @@ def _heads_first(name: str, leaf: Tensor) -> Tensor:
 
 
 def _loss(
-    model: AttentionModel,
+    model: LensModel,
     batch: list[TrainingExample],
     leaves: dict[str, list[Tensor]],
     settings: FinetuneSettings,

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from metaopt_lens._errors import NonFiniteError, OptionError, PromptError
-from metaopt_lens.extraction import check_candidates, score_candidates
 from metaopt_lens.finetuning._finetune import finetune
-from metaopt_lens.models import AttentionModel, wrap
+from metaopt_lens.models import LensModel, wrap
 from metaopt_lens.prompts import Demo, ICLPrompt, Template, tokenize_label, tokenize_prompt
+from metaopt_lens.runs import check_candidates, score_candidates
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -121,7 +121,7 @@ def _pair(demo: Demo | tuple[str, str]) -> tuple[str, str]:
 
 
 def _judge(
-    model: AttentionModel,
+    model: LensModel,
     queries: Sequence[Sequence[int]],
     candidates: Sequence[Sequence[int]],
     gold: torch.Tensor,

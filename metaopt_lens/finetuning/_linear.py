@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from metaopt_lens._types import TokenSpan
-from metaopt_lens.decomposition import without_demos
 from metaopt_lens.finetuning._update import WeightUpdate
-from metaopt_lens.models import AttentionCall, AttentionModel, Hook, Prefix
+from metaopt_lens.models import AttentionCall, Hook, LensModel, Prefix
+from metaopt_lens.runs import Run, attend_without, hidden_sources, memory_of
+
+if TYPE_CHECKING:
+    from transformer_lens import FactoredMatrix
 
 
 @dataclass(frozen=True)
@@ -32,29 +35,27 @@ class UpdatedMemory:
     v_updated: Float[Tensor, "layer src kv_head d_head"]
 
 
-def updated_memory(
-    model: AttentionModel,
-    update: WeightUpdate,
-    shared: Prefix,
-    demos: TokenSpan,
-    prefix_ids: Sequence[int],
-    queries: Sequence[Sequence[int]],
-) -> list[UpdatedMemory]:
+def updated_memory(model: LensModel, update: WeightUpdate, runs: Sequence[Run]) -> list[UpdatedMemory]:
     """Keys and values of the position-matched zero-shot run, with and without a weight update.
 
     Each query runs twice in one batch, as itself and as a twin whose keys and values get the update but whose head
     outputs are replaced by the first's: both then see the base model's residual stream.
 
     Args:
-        shared: the base model's prefix S and D.
-        demos: D, masked out at every position of the queries.
-        prefix_ids: token ids of S.
-        queries: token ids of the queries.
+        model: a wrapped model.
+        update: what finetuning did.
+        runs: of the base model, of queries behind the same demonstrations, in context or position-matched.
     """
-    own = _twins(model, update, shared, queries, lambda call, n: without_demos(call, demos, slice(n)))
+    tokens, demos = runs[0].tokens, runs[0].tokens.demonstrations
+    queries = [run.tokens.ids[run.tokens.query.start :] for run in runs]
+
+    def without_demos(call: AttentionCall, n: int) -> Tensor:
+        return attend_without(call, hidden_sources(call, demos), slice(n))[0]
+
+    own = _twins(model, update, runs[0].prefix, queries, without_demos)
     before: list[UpdatedMemory] = []
-    if prefix_ids:
-        before = _twins(model, update, None, [prefix_ids], lambda call, n: call.z[:n])
+    if demos.start:
+        before = _twins(model, update, None, [tokens.ids[: demos.start]], lambda call, n: call.z[:n])
     if not before:
         return own
     fields = ("k", "v", "k_updated", "v_updated")
@@ -64,8 +65,21 @@ def updated_memory(
     ]
 
 
+def delta_w_ft(memory: UpdatedMemory, layer: int, seen: Bool[Tensor, " src"]) -> FactoredMatrix:
+    """``dW_FT = sum_Z (v + dv) (x) (k + dk) - v (x) k`` of every key-value head, factored; ``.AB @ q``.
+
+    Written ``sum_Z dv (x) (k + dk) + v (x) dk``, in which nothing large cancels; rank at most ``min(d_head, 2 |Z|)``.
+
+    Args:
+        memory: of one query. layer: counted from 0. seen: which sources of Z the destination sees.
+    """
+    k, k_new, v, v_new = (t[layer][seen] for t in (memory.k, memory.k_updated, memory.v, memory.v_updated))
+    keys, values = torch.cat([k_new, k_new - k]), torch.cat([v_new - v, v])
+    return memory_of(keys, values, torch.ones(len(keys), dtype=torch.bool, device=keys.device))
+
+
 def _twins(
-    model: AttentionModel,
+    model: LensModel,
     update: WeightUpdate,
     prefix: Prefix | None,
     sequences: Sequence[Sequence[int]],

@@ -11,7 +11,7 @@ from torch import Tensor
 from metaopt_lens._errors import UnsupportedModelError
 from metaopt_lens.finetuning._examples import TrainingExample
 from metaopt_lens.finetuning._settings import Readout
-from metaopt_lens.models import AttentionModel, Hook
+from metaopt_lens.models import Hook, LensModel
 
 
 def batch_tokens(examples: Sequence[TrainingExample]) -> Tensor:
@@ -34,7 +34,7 @@ def cross_entropy(logits: Float[Tensor, "batch pos d_vocab"], examples: Sequence
     return torch.stack(losses).mean()
 
 
-def ordinary_loss(model: AttentionModel, examples: Sequence[TrainingExample], hooks: Sequence[Hook]) -> Tensor:
+def ordinary_loss(model: LensModel, examples: Sequence[TrainingExample], hooks: Sequence[Hook]) -> Tensor:
     """Cross-entropy of the model's own logits, with graph."""
     logits = model.run(batch_tokens(examples), hooks=hooks, grad=True)
     assert logits is not None
@@ -42,7 +42,7 @@ def ordinary_loss(model: AttentionModel, examples: Sequence[TrainingExample], ho
 
 
 def layer_causal_losses(
-    model: AttentionModel, examples: Sequence[TrainingExample], hooks: Sequence[Hook], readout: Readout
+    model: LensModel, examples: Sequence[TrainingExample], hooks: Sequence[Hook], readout: Readout
 ) -> Float[Tensor, " layer"]:
     """Every layer's own early-exit cross-entropy (LCGD, arXiv:2311.07772).
 

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from metaopt_lens.finetuning._examples import TrainingExample
 from metaopt_lens.finetuning._update import StepFactors
-from metaopt_lens.models import AttentionModel, Hook
+from metaopt_lens.models import Hook, LensModel
 
 
 class Tape:
     """Collects inputs and changed projections of a forward pass, by layer."""
 
-    def __init__(self, model: AttentionModel, projections: Sequence[str], *, queries: bool) -> None:
+    def __init__(self, model: LensModel, projections: Sequence[str], *, queries: bool) -> None:
         self._model = model
         self._projections = tuple(projections)
         self._keep_queries = queries

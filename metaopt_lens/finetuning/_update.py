@@ -18,7 +18,7 @@ from metaopt_lens._errors import FileFormatError, HeadError, ModelMismatchError,
 from metaopt_lens._storage import load_result, save_result
 from metaopt_lens._types import HeadRef
 from metaopt_lens.finetuning._settings import PROJECTIONS, FinetuneSettings
-from metaopt_lens.models import AttentionModel, Hook, Late, ModelInfo, wrap
+from metaopt_lens.models import Hook, Late, LensModel, ModelInfo, wrap
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -152,7 +152,7 @@ class WeightUpdate:
 
     # ---- application --------------------------------------------------------------------------------------------
 
-    def hooks(self, model: AttentionModel) -> list[Hook]:
+    def hooks(self, model: LensModel) -> list[Hook]:
         """The hooks that make `model` the finetuned model.
 
         Raises:
@@ -163,7 +163,7 @@ class WeightUpdate:
 
     def layer_hooks(
         self,
-        model: AttentionModel,
+        model: LensModel,
         layer: int,
         *,
         rows: slice = slice(None),
@@ -257,7 +257,7 @@ class WeightUpdate:
 
 
 def change_hooks(
-    model: AttentionModel,
+    model: LensModel,
     layer: int,
     tensors: Mapping[str, Tensor],
     *,

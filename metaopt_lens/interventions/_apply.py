@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metaopt_lens._errors import OptionError
 from metaopt_lens.dual import attention_scores, linear_weights, merge_softmax, visible_sources, weighted_values
-from metaopt_lens.models import AttentionModel, Hook, HostPass, PlacedCall, refuse_momentum
+from metaopt_lens.models import AttentionCall, Hook, HostPass, LensModel, refuse_momentum
 
 if TYPE_CHECKING:
     from metaopt_lens.interventions._meta_gradient import MetaGradient
@@ -40,7 +40,7 @@ class AppliedMetaGradient:
         if self.form == "softmax" and self.scale is not None:
             raise OptionError("scale belongs to form='linear'; the softmax form takes strength.")
 
-    def hooks(self, model: AttentionModel) -> list[Hook]:
+    def hooks(self, model: LensModel) -> list[Hook]:
         """The hooks that apply it.
 
         Raises:
@@ -56,7 +56,7 @@ class AppliedMetaGradient:
             layers = []
         return model.placed_hooks(Place(self.meta_gradient, model), self._edit, layers=layers)
 
-    def _edit(self, call: PlacedCall) -> Tensor:
+    def _edit(self, call: AttentionCall) -> Tensor:
         mg = self.meta_gradient
         inside = mg.tokens.mask(mg.chosen, mg.tokens.stop)
         where = inside.nonzero()[:, 0].to(call.z.device)
@@ -78,7 +78,7 @@ class Place:
     """Says before every pass where its tokens stand: S where it is, the rest behind the demonstrations."""
 
     meta_gradient: MetaGradient
-    model: AttentionModel
+    model: LensModel
 
     def __call__(self, host_pass: HostPass) -> Int[Tensor, "batch slot"]:
         tokens = self.meta_gradient.tokens
@@ -90,7 +90,7 @@ class Place:
 
 
 def _merged(
-    call: PlacedCall,
+    call: AttentionCall,
     k: Float[Tensor, "batch demo_src kv_head d_head"],
     v: Float[Tensor, "batch demo_src kv_head d_head"],
     positions: Int[Tensor, " demo_src"],

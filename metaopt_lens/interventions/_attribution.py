@@ -10,11 +10,13 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from metaopt_lens._errors import OptionError, PromptError
-from metaopt_lens.interventions._head_effects import HeadEffects
+from metaopt_lens.interventions._head_effects import HeadEffects, rank_by_effect
 from metaopt_lens.interventions._knock_out_runs import KnockOutRuns, RowMetric
 from metaopt_lens.interventions._meta_gradient import meta_gradient
-from metaopt_lens.models import AttentionModel, wrap
+from metaopt_lens.interventions._recovery import split_queries
+from metaopt_lens.models import LensModel, wrap
 from metaopt_lens.prompts import ICLPrompt, tokenize_label, tokenize_prompt
+from metaopt_lens.runs import candidate_labels
 
 Metric = str | Callable[[Tensor], Tensor]
 
@@ -27,13 +29,15 @@ def head_effects(
     per_demo: bool = False,
     prepend_bos: bool | None = None,
     batch_size: int | None = None,
+    seed: int = 0,
 ) -> HeadEffects:
     """What every head's meta-gradient does to the model's answers.
 
     A head's effect is the metric of the in-context run minus the metric with this head's demonstrations knocked out at
     every position of the query (docs/theory.md, section 5): exactly, one run per head; and to first order, from one
-    backward pass. The demonstrations are run once. Heads are then added back in rank order, to see how many of them
-    make the in-context gain.
+    backward pass. The demonstrations are run once. To see how many heads make the in-context gain, heads are ranked on
+    one half of the queries and added back in that order on the other half, which had no say in the ranking. With a
+    single query there is no other half, and how many heads recover the gain is undefined.
 
     Args:
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model. It is not modified.
@@ -43,6 +47,7 @@ def head_effects(
             of the logits that follow the query, ``[d_vocab]``, that gives a number.
         per_demo: also knock out every demonstration in every head (as many runs as heads times demonstrations).
         batch_size: runs made together; by default as many as memory allows.
+        seed: of the split into queries to rank heads on and queries to measure the recovery on.
 
     Raises:
         PromptError: no prompts, different demonstrations, or no label or candidates where the metric needs them.
@@ -75,13 +80,19 @@ def head_effects(
         demos = each_demo.repeat_interleave(len(one_head), 0)
         changed = ends[0] - runs.exact(heads, demos)
         exact_per_demo = changed.view(n_demos, n_layers, n_heads, -1).permute(3, 1, 2, 0)
-    gain = float((ends[0] - ends[1]).mean())
-    signed = exact.mean(0).flatten() * (1.0 if gain >= 0 else -1.0)
-    order = signed.argsort(descending=True, stable=True)
+    selection, held_out = split_queries(len(rows), seed)
+    gain = ends[0] - ends[1]
+    order = torch.tensor(
+        [ref.layer * n_heads + ref.head for ref in rank_by_effect(exact[selection].mean(0), gain[selection])]
+    )
     kept_out = torch.ones(len(order) + 1, len(order), dtype=torch.bool)
     for n in range(len(order)):
         kept_out[n + 1 :, order[n]] = False
-    added = runs.exact(kept_out.view(-1, n_layers, n_heads), all_demos.expand(len(kept_out), -1))
+    added = torch.empty(len(kept_out), 0, dtype=torch.float64)
+    if held_out:
+        # variant (layer head) -> variant layer head
+        out = kept_out.view(-1, n_layers, n_heads)
+        added = runs.exact(out, all_demos.expand(len(kept_out), -1), held_out)
     return HeadEffects(
         model=wrapped.info,
         metric=metric if isinstance(metric, str) else getattr(metric, "__name__", "metric"),
@@ -93,7 +104,8 @@ def head_effects(
         demo_exact=(ends[0] - without_demo).T,
         demo_first_order=estimates[1:].permute(1, 2, 3, 0),
         demo_exact_per_head=exact_per_demo,
-        order=order,
+        held_out=torch.tensor(held_out, dtype=torch.int64),
+        selection_order=order,
         added=added.T,
     )
 
@@ -103,7 +115,7 @@ def _one_each(n_layers: int, n_heads: int) -> Bool[Tensor, "variant layer head"]
 
 
 def _rows(
-    model: AttentionModel, prompts: Sequence[ICLPrompt], metric: Metric, prepend_bos: bool | None
+    model: LensModel, prompts: Sequence[ICLPrompt], metric: Metric, prepend_bos: bool | None
 ) -> tuple[list[tuple[int, ...]], RowMetric]:
     """Tokens behind the demonstrations, and the metric of their logits."""
     tokens = [
@@ -115,8 +127,7 @@ def _rows(
     labels = [_label(model, prompt, prompt.label, metric) for prompt in prompts]
     if metric == "logit_difference":
         others = [
-            [_label(model, p, word, metric)[0] for word in p.candidates or _demo_labels(p) if word != p.label]
-            for p in prompts
+            [_label(model, p, word, metric)[0] for word in candidate_labels(p) if word != p.label] for p in prompts
         ]
         for prompt, label, wrong in zip(prompts, labels, others, strict=True):
             if not wrong or label[0] in wrong:
@@ -145,11 +156,7 @@ def _rows(
     return rows, log_prob
 
 
-def _demo_labels(prompt: ICLPrompt) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(demo.label for demo in prompt.demos))
-
-
-def _label(model: AttentionModel, prompt: ICLPrompt, label: str | None, metric: str) -> tuple[int, ...]:
+def _label(model: LensModel, prompt: ICLPrompt, label: str | None, metric: str) -> tuple[int, ...]:
     if label is None:
         raise PromptError(f"metric {metric!r} needs the label of query {prompt.query!r}: ICLPrompt(..., label=...).")
     return tokenize_label(label, prompt.template, model.tokenizer)

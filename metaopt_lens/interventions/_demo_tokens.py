@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metaopt_lens._errors import OptionError, PromptError, SpanError
 from metaopt_lens._types import TokenSpan
-from metaopt_lens.models import AttentionModel, HostPass
+from metaopt_lens.models import HostPass, LensModel
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_prompt
 
 
@@ -36,7 +36,7 @@ class DemoTokens:
         return cls(ids=prompt.ids[: d.stop], start=d.start, spans=prompt.demos)
 
     @classmethod
-    def tokenize(cls, prompt: ICLPrompt, model: AttentionModel, *, prepend_bos: bool | None = None) -> DemoTokens:
+    def tokenize(cls, prompt: ICLPrompt, model: LensModel, *, prepend_bos: bool | None = None) -> DemoTokens:
         """Those of a prompt as this model's tokenizer reads it."""
         tokens = tokenize_prompt(
             prompt,

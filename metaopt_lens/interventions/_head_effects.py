@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from metaopt_lens._errors import FileFormatError, OptionError, UndefinedMetricError
+from metaopt_lens._errors import FileFormatError, UndefinedMetricError
 from metaopt_lens._storage import load_result, save_result
 from metaopt_lens._types import HeadRef
+from metaopt_lens.interventions._recovery import Recovery, recovery
 from metaopt_lens.models import ModelInfo
+from metaopt_lens.runs import rank_heads
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,7 +30,8 @@ _TENSORS = (
     "demo_exact",
     "demo_first_order",
     "demo_exact_per_head",
-    "order",
+    "held_out",
+    "selection_order",
     "added",
 )
 
@@ -38,12 +41,14 @@ class ICLHeads:
     """The heads that are the ICL model: added in rank order until their meta-gradients give a share of the gain.
 
     Attributes:
-        heads: in rank order. share: what was asked for. recovered: the share they give (mean over queries).
+        heads: in the order of their effects on the queries they were ranked on.
+        recovered: the share of the gain they give on the held-out queries (mean).
+        recovery: how their number was found, with its interval.
     """
 
     heads: tuple[HeadRef, ...]
-    share: float
     recovered: float
+    recovery: Recovery
 
 
 @dataclass(frozen=True, repr=False)
@@ -58,8 +63,10 @@ class HeadEffects:
         demo_exact: effect of hiding each demonstration from all heads.
         demo_first_order: estimate for each demonstration in each head.
         demo_exact_per_head: the same by knock-out, where asked for.
-        order: heads by exact mean effect, in the direction of the gain, as ``layer * n_heads + head``.
-        added: the metric with only the first n heads' meta-gradients in place, n from 0 to all.
+        held_out: the queries on which heads were not ranked for the recovery; none if there is only one query.
+        selection_order: heads by exact mean effect on the other queries, in the direction of the gain, as
+            ``layer * n_heads + head``.
+        added: the metric of the held-out queries with only the first n heads of that order in place, n from 0 to all.
     """
 
     model: ModelInfo
@@ -72,8 +79,9 @@ class HeadEffects:
     demo_exact: Float[Tensor, "query demo"]
     demo_first_order: Float[Tensor, "query layer head demo"]
     demo_exact_per_head: Float[Tensor, "query layer head demo"] | None
-    order: Int[Tensor, " rank"]
-    added: Float[Tensor, "query n_added"]
+    held_out: Int[Tensor, " held_out"]
+    selection_order: Int[Tensor, " rank"]
+    added: Float[Tensor, "held_out n_added"]
 
     @property
     def gain(self) -> Float[Tensor, " query"]:
@@ -96,37 +104,37 @@ class HeadEffects:
         return _pearson(self.demo_first_order.sum((1, 2)).flatten(), self.demo_exact.flatten())
 
     def ranked(self, top: int | None = None) -> tuple[HeadRef, ...]:
-        """Heads by exact mean effect, those that give most of the gain first."""
-        n = self.model.n_heads
-        return tuple(HeadRef(index // n, index % n) for index in self.order[:top].tolist())
+        """Heads by exact mean effect over all queries, those that give most of the gain first."""
+        return tuple(rank_by_effect(self.map, self.gain)[:top])
 
-    def icl_heads(self, share: float = 0.9) -> ICLHeads:
-        """The fewest heads, added in rank order, whose meta-gradients give `share` of the mean gain.
+    def recovery(self, share: float = 0.9) -> Recovery:
+        """How many heads, ranked on the other queries, give `share` of the mean gain of the held-out queries.
 
         Raises:
-            UndefinedMetricError: the demonstrations change nothing, so there is no gain to recover.
+            OptionError: a share outside (0, 1].
+            UndefinedMetricError: a single query, or demonstrations that change nothing: there is no gain to recover.
         """
-        if not 0 < share <= 1:
-            raise OptionError(f"share must lie above 0 and at most at 1, got {share}.")
-        gain = float(self.gain.mean())
-        if gain == 0:
-            raise UndefinedMetricError(
-                f"the demonstrations do not change the {self.metric}: there is no gain to recover."
-            )
-        recovered = (self.added.mean(0) - self.added[:, 0].mean()) / gain
-        enough = (recovered >= share - 1e-9).nonzero()
-        n = int(enough[0]) if len(enough) else len(self.order)
-        return ICLHeads(heads=self.ranked(n), share=share, recovered=float(recovered[n]))
+        return recovery(self.added, share, "held-out queries")
+
+    def icl_heads(self, share: float = 0.9) -> ICLHeads:
+        """The heads whose meta-gradients give `share` of the mean gain, from the last upward crossing on.
+
+        Raises:
+            OptionError: a share outside (0, 1].
+            UndefinedMetricError: a single query, or demonstrations that change nothing.
+        """
+        found = self.recovery(share)
+        chosen = self.selection_order[: found.n_heads].tolist()
+        heads = tuple(HeadRef(index // self.model.n_heads, index % self.model.n_heads) for index in chosen)
+        return ICLHeads(heads=heads, recovered=float(found.curve[found.n_heads]), recovery=found)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per head, ranked: mean and standard deviation over queries, and what the heads so far recover."""
+        """One row per head, ranked: mean and sample standard deviation over queries (undefined, NaN, for one query)."""
         import pandas as pd
 
-        gain = float(self.gain.mean())
         rows = []
         for rank, ref in enumerate(self.ranked()):
             exact, estimate = self.exact[:, ref.layer, ref.head], self.first_order[:, ref.layer, ref.head]
-            so_far = float((self.added[:, rank + 1] - self.added[:, 0]).mean())
             rows.append(
                 {
                     "rank": rank + 1,
@@ -134,13 +142,25 @@ class HeadEffects:
                     "layer": ref.layer,
                     "head": ref.head,
                     "exact": float(exact.mean()),
-                    "exact_std": float(exact.std(correction=0)),
+                    "exact_std": _std(exact),
                     "first_order": float(estimate.mean()),
-                    "first_order_std": float(estimate.std(correction=0)),
-                    "recovered": so_far / gain if gain else float("nan"),
+                    "first_order_std": _std(estimate),
                 }
             )
         return pd.DataFrame(rows)
+
+    def recovery_to_frame(self) -> pd.DataFrame:
+        """One row per number of heads, from 0: the head added last, and the share of the held-out gain they give.
+
+        Raises:
+            UndefinedMetricError: a single query, or demonstrations that change nothing.
+        """
+        import pandas as pd
+
+        curve = self.recovery().curve.tolist()
+        n = self.model.n_heads
+        added = [str(HeadRef(index // n, index % n)) for index in self.selection_order.tolist()]
+        return pd.DataFrame({"heads": range(len(curve)), "added": ["", *added], "recovered": curve})
 
     def demos_to_frame(self) -> pd.DataFrame:
         """One row per demonstration: effect of hiding it from all heads, and its estimate."""
@@ -183,18 +203,33 @@ class HeadEffects:
             raise FileFormatError(f"{path} is not a complete {KIND}: {error!r}.") from None
 
     def __repr__(self) -> str:
-        gain = float(self.gain.mean())
         lines = [
             f"HeadEffects on the {self.metric} of {self.model.name}: {len(self.in_context)} queries, "
             f"{self.n_demos} demonstrations",
             f"  in context {float(self.in_context.mean()):.4g}, zero-shot {float(self.zero_shot.mean()):.4g}",
+            "  largest effects: " + ", ".join(map(str, self.ranked(6))),
         ]
-        if gain:
-            found = self.icl_heads()
+        try:
+            found = self.recovery()
+        except UndefinedMetricError as error:
+            lines.append(f"  {error}")
+        else:
+            interval = "" if found.low is None else f" ({found.low} to {found.high})"
             total = self.exact.shape[1] * self.exact.shape[2]
-            names = ", ".join(map(str, found.heads[:6])) + (", ..." if len(found.heads) > 6 else "")
-            lines.append(f"  {len(found.heads)} of {total} heads recover 90 % of the gain: {names}")
+            lines.append(
+                f"  {found.n_heads}{interval} of {total} heads recover 90 % of the gain on {found.n_units} held-out "
+                f"queries; {found.note}"
+            )
         return "\n".join(lines)
+
+
+def rank_by_effect(effects: Float[Tensor, "layer head"], gain: Float[Tensor, " query"]) -> list[HeadRef]:
+    """All heads by their effect, those that give most of the mean gain first, whatever its sign."""
+    return rank_heads(effects * (1.0 if float(gain.mean()) >= 0 else -1.0))
+
+
+def _std(values: Float[Tensor, " query"]) -> float:
+    return float(values.std(correction=1)) if len(values) > 1 else float("nan")
 
 
 def _pearson(a: Tensor, b: Tensor) -> float:

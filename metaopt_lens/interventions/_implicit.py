@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metaopt_lens._errors import HeadError, OptionError, UnsupportedModelError
 from metaopt_lens.dual import implicit_weight_update
-from metaopt_lens.models import AttentionModel, Hook, MlpSite, ModelInfo, wrap
+from metaopt_lens.models import Hook, LensModel, MlpSite, ModelInfo, wrap
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_prompt
 
 if TYPE_CHECKING:
@@ -105,10 +105,10 @@ class AppliedImplicitUpdate:
     update: ImplicitUpdate
     layer: int
 
-    def hooks(self, model: AttentionModel) -> list[Hook]:
+    def hooks(self, model: LensModel) -> list[Hook]:
         """Hooks that add ``dW u`` before the activation and db to the MLP's output."""
         model.check_same(self.update.model, "this implicit update")
-        site, seen = model.mlp_site(self.layer), {}
+        site, seen = _sequential_mlp(model, self.layer), {}
 
         def keep(u: Tensor) -> None:
             seen["u"] = u
@@ -152,7 +152,7 @@ def implicit_update(model: Any, prompt: ICLPrompt | str, *, prepend_bos: bool | 
         PromptError, ContextWindowError: the prompt cannot be run.
     """
     wrapped = wrap(model)
-    sites = [wrapped.mlp_site(layer) for layer in range(wrapped.info.n_layers)]
+    sites = [_sequential_mlp(wrapped, layer) for layer in range(wrapped.info.n_layers)]
     parsed = ICLPrompt.from_string(prompt) if isinstance(prompt, str) else prompt
     tokens = tokenize_prompt(
         parsed, wrapped.tokenizer, prepend_bos=prepend_bos, max_tokens=wrapped.info.n_ctx, require_demos=True
@@ -188,7 +188,21 @@ def implicit_update(model: Any, prompt: ICLPrompt | str, *, prepend_bos: bool | 
     )
 
 
-def _run(model: AttentionModel, sites: Sequence[MlpSite], ids: Sequence[int]) -> list[_BlockPass]:
+def _sequential_mlp(model: LensModel, layer: int) -> MlpSite:
+    """The MLP of a block in which it simply follows attention."""
+    reason = model.why_no_mlp(layer)
+    if reason is None:
+        site = model.mlp_site(layer)
+        if not site.parallel and not site.is_normed:
+            return site
+        reason = "attention and MLP run in parallel" if site.parallel else "the MLP's output is normalised"
+    raise UnsupportedModelError(
+        f"the implicit weight update of {model.info.name} is not defined: {reason}. It needs pre-norm blocks whose "
+        "plain or gated MLP follows attention."
+    )
+
+
+def _run(model: LensModel, sites: Sequence[MlpSite], ids: Sequence[int]) -> list[_BlockPass]:
     seen: list[dict[str, Tensor]] = [{} for _ in sites]
 
     def keep(layer: int, key: str) -> Any:
@@ -221,7 +235,7 @@ def _norm(weight: Tensor) -> Tensor:
     return norm
 
 
-def _require(model: AttentionModel, layer: int, actual: Tensor, predicted: Tensor, what: str) -> None:
+def _require(model: LensModel, layer: int, actual: Tensor, predicted: Tensor, what: str) -> None:
     error = (actual.to(predicted) - predicted).abs().max() / actual.abs().max().clamp_min(1e-6)
     if error > _TOLERANCE[model.info.dtype] * 10:
         raise UnsupportedModelError(

@@ -12,7 +12,7 @@ from metaopt_lens.interventions._knock_out import KnockOut
 from metaopt_lens.interventions._meta_gradient import MetaGradient
 from metaopt_lens.interventions._momentum import MomentumAttention, momentum_hooks
 from metaopt_lens.interventions._momentum_share import with_meta_gradient, without_knocked_out
-from metaopt_lens.models import Hook, Intervention, announced_momentum, join_etas, wrap
+from metaopt_lens.models import Hook, Intervention, join_etas, wrap
 
 _READ_ATTENTION = (AppliedMetaGradient, MetaGradient, KnockOut)
 
@@ -55,7 +55,6 @@ def intervene(model: Any, *interventions: Intervention, **options: Any) -> Itera
     others = [i for i in interventions if not isinstance(i, MomentumAttention)]
     for intervention in sorted(others, key=lambda i: isinstance(i, _READ_ATTENTION)):
         hooks += intervention.hooks(wrapped)
-    eta = None
     momenta = [i for i in interventions if isinstance(i, MomentumAttention)]
     if momenta:
         eta = join_etas([i.etas(wrapped) for i in momenta])
@@ -63,5 +62,5 @@ def intervene(model: Any, *interventions: Intervention, **options: Any) -> Itera
         corrections = [with_meta_gradient(i, eta) for i in applied if isinstance(i, AppliedMetaGradient)]
         corrections += [without_knocked_out(wrapped, i, eta) for i in others if isinstance(i, KnockOut)]
         hooks += momentum_hooks(wrapped, eta, corrections)
-    with wrapped.hooked(hooks), announced_momentum(wrapped, eta):
+    with wrapped.hooked(hooks):
         yield model

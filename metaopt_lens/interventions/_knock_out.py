@@ -14,7 +14,7 @@ from metaopt_lens._types import HeadRef
 from metaopt_lens.interventions._demo_tokens import DemoTokens
 from metaopt_lens.interventions._heads import head_mask
 from metaopt_lens.interventions._meta_gradient import MetaGradient
-from metaopt_lens.models import AttentionModel, Hook, HostPass, PlacedCall, refuse_momentum
+from metaopt_lens.models import AttentionCall, Hook, HostPass, LensModel, refuse_momentum
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt
 
 
@@ -50,7 +50,7 @@ class KnockOut:
                 f"{list(self.positions)}."
             )
 
-    def hooks(self, model: AttentionModel) -> list[Hook]:
+    def hooks(self, model: LensModel) -> list[Hook]:
         """The hooks that make the knock-out.
 
         Raises:
@@ -66,7 +66,7 @@ class KnockOut:
         def place(host_pass: HostPass) -> None:
             tokens.check_begins(host_pass, tokens.stop, "the demonstrations' prompt")
 
-        def edit(call: PlacedCall) -> Tensor:
+        def edit(call: AttentionCall) -> Tensor:
             hidden = inside.to(call.z.device)[call.src_positions] & call.valid  # [batch, src]
             where = self._where(call, tokens.stop)  # [batch, dst]
             # Rows that are not edited keep all sources: D itself must not be left without any.
@@ -78,7 +78,7 @@ class KnockOut:
         layers = [layer for layer in range(model.info.n_layers) if bool(mask[layer].any())]
         return model.placed_hooks(place, edit, layers=layers)
 
-    def _tokens(self, model: AttentionModel) -> DemoTokens:
+    def _tokens(self, model: LensModel) -> DemoTokens:
         if isinstance(self.prompt, MetaGradient):
             self.prompt.check_model(model)
             return self.prompt.tokens
@@ -86,7 +86,7 @@ class KnockOut:
             return DemoTokens.of(self.prompt)
         return DemoTokens.tokenize(self.prompt, model)
 
-    def _where(self, call: PlacedCall, stop: int) -> Bool[Tensor, "batch dst"]:
+    def _where(self, call: AttentionCall, stop: int) -> Bool[Tensor, "batch dst"]:
         in_query = call.dst_positions >= stop
         if isinstance(self.positions, str):
             if self.positions == "query":

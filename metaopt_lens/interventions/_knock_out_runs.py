@@ -9,10 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from metaopt_lens.dual import softmax_with_sink, weighted_values
-from metaopt_lens.extraction import choose_batch_size, map_batches
 from metaopt_lens.interventions._meta_gradient import MetaGradient
-from metaopt_lens.models import AttentionCall, AttentionModel, Hook
+from metaopt_lens.models import AttentionCall, Hook, LensModel
+from metaopt_lens.runs import attend_without, choose_batch_size, map_batches
 
 # Metric of each row: logits of the row's own tokens, and which query it is.
 RowMetric = Callable[[Tensor, int], Tensor]
@@ -27,17 +26,21 @@ class KnockOutRuns:
         metric: called with the logits of a row's tokens and the query's number.
     """
 
-    model: AttentionModel
+    model: LensModel
     meta_gradient: MetaGradient
     rows: Sequence[tuple[int, ...]]
     metric: RowMetric
     batch_size: int | None = None
 
     def exact(
-        self, heads: Bool[Tensor, "variant layer head"], demos: Bool[Tensor, "variant demo"]
+        self,
+        heads: Bool[Tensor, "variant layer head"],
+        demos: Bool[Tensor, "variant demo"],
+        queries: Sequence[int] | None = None,
     ) -> Float[Tensor, "variant query"]:
-        """The metric of every query with some heads not seeing some demonstrations, at all positions of the query."""
-        items = [(variant, query) for variant in range(len(heads)) for query in range(len(self.rows))]
+        """The metric of queries (default: all) with heads not seeing demonstrations, at all positions of the query."""
+        chosen_queries = range(len(self.rows)) if queries is None else queries
+        items = [(variant, query) for variant in range(len(heads)) for query in chosen_queries]
 
         def run(batch: list[tuple[int, int]]) -> list[Tensor]:
             variants = torch.tensor([variant for variant, _ in batch])
@@ -51,7 +54,8 @@ class KnockOutRuns:
                 return self._metrics([query for _, query in batch], hooks)
 
         values = map_batches(items, lambda item: len(self.rows[item[1]]), run, batch_size=self._size())
-        return torch.stack([value.detach().double().cpu() for value in values]).view(len(heads), len(self.rows))
+        found = torch.tensor([float(value) for value in values], dtype=torch.float64)
+        return found.view(len(heads), len(chosen_queries))  # variant-major, as the items
 
     def first_order(self, demos: Bool[Tensor, "variant demo"]) -> Float[Tensor, "variant query layer head"]:
         """Estimate of what hiding demonstrations from each head alone takes away, from one backward pass per query.
@@ -113,10 +117,8 @@ def _without(
     call: AttentionCall, rows: Tensor | slice, hidden: Bool[Tensor, "row prefix"]
 ) -> Float[Tensor, "row dst head d_head"]:
     """z of some rows of the batch with sources of the prefix hidden, q, k and v unchanged."""
-    scores = call.scores()[rows]
-    padded = torch.nn.functional.pad(hidden, (0, scores.shape[-1] - hidden.shape[-1])).to(scores.device)
-    weights, _ = softmax_with_sink(scores.masked_fill(padded[:, None, None], -torch.inf), call.rule.sinks)
-    return weighted_values(weights, call.v[rows]).to(call.z.dtype)
+    padded = torch.nn.functional.pad(hidden, (0, call.k.shape[1] - hidden.shape[-1])).to(call.z.device)
+    return attend_without(call, padded, rows)[0]
 
 
 def _knocked_out(

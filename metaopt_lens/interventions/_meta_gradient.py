@@ -16,13 +16,12 @@ from torch import Tensor
 from metaopt_lens._errors import FileFormatError, ModelMismatchError, OptionError, PromptError
 from metaopt_lens._storage import load_result, save_result
 from metaopt_lens._types import HeadRef, TokenSpan
-from metaopt_lens.dual import linear_memory
-from metaopt_lens.extraction import run_shared_prefix
 from metaopt_lens.interventions._apply import AppliedMetaGradient
 from metaopt_lens.interventions._demo_tokens import DemoTokens
 from metaopt_lens.interventions._heads import Heads, head_mask
-from metaopt_lens.models import AttentionModel, Hook, ModelInfo, Prefix, wrap
+from metaopt_lens.models import Hook, LensModel, ModelInfo, Prefix, wrap
 from metaopt_lens.prompts import Demo, ICLPrompt, Template
+from metaopt_lens.runs import memory_of, run_shared_prefix
 
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
@@ -153,8 +152,8 @@ class MetaGradient:
         """``dW_ICL = sum_{i in D} v_i (x) k_i`` of one head, factored; ``.AB @ q``."""
         HeadRef(layer, head).check(self.model.n_layers, self.model.n_heads)
         inside = self.tokens.mask(self.chosen, self.tokens.stop).to(self.k.device)
-        kv = head // (self.model.n_heads // self.model.n_kv_heads)
-        return linear_memory(self.k[layer, inside, kv], self.v[layer, inside, kv])
+        of_layer = memory_of(self.k[layer], self.v[layer], inside)
+        return of_layer[head // (self.model.n_heads // self.model.n_kv_heads)]
 
     # ---- application --------------------------------------------------------------------------------------------
 
@@ -178,7 +177,7 @@ class MetaGradient:
         selected = self.select(heads).scaled(strength)
         return AppliedMetaGradient(meta_gradient=selected, form=form, scale=scale)
 
-    def hooks(self, model: AttentionModel) -> list[Hook]:
+    def hooks(self, model: LensModel) -> list[Hook]:
         """Hooks of the exact merge; see `apply`."""
         return self.apply().hooks(model)
 
@@ -191,7 +190,7 @@ class MetaGradient:
     def run(self, model: Any, queries: Any, **options: Any) -> Tensor | None:
         """Logits of queries (ids without S and D, ``[batch, pos]``) behind the host's own cache, on any model.
 
-        The whole in-context run, whatever is selected; takes the options of `AttentionModel.run`.
+        The whole in-context run, whatever is selected; takes the options of `LensModel.run`.
         """
         wrapped = wrap(model)
         self.check_model(wrapped)
@@ -212,7 +211,7 @@ class MetaGradient:
                     "MetaGradient.prompt(query), or a new meta-gradient."
                 )
 
-    def check_model(self, model: AttentionModel) -> None:
+    def check_model(self, model: LensModel) -> None:
         """Raise `ModelMismatchError` unless it was made with this model, in this dtype."""
         model.check_same(self.model, "this meta-gradient")
         for field in ("architecture", "positions", "dtype"):
@@ -293,7 +292,7 @@ def _stack(layers: Sequence[Tensor]) -> Tensor:
     return torch.stack([layer.detach().to(layers[0].device) for layer in layers])
 
 
-def _fingerprint(model: AttentionModel) -> tuple[float, ...]:
+def _fingerprint(model: LensModel) -> tuple[float, ...]:
     """Two numbers of every layer's W_O, in float64: enough to tell two models apart."""
     weights = [model.w_o(layer).detach() for layer in range(model.info.n_layers)]
     some = [w.flatten()[::7].double().square().sum() for w in weights]

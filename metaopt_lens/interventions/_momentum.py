@@ -12,7 +12,7 @@ from torch import Tensor
 from metaopt_lens._errors import OptionError, UnsupportedModelError
 from metaopt_lens.dual import check_eta, momentum_state, momentum_values
 from metaopt_lens.interventions._heads import Heads, head_mask
-from metaopt_lens.models import PASS, AttentionModel, Hook, HostPass, Late
+from metaopt_lens.models import PASS, AddsMomentum, Hook, HostPass, Late, LensModel
 
 # Changes the moving average of one layer: (layer, running pass, values of all sources, average at the new tokens).
 Correction = Callable[[int, HostPass, Tensor, Tensor], Tensor]
@@ -44,7 +44,7 @@ class MomentumAttention:
             ) from None
         object.__setattr__(self, "eta", check_eta(eta))
 
-    def etas(self, model: AttentionModel) -> Float[Tensor, "layer head"]:
+    def etas(self, model: LensModel) -> Float[Tensor, "layer head"]:
         """eta of every head; 0 for heads that were not chosen.
 
         Raises:
@@ -65,7 +65,7 @@ class MomentumAttention:
         chosen = head_mask(model.info, self.heads).to(eta.device)
         return torch.where(chosen, eta.expand(n_layers, n_heads), 0.0)
 
-    def hooks(self, model: AttentionModel) -> list[Hook]:
+    def hooks(self, model: LensModel) -> list[Hook]:
         """The hooks that add it.
 
         Raises:
@@ -75,7 +75,7 @@ class MomentumAttention:
 
 
 def momentum_hooks(
-    model: AttentionModel, eta: Float[Tensor, "layer head"], corrections: Sequence[Correction] = ()
+    model: LensModel, eta: Float[Tensor, "layer head"], corrections: Sequence[Correction] = ()
 ) -> list[Hook]:
     """Hooks that add the moving average of every layer whose eta is not 0 (or is being learned).
 
@@ -100,7 +100,7 @@ class _Layer:
 
     def __init__(
         self,
-        model: AttentionModel,
+        model: LensModel,
         layer: int,
         eta: Float[Tensor, " head"],
         current: Callable[[], tuple[HostPass, bool]],
@@ -114,7 +114,10 @@ class _Layer:
 
     def hooks(self) -> list[Hook]:
         name = self._model.hook_name
-        return [(name("v", self._layer), Late(self._keep)), (name("z", self._layer), self._add)]
+        return [
+            (name("v", self._layer), Late(self._keep)),
+            (name("z", self._layer), AddsMomentum(self._add, self._eta)),
+        ]
 
     def _keep(self, v: Tensor) -> None:
         self._values = v

@@ -14,7 +14,7 @@ from metaopt_lens.interventions._apply import AppliedMetaGradient
 from metaopt_lens.interventions._heads import head_mask
 from metaopt_lens.interventions._knock_out import KnockOut
 from metaopt_lens.interventions._momentum import Correction
-from metaopt_lens.models import AttentionModel, HostPass, PlacedCall
+from metaopt_lens.models import AttentionCall, HostPass, LensModel
 
 
 def with_meta_gradient(applied: AppliedMetaGradient, eta: Float[Tensor, "layer head"]) -> Correction:
@@ -43,7 +43,7 @@ def with_meta_gradient(applied: AppliedMetaGradient, eta: Float[Tensor, "layer h
     return correct
 
 
-def without_knocked_out(model: AttentionModel, knock_out: KnockOut, eta: Float[Tensor, "layer head"]) -> Correction:
+def without_knocked_out(model: LensModel, knock_out: KnockOut, eta: Float[Tensor, "layer head"]) -> Correction:
     """Take the hidden demonstrations' share out of the chosen heads' average, at the chosen positions."""
     tokens = knock_out._tokens(model)
     heads = head_mask(model.info, knock_out.heads, knock_out.layers)
@@ -55,9 +55,9 @@ def without_knocked_out(model: AttentionModel, knock_out: KnockOut, eta: Float[T
         n_dst = average.shape[1]
         kept = values.masked_fill((inside.to(valid.device)[index] & valid)[..., None, None], 0.0)
         without = momentum_values(kept, eta[layer].to(average), valid=valid)[:, -n_dst:]
-        call = PlacedCall(
+        call = AttentionCall(
             layer, q=average, k=values, v=values, z=average, rule=model.score_rule(layer),
-            dst_positions=index[:, -n_dst:], src_positions=index, valid=valid,
+            dst_positions=index[:, -n_dst:], src_positions=index, padded=~valid,
         )  # fmt: skip
         where = knock_out._where(call, tokens.stop)
         chosen = where[:, :, None] & heads[layer].to(where.device)

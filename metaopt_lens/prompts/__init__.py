@@ -4,11 +4,9 @@ from metaopt_lens.prompts._files import load_prompts as load_prompts
 from metaopt_lens.prompts._prompt import Demo as Demo
 from metaopt_lens.prompts._prompt import ICLPrompt as ICLPrompt
 from metaopt_lens.prompts._prompt import Piece as Piece
-from metaopt_lens.prompts._published import INSTRUCTIONS as INSTRUCTIONS
-from metaopt_lens.prompts._published import LABEL_WORDS as LABEL_WORDS
-from metaopt_lens.prompts._published import TEMPLATES as TEMPLATES
 from metaopt_lens.prompts._template import Template as Template
 from metaopt_lens.prompts._tokenize import HFTokenizer as HFTokenizer
+from metaopt_lens.prompts._tokenize import read_token as read_token
 from metaopt_lens.prompts._tokenize import tokenize_label as tokenize_label
 from metaopt_lens.prompts._tokenize import tokenize_prompt as tokenize_prompt
 from metaopt_lens.prompts._tokenized import TokenizedPrompt as TokenizedPrompt

@@ -106,6 +106,11 @@ def tokenize_label(
     return tuple(ids)
 
 
+def read_token(token: int, tokenizer: HFTokenizer | None) -> str:
+    """A token id as text, its leading space included (as in `TokenizedPrompt.tokens`)."""
+    return _PieceEncoder(tokenizer, allow_unk=True).readable(token)
+
+
 class _PieceEncoder:
     """Encodes stretches of a text without special tokens and without a dummy prefix inside the text."""
 

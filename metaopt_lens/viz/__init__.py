@@ -1,5 +1,8 @@
-"""Pictures: plotly maps, circuitsvis token views, one self-contained page. The only place that imports those two."""
+"""Pictures: plotly maps, circuitsvis token views, one self-contained page."""
 
+from metaopt_lens.viz._answers import answers_text as answers_text
+from metaopt_lens.viz._answers import comparison_sentences as comparison_sentences
+from metaopt_lens.viz._answers import labels_text as labels_text
 from metaopt_lens.viz._comparison import accuracies_text as accuracies_text
 from metaopt_lens.viz._comparison import comparison_data as comparison_data
 from metaopt_lens.viz._comparison import comparison_map as comparison_map
@@ -11,18 +14,14 @@ from metaopt_lens.viz._comparison_page import write_comparison_page as write_com
 from metaopt_lens.viz._effects import effects_map as effects_map
 from metaopt_lens.viz._heads import choose_heads as choose_heads
 from metaopt_lens.viz._maps import head_map as head_map
-from metaopt_lens.viz._momentum import momentum_figure as momentum_figure
-from metaopt_lens.viz._momentum import write_momentum_page as write_momentum_page
 from metaopt_lens.viz._output import write_outputs as write_outputs
 from metaopt_lens.viz._page import write_page as write_page
 from metaopt_lens.viz._report import write_report as write_report
 from metaopt_lens.viz._table import decompositions as decompositions
 from metaopt_lens.viz._table import head_means as head_means
 from metaopt_lens.viz._table import head_table as head_table
-from metaopt_lens.viz._terminal import answers_text as answers_text
 from metaopt_lens.viz._terminal import as_data as as_data
 from metaopt_lens.viz._terminal import heads_text as heads_text
-from metaopt_lens.viz._terminal import labels_text as labels_text
 from metaopt_lens.viz._terminal import prompt_text as prompt_text
 from metaopt_lens.viz._views import View as View
 from metaopt_lens.viz._views import attention_view as attention_view

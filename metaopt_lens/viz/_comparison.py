@@ -1,7 +1,8 @@
-"""Pictures and tables of a comparison: every value beside its null."""
+"""Pictures and tables of a comparison: every value next to its null."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich import box
 from rich.table import Table
 
 from metaopt_lens._errors import UndefinedMetricError
-from metaopt_lens.analysis import Comparison, Statistic
+from metaopt_lens.analysis import Comparison, Statistic, findings
 
 _FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 _VALUE, _NULLS = "#1f5fa8", ("#d1495b", "#edae49", "#66a182", "#8d6a9f", "#7f8c8d", "#b08968")
@@ -21,7 +22,7 @@ _DASHES = ("dash", "dot", "dashdot", "longdash", "longdashdot", "solid")
 
 
 def comparison_map(comparison: Comparison, statistic: str = "z total") -> go.Figure:
-    """A statistic of every head, its main null beside it and the excess; at layer level curves over depth.
+    """A statistic of every head, its main null and the excess; at layer level curves over depth.
 
     Raises:
         OptionError: the comparison has no such statistic.
@@ -77,13 +78,15 @@ def _head_maps(statistic: Statistic) -> go.Figure:
 
 def _layer_curves(comparison: Comparison, statistic: Statistic) -> go.Figure:
     per_layer = statistic.values.nanmean(2)
-    found = comparison.interval(per_layer.nan_to_num())
+    found = comparison.statistic_interval(statistic, per_layer, level=0.95)
     depth = list(range(per_layer.shape[1]))
-    centre, low, high = (t.tolist() for t in (found.estimate, found.low, found.high))
+    centre = [None if x != x else x for x in found.estimate.tolist()]
+    banded = (~found.low.isnan()).nonzero()[:, 0].tolist()
+    low, high = (t[banded].tolist() for t in (found.low, found.high))
     figure = go.Figure()
     figure.add_trace(
         go.Scatter(
-            x=depth + depth[::-1],
+            x=banded + banded[::-1],
             y=high + low[::-1],
             mode="lines",
             fill="toself",
@@ -109,7 +112,10 @@ def _layer_curves(comparison: Comparison, statistic: Statistic) -> go.Figure:
 
 
 def comparison_text(comparison: Comparison) -> Table:
-    """A terminal table: every statistic with its interval, beside its main null."""
+    """A terminal table: every statistic with its interval, next to its main null.
+
+    ``clear``: heads or layers that differ from the null (Benjamini-Hochberg); undefined with fewer than three sets.
+    """
     table = _terminal_table(f"In-context against finetuning updates, 95 % intervals {comparison.scope}")
     table.add_column("statistic", no_wrap=True)
     for name in ("value", "interval", "null", "clear"):
@@ -118,9 +124,9 @@ def comparison_text(comparison: Comparison) -> Table:
         table.add_row(
             str(row["statistic"]),
             _signed(row["value"]),
-            f"{row['value_low']:+.2f}..{row['value_high']:+.2f}",
+            "none" if np.isnan(row["value_low"]) else f"{row['value_low']:+.2f}..{row['value_high']:+.2f}",
             f"{row['main_null']} {_signed(row['null: ' + row['main_null']])}",
-            f"{row['significant']}/{row['of']}",
+            "-" if pd.isna(row["significant"]) else f"{row['significant']}/{row['of']}",
         )
     return table
 
@@ -142,14 +148,13 @@ def frame_text(frame: pd.DataFrame, title: str) -> Table:
 def accuracies_text(comparison: Comparison) -> Table:
     """A terminal table: accuracies and agreement of the zero-shot, in-context and finetuned model."""
     table = _terminal_table("Predictions of the zero-shot, in-context and finetuned model")
-    for name in ("quantity", "value", "95 % interval"):
+    for name in ("quantity", "value", "95 % interval", "n"):
         table.add_column(name, justify="left" if name == "quantity" else "right")
     for row in comparison.accuracies().to_dict("records"):
-        table.add_row(str(row["quantity"]), f"{row['value']:.1%}", f"{row['low']:.1%} to {row['high']:.1%}")
-    recall = comparison.rec2ftp()
-    base = "undefined" if recall.base_rate is None else f"{recall.base_rate:.1f} %"
-    value = f"undefined: {recall.undefined}" if recall.value is None else f"{recall.value:.1f} %"
-    table.add_row("Rec2FTP", value, f"base rate {base}")
+        interval = "none: equal values" if np.isnan(row["low"]) else f"{row['low']:.1%} to {row['high']:.1%}"
+        table.add_row(str(row["quantity"]), f"{row['value']:.1%}", interval, str(row["n"]))
+    table.caption = f"Rec2FTP {comparison.rec2ftp().text}"
+    table.caption_justify = "left"
     return table
 
 
@@ -157,17 +162,12 @@ def comparison_data(comparison: Comparison) -> dict[str, Any]:
     """Summary, table and predictions as plain data, ready for JSON (NaN as None)."""
 
     def plain(records: Sequence[Mapping[Any, Any]]) -> list[dict[str, Any]]:
-        return [
-            {
-                k: None if isinstance(v, float) and np.isnan(v) else getattr(v, "item", lambda v=v: v)()
-                for k, v in r.items()
-            }
-            for r in records
-        ]
+        return [{k: None if pd.isna(v) else getattr(v, "item", lambda v=v: v)() for k, v in r.items()} for r in records]
 
     data: dict[str, Any] = {
         "model": comparison.model.name,
         "scope": comparison.scope,
+        "findings": plain([dataclasses.asdict(f) | {"sentence": f.sentence} for f in findings(comparison)]),
         "settings": comparison.settings,
         "provenance": comparison.provenance,
         "summary": plain(comparison.summary().to_dict("records")),
@@ -176,7 +176,13 @@ def comparison_data(comparison: Comparison) -> dict[str, Any]:
     try:
         data["predictions"] = plain(comparison.accuracies().to_dict("records"))
         recall = comparison.rec2ftp()
-        data["rec2ftp"] = {"value": recall.value, "base_rate": recall.base_rate, "undefined": recall.undefined}
+        data["rec2ftp"] = {
+            **dataclasses.asdict(recall),
+            "value": recall.value,
+            "interval": recall.interval(),
+            "base_rate": recall.base_rate,
+            "undefined": recall.undefined,
+        }
     except UndefinedMetricError as error:
         data["predictions"] = {"undefined": str(error)}
     return data

@@ -10,6 +10,7 @@ from pathlib import Path
 from metaopt_lens._errors import UndefinedMetricError
 from metaopt_lens._storage import atomic_path, write_text
 from metaopt_lens.analysis import Comparison
+from metaopt_lens.viz._answers import comparison_sentences
 from metaopt_lens.viz._assets import page
 from metaopt_lens.viz._comparison import comparison_data, comparison_map
 from metaopt_lens.viz._html import facts, figure, section, sortable_table
@@ -19,7 +20,7 @@ _CURVES = ("SimAOU", "SimAOU unnormalised", "SimAM ICL-FT", "SimAM difference")
 
 
 def write_comparison_page(comparison: Comparison, path: str | os.PathLike[str], title: str | None = None) -> Path:
-    """Write a self-contained page: predictions, every similarity beside its nulls, layer x head maps, all tables."""
+    """Write a self-contained page: predictions, every similarity next to its nulls, layer x head maps, all tables."""
     heading = title or f"In-context learning against finetuning in {Path(comparison.model.name).name}"
     made_with = {"weights": comparison.model.weights, **comparison.provenance}
     body = [
@@ -42,14 +43,13 @@ def predictions_section(comparison: Comparison, name: str = "Predictions") -> st
         recall = comparison.rec2ftp()
     except UndefinedMetricError as error:
         return section(name, f'<p class="ml-notice">{escape(str(error))}</p>')
-    value = f"undefined: {recall.undefined}" if recall.value is None else f"{recall.value:.1f} %"
-    base = "undefined" if recall.base_rate is None else f"{recall.base_rate:.1f} %"
     note = (
         f"{recall.n_queries} queries; 95 % intervals {escape(comparison.scope)}. ZS: zero-shot, ICL: in context, FT: "
-        f"finetuned, zero-shot prompt. Recall to finetuning predictions (Rec2FTP): {escape(value)}, against a base "
-        f"rate P(ICL right | ZS wrong) of {base}."
+        "finetuned, zero-shot prompt. Recall to finetuning predictions (Rec2FTP), with exact 95 % intervals that take "
+        f"queries as independent: {escape(recall.text)}, which is P(ICL right | ZS wrong)."
     )
-    return section(name, sortable_table(table), note)
+    answers = "".join(f"<p>{escape(sentence)}</p>" for sentence in comparison_sentences(comparison))
+    return section(name, sortable_table(table) + answers, note)
 
 
 def summary_section(comparison: Comparison, name: str = "Similarities and their nulls") -> str:
@@ -57,12 +57,14 @@ def summary_section(comparison: Comparison, name: str = "Similarities and their 
     frame = comparison.summary()
     nulls = [c for c in frame.columns if c.startswith("null: ")]
     columns = ["statistic", "level", "value", "value_low", "value_high", *nulls, "excess", "excess_low", "excess_high"]
-    frame = frame[[*columns, "significant", "of"]].rename(columns={"significant": "stand out"})
+    frame = frame[[*columns, "significant", "of", "undefined", "values"]].rename(columns={"significant": "stand out"})
     note = (
-        "Means over layers, heads and queries with 95 % intervals ("
-        f"{escape(comparison.scope)}). <em>excess</em> is over the shuffled null where there is one (another query's "
-        "finetuning update), else over the first null listed. <em>stand out</em>: heads or layers whose excess differs "
-        "from 0 at 5 % after Benjamini-Hochberg."
+        "Means over layers, heads and queries with 95 % t intervals ("
+        f"{escape(comparison.scope)}); none where all values are equal or there is one. <em>excess</em> is over "
+        "another query's finetuning update (other query) where there is one, else over the first null listed. "
+        "<em>stand out</em>: heads or layers whose excess differs from 0 at 5 % after Benjamini-Hochberg, by a t test "
+        "over demonstration sets; with fewer than three sets nothing can be tested. <em>undefined</em>: values "
+        "that are left out, such as differences that are no larger than rounding."
     )
     return section(name, sortable_table(frame), note)
 

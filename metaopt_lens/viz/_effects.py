@@ -7,20 +7,24 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from metaopt_lens._errors import UndefinedMetricError
 from metaopt_lens.interventions import HeadEffects
 
 
 def effects_map(effects: HeadEffects) -> go.Figure:
-    """Layer x head maps of exact effects and first-order estimates, and how many heads make the gain."""
-    titles = ("exact knock-out", "first-order estimate", "gain recovered by heads in rank order")
+    """Layer x head maps of exact effects and first-order estimates, and the gain recovered on held-out queries."""
+    titles = ("exact knock-out", "first-order estimate", "gain recovered by heads in rank order (held out)")
     figure = make_subplots(rows=1, cols=3, subplot_titles=titles, horizontal_spacing=0.07)
     estimate = effects.first_order.mean(0)
     bound = max(float(effects.map.abs().max()), float(estimate.abs().max()), 1e-9)
     for column, grid in ((1, effects.map), (2, estimate)):
         figure.add_trace(heat_map(grid.tolist(), bound, showscale=False), row=1, col=column)
-    gain = float(effects.gain.mean())
-    if gain:
-        recovered = ((effects.added.mean(0) - effects.added[:, 0].mean()) / gain).tolist()
+    try:
+        found = effects.recovery()
+    except UndefinedMetricError:
+        figure.add_annotation(text="undefined", showarrow=False, x=0.5, y=0.5, row=1, col=3)
+    else:
+        recovered = found.curve.tolist()
         curve = go.Scatter(x=list(range(len(recovered))), y=recovered, mode="lines+markers", showlegend=False)
         figure.add_trace(curve, row=1, col=3)
         figure.add_hline(y=0.9, line={"dash": "dot", "color": "#7f8c8d"}, row=1, col=3)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from metaopt_lens._errors import OptionError
 from metaopt_lens._types import HeadRef
 from metaopt_lens.decomposition import Decomposition, DecompositionSet
-from metaopt_lens.viz._table import decompositions, head_means
+from metaopt_lens.viz._table import decompositions
 
 N_STRONGEST = 4
 
@@ -15,7 +15,7 @@ N_STRONGEST = 4
 def choose_heads(
     result: Decomposition | DecompositionSet, heads: Sequence[str | HeadRef] | None = None
 ) -> list[HeadRef]:
-    """The heads asked for, checked, without repeats; by default the four with the largest meta-gradient share.
+    """The heads asked for, checked, without repeats; by default the first four of `heads()`.
 
     Raises:
         HeadError: a head that the model does not have, or a name that cannot be read.
@@ -23,10 +23,7 @@ def choose_heads(
     """
     first = decompositions(result)[0]
     if heads is None:
-        if isinstance(result, Decomposition):
-            return result.heads(N_STRONGEST)
-        means = head_means(result).sort_values("meta_gradient_share", ascending=False, kind="stable")
-        return [HeadRef(int(a), int(b)) for a, b in means[["layer", "head"]].head(N_STRONGEST).to_numpy()]
+        return result.heads(N_STRONGEST)
     wanted = [heads] if isinstance(heads, str) else list(heads)
     if not wanted:
         raise OptionError("no heads to show: name at least one, as in ['L3H7'], or leave it out for the strongest.")

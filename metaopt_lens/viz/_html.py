@@ -42,8 +42,8 @@ def sortable_table(frame: pd.DataFrame, *, digits: int = 3) -> str:
 
 
 def _cell(value: Any, digits: int) -> str:
+    if pd.isna(value):
+        return '<td data-order="-inf">–</td>'
     if isinstance(value, float | np.floating):
-        text = "–" if np.isnan(value) else f"{value:.{digits}f}"
-        order = "-inf" if np.isnan(value) else repr(float(value))
-        return f'<td data-order="{order}">{text}</td>'
+        return f'<td data-order="{float(value)!r}">{value:.{digits}f}</td>'
     return f'<td data-order="{escape(str(value), quote=True)}">{escape(str(value))}</td>'

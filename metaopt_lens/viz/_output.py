@@ -11,7 +11,7 @@ from metaopt_lens._errors import OptionError
 from metaopt_lens._storage import atomic_path, write_text
 from metaopt_lens._types import HeadRef
 from metaopt_lens.decomposition import Decomposition, DecompositionSet
-from metaopt_lens.extraction import LabelPrediction
+from metaopt_lens.runs import LabelPrediction
 from metaopt_lens.viz._page import write_page
 from metaopt_lens.viz._table import head_table
 from metaopt_lens.viz._terminal import as_data
@@ -22,7 +22,7 @@ def write_outputs(
     folder: str | os.PathLike[str],
     *,
     heads: Sequence[HeadRef] | None = None,
-    answers: Sequence[LabelPrediction | None],
+    answers: Sequence[LabelPrediction],
 ) -> list[Path]:
     """Write ``heads.csv`` and ``heads.json`` (all heads) and ``report.html`` into a folder; returns their paths.
 

@@ -14,8 +14,9 @@ from metaopt_lens._errors import OptionError
 from metaopt_lens._storage import write_text
 from metaopt_lens._types import HeadRef
 from metaopt_lens.decomposition import Decomposition, DecompositionSet
-from metaopt_lens.extraction import LabelPrediction
 from metaopt_lens.models import ModelInfo
+from metaopt_lens.runs import LabelPrediction
+from metaopt_lens.viz._answers import answer_html
 from metaopt_lens.viz._assets import page
 from metaopt_lens.viz._heads import choose_heads
 from metaopt_lens.viz._html import facts, figure, section
@@ -26,7 +27,7 @@ from metaopt_lens.viz._views import attention_view, token_view
 
 _MAPS = (
     "mass",
-    "meta_gradient_share",
+    "meta_gradient_residual_norm",
     "fidelity",
     "zero_shot_norm",
     "meta_gradient_norm",
@@ -55,9 +56,10 @@ def write_page(
     Args:
         result: what `decompose` returned.
         path: the file to write.
-        heads: heads for the token views; by default the four with the largest meta-gradient share.
+        heads: heads for the token views; by default the first four of `heads()`. Give
+            ``effects.ranked(4)`` where effects were measured.
         title: heading of the page; by default it names the model.
-        predictions: for each prompt what the model answers (see `metaopt_lens.extraction.predict_labels`), or None.
+        predictions: for each prompt what the model answers (see `metaopt_lens.runs.predict_labels`), or None.
         max_prompts: how many prompts of a set get their own views; maps and table average over all of them.
 
     Returns:
@@ -159,30 +161,11 @@ def _prompt(item: Decomposition, answer: LabelPrediction | None, title: str) -> 
         f"query of {len(tokenized.query)}.{bos} Heads are read at {where}."
     )
     body = f'<div class="ml-prompt{many}">{blocks}</div><div class="ml-prompt">{query}</div>'
-    return section(title, body + ("" if answer is None else _answer(answer)), note)
+    return section(title, body + ("" if answer is None else answer_html(answer)), note)
 
 
 def _piece(kind: str, colour: str, name: str, text: str) -> str:
     return f'<div class="ml-piece ml-{kind}" style="--band:{colour}"><span>{name}</span><pre>{text}</pre></div>'
-
-
-def _answer(answer: LabelPrediction) -> str:
-    def row(name: str, best: str, shares: list[float]) -> str:
-        cells = "".join(
-            f"<td{' class=ml-best' if label == best else ''}>{share:.1%}</td>"
-            for label, share in zip(answer.labels, shares, strict=True)
-        )
-        return f"<tr><td>{name}</td>{cells}</tr>"
-
-    head = "".join(f"<th>{escape(label)}{' ✓' if label == answer.correct else ''}</th>" for label in answer.labels)
-    known = "" if answer.correct is None else " ✓ marks the right label."
-    return (
-        "<h3>What the model answers</h3>"
-        f'<p class="ml-quiet">Probability among the candidate labels.{known}</p>'
-        f'<table class="ml-answers"><thead><tr><th></th>{head}</tr></thead><tbody>'
-        f"{row('zero-shot', answer.zero_shot_answer, answer.zero_shot_shares.tolist())}"
-        f"{row('in context', answer.in_context_answer, answer.in_context_shares.tolist())}</tbody></table>"
-    )
 
 
 def _maps(result: Decomposition | DecompositionSet) -> str:

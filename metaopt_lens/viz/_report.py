@@ -20,6 +20,7 @@ from metaopt_lens.viz._assets import page
 from metaopt_lens.viz._comparison import comparison_map
 from metaopt_lens.viz._comparison_page import maps_sections, predictions_section, summary_section
 from metaopt_lens.viz._effects import heat_map
+from metaopt_lens.viz._heads import N_STRONGEST
 from metaopt_lens.viz._html import facts, figure, section, sortable_table
 from metaopt_lens.viz._views import attention_view, token_view
 
@@ -119,7 +120,7 @@ def _verdict(comparison: Comparison, rule: str) -> str:
     )
     note = (
         f"Finetuning by {_RULES[rule]}; intervals {escape(comparison.scope)}. <em>yes</em>: the 95 % interval lies "
-        "above 0, <em>no</em>: below, <em>unclear</em>: it holds 0."
+        "above 0, <em>no</em>: below, <em>unclear</em>: it holds 0, <em>undecided</em>: the data cannot say."
     )
     return section(
         f"Verdict: {_RULES[rule]}",
@@ -157,7 +158,7 @@ def _published(run: ExperimentResult, rule: str, comparison: Comparison) -> str:
 def _attribution(run: ExperimentResult, prefix: str) -> str:
     if "attributions" not in run.table_names:
         return ""
-    table, seeds = run.table("attributions"), run.table("attribution_seeds")
+    table = run.table("attributions")
     plots = []
     for number, (metric, group) in enumerate(table.groupby("metric", sort=False)):
         grid = group.pivot(index="layer", columns="head", values="exact")
@@ -166,31 +167,89 @@ def _attribution(run: ExperimentResult, prefix: str) -> str:
         plot.update_layout(height=min(max(130 + 26 * len(grid), 220), 720), margin={"l": 44, "r": 10, "t": 20, "b": 40})
         plot.update_xaxes(title="head", dtick=1)
         plot.update_yaxes(title="layer", autorange="reversed", dtick=1)
-        caption = f"{str(metric).replace('_', ' ')}: what is lost when the head's meta-gradient alone is knocked out"
+        caption = f"{_words(metric)}: what is lost when the head's meta-gradient alone is knocked out"
         plots.append(figure(plot, f"{prefix}attribution-{number}", caption))
-    ranked = table.sort_values("exact", ascending=False, kind="stable").head(40)
-    body = f'<div class="ml-maps">{"".join(plots)}</div><h3>Heads needed for 90 % of the in-context gain</h3>'
-    body += sortable_table(seeds) + "<h3>Heads by effect</h3>" + sortable_table(ranked)
-    note = "Exact knock-outs with 95 % intervals, beside the first-order estimate from one backward pass."
-    return section("Which heads make the answer", body, note)
+    rows = run.table("attribution_recovery").to_dict("records")
+    sentences = "".join(f"<p>{escape(_recovered(row))}</p>" for row in rows)
+    ranked = table.sort_values("rank", kind="stable").head(40)[list(_HEAD_TITLES)].rename(columns=_HEAD_TITLES)
+    seeds = run.table("attribution_seeds")[list(_SEED_TITLES)]
+    counts = {c: seeds[c].map(_count) for c in ("heads_needed", "heads_low", "heads_high")}
+    seeds = seeds.assign(**counts, metric=seeds["metric"].map(_words)).rename(columns=_SEED_TITLES)
+    ranked = ranked.assign(metric=ranked["metric"].map(_words))
+    body = f'<div class="ml-maps">{"".join(plots)}</div><h3>Heads that recover 90 % of the in-context gain</h3>'
+    body += sentences + sortable_table(seeds) + "<h3>Heads by effect</h3>" + sortable_table(ranked)
+    note = (
+        "Exact knock-outs with 95 % intervals, and the first-order estimate from one backward pass. For the recovery, "
+        "heads are ranked on one half of each set's queries and added in that order on the other half; the number is "
+        "that of the last upward crossing of 90 %."
+    )
+    return section("Which heads drive the answer", body, note)
+
+
+_HEAD_TITLES = {
+    "rank": "rank",
+    "name": "head",
+    "exact": "effect",
+    "low": "from",
+    "high": "to",
+    "first_order": "first-order estimate",
+    "metric": "metric",
+}
+_SEED_TITLES = {
+    "seed": "seed",
+    "metric": "metric",
+    "queries": "queries",
+    "in_context": "in context",
+    "zero_shot": "zero-shot",
+    "gain": "gain",
+    "heads_needed": "heads for 90 %",
+    "heads_low": "from",
+    "heads_high": "to",
+    "heads": "which",
+    "first_order_correlation": "correlation of estimate and effect",
+    "note": "interval",
+}
+
+
+def _words(name: object) -> str:
+    return str(name).replace("_", " ")
+
+
+def _count(value: float) -> str:
+    return "–" if pd.isna(value) else f"{value:.0f}"
+
+
+def _recovered(row: dict[Any, Any]) -> str:
+    """The recovery over all sets in one sentence."""
+    start = f"{_words(row['metric']).capitalize()}: "
+    if pd.isna(row["heads_needed"]):
+        return start + str(row["note"])
+    interval = "" if pd.isna(row["heads_low"]) else f" ({row['heads_low']:.0f} to {row['heads_high']:.0f})"
+    return (
+        f"{start}{row['heads_needed']:.0f}{interval} heads recover 90 % of the in-context gain on held-out queries "
+        f"({row['note']})."
+    )
 
 
 def _examples(run: ExperimentResult) -> str:
-    """circuitsvis views of the strongest heads on the first prompt."""
+    """circuitsvis views of the strongest heads on the first prompt: those that the table of effects names first."""
     example = run.example()
     if example is None:
         return ""
-    heads = [str(ref) for ref in example.heads(4)]
+    if "attributions" in run.table_names:
+        table = run.table("attributions")
+        table = table[table["metric"] == table["metric"].iloc[0]]
+        heads = table.sort_values("rank", kind="stable")["name"].head(N_STRONGEST).tolist()
+        why = "The four heads with the largest measured effect"
+    else:
+        heads = [str(ref) for ref in example.heads(N_STRONGEST)]
+        why = "The four heads with the largest meta-gradient in the residual stream (no effects were measured)"
     parts = [
         f'<div class="ml-cards">{attention_view(example, heads).html}</div>',
         "<h3>Where the meta-gradient comes from</h3>",
         f'<div class="ml-cards">{token_view(example, heads).html}</div>',
     ]
-    return section(
-        "The strongest heads on one prompt",
-        "".join(parts),
-        "The four heads with the largest meta-gradient share; demonstrations are marked by colour.",
-    )
+    return section("The strongest heads on one prompt", "".join(parts), f"{why}; demonstrations are marked by colour.")
 
 
 def _methods(run: ExperimentResult) -> str:
@@ -206,10 +265,10 @@ def _methods(run: ExperimentResult) -> str:
         "In-context, zero-shot and finetuned zero-shot runs are read at the token that predicts the label; labels are",
         "scored by the mean log-probability of their tokens. Updates are differences of head outputs before the output",
         "projection unless said otherwise.",
-        "Nulls: another query's finetuning update (shuffled), random directions, shuffled demonstration labels,",
-        "finetuning on unrelated text of equal update norm, and permuted weights, where they were run; SimAOU also has",
-        "its analytic null. Intervals: hierarchical bootstrap (demonstration set, then query), 95 %; heads are ranked",
-        "with Benjamini-Hochberg correction.",
+        "Nulls: another query's finetuning update (other query), random directions, randomly shuffled demonstration",
+        "labels (several draws), flipped label words, finetuning on unrelated text of equal update norm, and permuted",
+        "weights, where they were run; SimAOU also has its analytic null. Intervals: 95 %, Student's t over",
+        "demonstration sets; counts of heads by a t test over at least three sets with Benjamini-Hochberg correction.",
         f"Data: {escape(str(data.get('source', c.data or 'hub')))}.",
     ]
     text = " ".join(sentences)
@@ -239,7 +298,7 @@ def _across(runs: Sequence[ExperimentResult]) -> str:
             found = run.comparison(rule)
             answers = findings(found)
             row: dict[str, Any] = {"run": _name(run), "rule": rule}
-            row |= {f.question: f.answer for f in answers}
+            row |= {f.key: f.answer for f in answers}
             row["z total"] = float(found["z total"].values.nanmean())
             row["SimAOU"] = float(found["SimAOU"].values.nanmean())
             row["SimAOU null"] = float(found["SimAOU"].nulls["analytic"].nanmean())

@@ -23,6 +23,9 @@ class Measure:
 
 MEASURES: dict[str, Measure] = {
     "mass": Measure("mass", "attention probability on the demonstrations"),
+    "meta_gradient_residual_norm": Measure(
+        "|meta-gradient W_O|", "norm of the meta-gradient in the residual stream: the order of heads"
+    ),
     "meta_gradient_share": Measure(
         "meta-gradient share",
         "norm of the meta-gradient relative to the head's output (above 1 where the parts cancel)",

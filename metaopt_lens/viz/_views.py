@@ -51,7 +51,7 @@ def attention_view(result: Decomposition, heads: Sequence[str | HeadRef] | None 
     is what is shown; several destinations are behind tabs.
 
     Args:
-        heads: heads such as ``"L3H7"``; by default the four with the largest meta-gradient share.
+        heads: heads such as ``"L3H7"``; by default the first four of `heads()`.
 
     Raises:
         HeadError: a head that the model does not have.
@@ -60,8 +60,8 @@ def attention_view(result: Decomposition, heads: Sequence[str | HeadRef] | None 
     for ref in choose_heads(result, heads):
         panels = []
         for index in range(len(result.positions)):
-            row = result.pattern[index, ref.layer, ref.head]
-            sink = float(result.sink[index, ref.layer, ref.head])
+            row = result.runs.icl.pattern[index, ref.layer, ref.head]
+            sink = float(result.runs.icl.sink[index, ref.layer, ref.head])
             panels.append(_panel(result, index, row, signed=False, shown=segments(result.tokenized), sink=sink))
         cards.append(_card(ref, result, panels, _attention_note(result, ref)))
     return View("Attention over the tokens", _cards(cards))
@@ -76,7 +76,7 @@ def token_view(
     """Demonstration tokens coloured by their signed share of a head's meta-gradient (`Decomposition.token_shares`).
 
     Args:
-        heads: heads such as ``"L3H7"``; by default the four with the largest meta-gradient share.
+        heads: heads such as ``"L3H7"``; by default the first four of `heads()`.
         form: ``"softmax"`` for the exact split, ``"linear"`` for the relaxed one.
 
     Raises:
@@ -165,7 +165,7 @@ def _inert(token: str) -> str:
 
 
 def _attention_note(result: Decomposition, ref: HeadRef) -> str:
-    mass = result.pattern[-1, ref.layer, ref.head, result.demonstrations.slice].detach().float().sum()
+    mass = result.runs.icl.pattern[-1, ref.layer, ref.head, result.demonstrations.slice].detach().float().sum()
     return f"mass on demonstrations {float(mass):.3f}{_from(result)}"
 
 

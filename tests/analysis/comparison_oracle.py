@@ -153,14 +153,28 @@ class Oracle:
 
     def prediction(self, setting: str, labels: Sequence[Sequence[int]]) -> int:
         """The label with the highest mean log-probability of its tokens, each run by itself."""
-        model = self.tuned if setting == "ft" else self.base
-        ids = list(self.tokens.ids if setting == "icl" else self.tokens.zero_shot().ids)
-        means = []
-        for label in labels:
-            with torch.no_grad():
-                log_probs = model(torch.tensor([[*ids, *label]]))[0].log_softmax(-1)
-            means.append(torch.stack([log_probs[len(ids) - 1 + i, t] for i, t in enumerate(label)]).mean())
+        means = [torch.stack(self._label_log_probs(setting, label)).mean() for label in labels]
         return int(torch.stack(means).argmax())
+
+    def probability(self, setting: str, label: Sequence[int]) -> float:
+        """Of the whole label, the product over its tokens."""
+        return float(torch.stack(self._label_log_probs(setting, label)).sum().exp())
+
+    def rank(self, setting: str, token: int) -> int:
+        """Rank of a token after the query, 1 for the most probable."""
+        order = self._log_probs(setting, ())[-1].argsort(descending=True)
+        return order.tolist().index(token) + 1
+
+    def _label_log_probs(self, setting: str, label: Sequence[int]) -> list[Tensor]:
+        log_probs = self._log_probs(setting, label)[-1 - len(label) :]
+        return [log_probs[i, t] for i, t in enumerate(label)]
+
+    def _log_probs(self, setting: str, label: Sequence[int]) -> Tensor:
+        model = self.tuned if setting == "ft" else self.base
+        ids = self.tokens.ids if setting == "icl" else self.tokens.zero_shot().ids
+        with torch.no_grad():
+            found: Tensor = model(torch.tensor([[*ids, *label]]))[0].log_softmax(-1)
+        return found
 
 
 def cos(a: Tensor, b: Tensor) -> Tensor:

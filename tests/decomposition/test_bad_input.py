@@ -10,7 +10,7 @@ import torch
 from families import bridge_of, make_bridge
 from hosts import HOOKED_NAMES, build, build_hf, prompt, requires_hooked, shared
 
-from metaopt_lens import ICLPrompt, MetaoptLensError, decompose, load_tiny
+from metaopt_lens import ICLPrompt, MetaoptLensError, decompose, load_tiny, runs
 from metaopt_lens._errors import (
     ContextWindowError,
     HeadError,
@@ -20,7 +20,7 @@ from metaopt_lens._errors import (
     SpanError,
     UnsupportedModelError,
 )
-from metaopt_lens.decomposition import _decompose
+from metaopt_lens.decomposition import _decomposition
 
 MODEL = "bridge:gpt2"
 HOSTS = [MODEL, *HOOKED_NAMES[:1]]
@@ -98,7 +98,7 @@ def unchecked(function: Any) -> Any:
 @pytest.mark.parametrize("position", ["first", 1.5, None])
 def test_a_position_that_is_none(position: Any) -> None:
     with pytest.raises(OptionError, match=rf"must be 'last', 'all' or a token index, got {position!r}"):
-        unchecked(_decompose._destinations)(decompose(shared(MODEL), prompt()).tokenized, position)
+        unchecked(runs.destinations_of)(decompose(shared(MODEL), prompt()).tokenized, position)
 
 
 @pytest.mark.parametrize("option", ["matched", "", "Both", None])
@@ -129,9 +129,8 @@ def test_a_position_that_was_not_decomposed() -> None:
 
 
 def test_an_unknown_form() -> None:
-    result = decompose(shared(MODEL), prompt())
     with pytest.raises(OptionError, match=r"form must be 'softmax' or 'linear', got 'exact'"):
-        unchecked(type(result)._weights)(result, "exact", 0)
+        unchecked(_decomposition._weights)("exact")
 
 
 def test_nan_weights_name_the_first_layer() -> None:

@@ -148,10 +148,12 @@ def test_results_do_not_change_when_the_model_does() -> None:
     """A result holds copies, not views of tensors the host goes on using."""
     model = build("bridge:gpt2")
     result = decompose(model, PROMPT, position="all")
-    kept = result.softmax.meta_gradient.clone(), result.query_v.clone(), result.prefix_k.clone()
+    kept = result.softmax.meta_gradient.clone(), result.runs.icl.own_v.clone(), result.runs.icl.prefix.k[1].clone()
     with torch.no_grad():
         for parameter in model.original_model.parameters():
             parameter.zero_()
     model(torch.tensor([[1, 2, 3]]))
-    for now, then in zip((result.softmax.meta_gradient, result.query_v, result.prefix_k), kept, strict=True):
+    for now, then in zip(
+        (result.softmax.meta_gradient, result.runs.icl.own_v, result.runs.icl.prefix.k[1]), kept, strict=True
+    ):
         assert torch.equal(now, then)

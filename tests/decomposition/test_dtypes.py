@@ -9,6 +9,7 @@ import pytest
 import torch
 from families import bridge_of, make_hooked
 from hosts import HOOKED_NAMES, HOST_NAMES, build_apart, prompt, requires_hooked
+from rounding import STEP, assert_agree
 
 from metaopt_lens import Decomposition, decompose
 
@@ -50,8 +51,7 @@ def test_half_precision_is_close_to_float32(name: str, dtype: torch.dtype) -> No
         error = float((ours - exact).norm() / exact.norm())
         assert error < TOLERANCE[dtype], (key, error)
     # The split of the model's own z, at the precision z itself has.
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(low.softmax.z, low.z[0].float(), rtol=0, atol=4 * eps * float(low.z.abs().max()))
+    assert_agree(low.softmax.z, low.z.float(), STEP, dtype=dtype)
 
 
 @requires_hooked

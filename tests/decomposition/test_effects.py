@@ -17,6 +17,7 @@ from hosts import (
     tokenized,
     transformers_z,
 )
+from rounding import PASS, STEP, SUM, assert_agree, of_pass, rounding
 
 from metaopt_lens import Decomposition, MetaoptLensError, decompose
 
@@ -34,7 +35,7 @@ def test_zero_shot_z_is_the_hosts_own_plain_zero_shot_run(name: str) -> None:
     result = split(name)
     zero_shot = result.tokenized.zero_shot()
     z = host_z(shared(name), zero_shot.ids)[zero_shot.query.slice]
-    torch.testing.assert_close(result.z_zero_shot, z, rtol=0, atol=1e-5)
+    assert_agree(result.z_zero_shot, z, of_pass(name))
 
 
 @pytest.mark.parametrize("name", EDITABLE)
@@ -42,7 +43,7 @@ def test_position_matched_z_is_the_host_with_scores_from_query_to_demos_masked(n
     model, result = shared(name), split(name)
     tokens = result.tokenized
     masked = host_z(model, tokens.ids, edits=mask_query_to_demos(model, tokens))[tokens.query.slice]
-    torch.testing.assert_close(result.z_position_matched, masked, rtol=0, atol=1e-5)
+    assert_agree(result.z_position_matched, masked, of_pass(name))
     assert (masked - result.z).abs().max() > 0.1  # the oracle's edit took effect
     plain = result.z_zero_shot
     assert plain is not None
@@ -56,7 +57,7 @@ def test_position_matched_z_where_bridges_discard_edits(name: str) -> None:
     result = split(name)
     tokens = result.tokenized
     masked = transformers_z(name, tokens, hide_demos=True)[tokens.query.slice]
-    torch.testing.assert_close(result.z_position_matched.flatten(2), masked, rtol=0, atol=1e-5)  # type: ignore[union-attr]
+    assert_agree(result.z_position_matched.flatten(2), masked, of_pass(name))  # type: ignore[union-attr]
     assert (masked - result.z.flatten(2)).abs().max() > 0.1
 
 
@@ -68,7 +69,7 @@ def test_transformers_itself_agrees_on_both_runs(family: str) -> None:
     for hide, ours in ((False, result.z), (True, result.z_position_matched)):
         theirs = transformers_z(f"bridge:{family}", tokens, hide_demos=hide)[tokens.query.slice]
         assert ours is not None
-        torch.testing.assert_close(ours.flatten(2), theirs, rtol=0, atol=1e-5)
+        assert_agree(ours.flatten(2), theirs, PASS)
 
 
 @pytest.mark.parametrize("name", HOST_NAMES)
@@ -78,12 +79,15 @@ def test_direct_indirect_and_position_sum_to_the_total(name: str) -> None:
     assert effects.indirect is not None
     assert effects.position is not None
     total = result.z - result.z_zero_shot
-    torch.testing.assert_close(effects.total, total, rtol=0, atol=1e-6)
+    runs = (result.z, result.z_zero_shot, result.z_position_matched)
+    assert_agree(effects.total, total, STEP, of=runs)
     summed = effects.direct + effects.indirect + effects.position
-    torch.testing.assert_close(summed, total, rtol=0, atol=1e-5)
-    torch.testing.assert_close(effects.indirect + effects.position, effects.indirect_and_position, rtol=0, atol=1e-5)
-    torch.testing.assert_close(effects.direct, result.softmax.update, rtol=0, atol=1e-5)
-    assert effects.indirect[:, 0].abs().max() < 1e-5  # nothing has been read yet before the first layer
+    assert_agree(summed, total, SUM, of=runs)
+    assert_agree(effects.indirect + effects.position, effects.indirect_and_position, SUM, of=runs)
+    assert_agree(effects.direct, result.softmax.update, SUM, of=runs)
+    assert effects.indirect[:, 0].abs().max() <= rounding(
+        of_pass(name), *runs
+    )  # nothing has been read yet before the first layer
     assert effects.indirect[:, 1:].abs().max() > 1e-2
 
 
@@ -108,9 +112,9 @@ def test_plain_runs_only_give_indirect_and_position_as_one() -> None:
     plain = decompose(model, PROMPT, zero_shot_runs="plain").effects
     assert plain.indirect is None
     assert plain.position is None
-    torch.testing.assert_close(plain.total, both.total, rtol=0, atol=1e-6)
-    torch.testing.assert_close(plain.direct, both.direct, rtol=0, atol=1e-6)
-    torch.testing.assert_close(plain.indirect_and_position, both.indirect_and_position, rtol=0, atol=1e-6)
+    assert_agree(plain.total, both.total, PASS)
+    assert_agree(plain.direct, both.direct, PASS)
+    assert_agree(plain.indirect_and_position, both.indirect_and_position, PASS)
 
 
 def test_without_zero_shot_runs_effects_are_refused_and_the_split_is_the_same() -> None:
@@ -118,9 +122,7 @@ def test_without_zero_shot_runs_effects_are_refused_and_the_split_is_the_same() 
     none = decompose(model, PROMPT, zero_shot_runs="none")
     with pytest.raises(MetaoptLensError, match=r"no zero-shot run was made.*zero_shot_runs='both'"):
         _ = none.effects
-    torch.testing.assert_close(
-        none.softmax.meta_gradient, decompose(model, PROMPT).softmax.meta_gradient, rtol=0, atol=1e-6
-    )
+    assert_agree(none.softmax.meta_gradient, decompose(model, PROMPT).softmax.meta_gradient, PASS)
 
 
 def test_no_token_before_the_demonstrations() -> None:
@@ -130,9 +132,9 @@ def test_no_token_before_the_demonstrations() -> None:
     assert len(result.tokenized.prefix) == 0
     zero_shot = result.tokenized.zero_shot()
     z = host_z(model, zero_shot.ids)[zero_shot.query.slice]
-    torch.testing.assert_close(result.z_zero_shot, z, rtol=0, atol=1e-5)
+    assert_agree(result.z_zero_shot, z, PASS)
     masked = host_z(model, result.tokenized.ids, edits=mask_query_to_demos(model, result.tokenized))
-    torch.testing.assert_close(result.z_position_matched, masked[result.tokenized.query.slice], rtol=0, atol=1e-5)
+    assert_agree(result.z_position_matched, masked[result.tokenized.query.slice], PASS)
 
 
 def test_host_oracle_itself() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hosts import FLOAT32_SOFTMAX, HOOKED_NAMES, HOST_NAMES, POST_NORMED, host_values, host_z, prompt, shared, sizes
+from rounding import SUM, assert_agree, of_pass
 from torch import Tensor
 
 from metaopt_lens import Decomposition, decompose
@@ -28,8 +29,8 @@ def test_parts_sum_to_the_models_own_z(name: str, text: str) -> None:
     model, result = shared(name), split(name, text)
     z = host_z(model, result.tokenized.ids)[result.tokenized.query.slice]
     parts = result.softmax
-    torch.testing.assert_close(parts.zero_shot + parts.meta_gradient, z, rtol=0, atol=1e-5)
-    torch.testing.assert_close(result.z, z, rtol=0, atol=1e-5)
+    assert_agree(parts.zero_shot + parts.meta_gradient, z, of_pass(name))
+    assert_agree(result.z, z, of_pass(name))
     # Neither part is trivially all or nothing.
     assert parts.meta_gradient.norm() > 0.05 * z.norm()
     assert parts.zero_shot.norm() > 0.05 * z.norm()
@@ -52,8 +53,8 @@ def test_residual_parts_sum_to_the_attention_output(name: str) -> None:
     out = _attention_output(name, shared(name), result.tokenized.ids)[result.tokenized.query.slice]
     residual = result.residual
     summed = residual.zero_shot.sum(-2) + residual.meta_gradient.sum(-2) + residual.bias
-    torch.testing.assert_close(summed, out, rtol=0, atol=1e-5)
-    torch.testing.assert_close(residual.attention_output, out, rtol=0, atol=1e-5)
+    assert_agree(summed, out, of_pass(name))
+    assert_agree(residual.attention_output, out, of_pass(name))
 
 
 def _attention_output(name: str, model: Any, ids: tuple[int, ...]) -> Tensor:
@@ -79,22 +80,22 @@ def _attention_output(name: str, model: Any, ids: tuple[int, ...]) -> Tensor:
 def test_tokens_and_demonstrations_sum_to_the_whole(name: str, form: str) -> None:
     result = split(name)
     whole = getattr(result, form)
-    scale = max(1.0, float(whole.zero_shot.abs().max()), float(whole.meta_gradient.abs().max()))
+    terms = (whole.zero_shot, whole.meta_gradient)
     inside = result.demonstrations.slice
     per_demo = result.per_demo(form)
     assert per_demo.shape[-2] == len(PROMPTS["instruction"].demos)
-    torch.testing.assert_close(per_demo.sum(-2), whole.meta_gradient, rtol=0, atol=1e-5 * scale)
+    assert_agree(per_demo.sum(-2), whole.meta_gradient, SUM, of=terms)
     n_layers, n_heads = sizes(shared(name))
     for layer, head in [(0, 0), (1, n_heads - 1), (n_layers - 1, 1)]:
         tokens = result.per_token(layer, head, form)
         assert tokens.shape[-2] == result.tokenized.n_tokens
         d = tokens[:, inside].sum(-2)
-        torch.testing.assert_close(d, whole.meta_gradient[:, layer, head], rtol=0, atol=1e-5 * scale)
+        assert_agree(d, whole.meta_gradient[:, layer, head], SUM, of=terms)
         rest = tokens.sum(-2) - d
-        torch.testing.assert_close(rest, whole.zero_shot[:, layer, head], rtol=0, atol=1e-5 * scale)
+        assert_agree(rest, whole.zero_shot[:, layer, head], SUM, of=terms)
         for i, span in enumerate(result.tokenized.demos):
             one = tokens[:, span.slice].sum(-2)
-            torch.testing.assert_close(one, per_demo[:, layer, head, i], rtol=0, atol=1e-5 * scale)
+            assert_agree(one, per_demo[:, layer, head, i], SUM, of=terms)
 
 
 @pytest.mark.parametrize("name", ["bridge:gpt2", "bridge:llama", "bridge:gpt_oss", *HOOKED_NAMES[:1]])
@@ -103,9 +104,9 @@ def test_residual_parts_per_token_sum_to_the_heads_share(name: str) -> None:
     tokens = result.residual_per_token(1, 2)
     residual = result.residual
     whole = (residual.zero_shot + residual.meta_gradient)[:, 1, 2]
-    torch.testing.assert_close(tokens.sum(-2), whole, rtol=0, atol=1e-5)
+    assert_agree(tokens.sum(-2), whole, SUM)
     inside = tokens[:, result.demonstrations.slice].sum(-2)
-    torch.testing.assert_close(inside, residual.meta_gradient[:, 1, 2], rtol=0, atol=1e-5)
+    assert_agree(inside, residual.meta_gradient[:, 1, 2], SUM)
 
 
 @pytest.mark.parametrize("name", HOST_NAMES)
@@ -116,9 +117,9 @@ def test_mass_and_remaining_are_the_patterns_own_sums(name: str) -> None:
     patterns = host_values(shared(name), tokens.ids, "attn.hook_pattern")
     pattern = torch.stack(patterns)[:, :, tokens.query.slice].permute(2, 0, 1, 3)  # dst layer head src
     inside = pattern[..., tokens.demonstrations.slice].sum(-1)
-    torch.testing.assert_close(result.softmax.mass, inside, rtol=0, atol=1e-5)
-    torch.testing.assert_close(result.softmax.remaining, 1 - inside, rtol=0, atol=1e-5)
-    torch.testing.assert_close(result.sink, 1 - pattern.sum(-1), rtol=0, atol=1e-5)
+    assert_agree(result.softmax.mass, inside, of_pass(name))
+    assert_agree(result.softmax.remaining, 1 - inside, of_pass(name), of=(1.0,))
+    assert_agree(result.sink, 1 - pattern.sum(-1), of_pass(name), of=(1.0,))
     assert (name == "bridge:gpt_oss") == bool(result.sink.max() > 1e-3)
 
 
@@ -128,7 +129,7 @@ def test_token_shares_sum_to_one_over_the_demonstrations(name: str) -> None:
     for form in ("softmax", "linear"):
         shares = result.token_shares(1, 1, form)  # type: ignore[arg-type]
         inside = shares[:, result.demonstrations.slice]
-        visible = result.visible[1][:, result.demonstrations.slice].any(-1)
-        torch.testing.assert_close(inside.sum(-1), visible.to(inside), rtol=0, atol=1e-4)
+        visible = result.runs.icl.visible[1][:, result.demonstrations.slice].any(-1)
+        assert_agree(inside.sum(-1), visible.to(inside), SUM, of=(shares,))
         shares[:, result.demonstrations.slice] = 0.0
         assert not shares.any()

@@ -23,7 +23,7 @@ def scalar(result: Decomposition, kind: str) -> Tensor:
         "update": lambda: result.softmax.update,
         "linear": lambda: result.linear.meta_gradient,
         "indirect": lambda: result.effects.indirect,
-        "position_matched": lambda: result.z_position_matched[0],  # type: ignore[index]
+        "position_matched": lambda: result.z_position_matched,
     }
     return (values[kind]().flatten() * weights).sum()  # type: ignore[union-attr]
 
@@ -74,15 +74,18 @@ def test_graphs_are_kept_only_when_asked_for(name: str) -> None:
     for grad in (True, False):
         result = decompose(model, PROMPT, grad=grad)
         tensors = {
-            f.name: value
-            for f in dataclasses.fields(result)
-            if isinstance(value := getattr(result, f.name), Tensor) and value.is_floating_point()
+            f"{setting}.{f.name}": value
+            for setting, run in result.runs.items()
+            for f in dataclasses.fields(run)
+            if isinstance(value := getattr(run, f.name), Tensor) and value.is_floating_point()
         }
+        tensors |= {"prefix k": result.runs.icl.prefix.k[1], "prefix v": result.runs.zs_matched.prefix.v[0]}
+        assert len(tensors) == 3 * 6 + 2
         tensors |= {"softmax": result.softmax.meta_gradient, "linear": result.linear.zero_shot}
         tensors |= {"residual": result.residual.meta_gradient, "per token": result.residual_per_token(1, 1)}
         assert grad or not result.residual.bias.requires_grad
         for key, tensor in tensors.items():
-            if key != "sink":
+            if not key.endswith("sink"):
                 assert tensor.requires_grad is grad, key
     assert all(p.grad is None for p in model.parameters())
 
@@ -102,8 +105,9 @@ def test_a_key_value_weight_before_rotary_and_norm_gets_its_gradient() -> None:
 def test_results_with_and_without_graph_are_equal() -> None:
     model = shared("bridge:gpt2")
     with_graph, without = decompose(model, PROMPT, grad=True), decompose(model, PROMPT)
-    for field in ("q", "z", "pattern", "prefix_k", "query_v", "z_position_matched"):
-        assert torch.equal(getattr(with_graph, field).detach(), getattr(without, field))
+    for setting, run in without.runs.items():
+        for field in ("q", "z", "pattern", "k", "own_v"):
+            assert torch.equal(getattr(with_graph.runs[setting], field).detach(), getattr(run, field))
 
 
 def test_a_result_with_a_graph_can_be_shown_and_stored(tmp_path: Any) -> None:

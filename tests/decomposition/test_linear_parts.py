@@ -9,6 +9,7 @@ import pytest
 import torch
 from families import make_hooked
 from hosts import HOOKED_NAMES, HOST_NAMES, host_values, prompt, requires_hooked, shared
+from rounding import STEP, SUM, assert_agree
 from torch import Tensor
 
 from metaopt_lens import Decomposition, ICLPrompt, decompose
@@ -28,8 +29,8 @@ def test_parts_equal_a_loop_over_visible_tokens(name: str) -> None:
     result = split(name)
     group = result.model.n_heads // result.model.n_kv_heads
     layer, head, kv = 2, 3, 3 // group
-    k, v = result.k_of(layer)[:, kv].double(), result.v_of(layer)[:, kv].double()
-    window = int(result.window[layer])
+    k, v = result.runs.icl.k_of(layer)[:, kv].double(), result.runs.icl.v_of(layer)[:, kv].double()
+    window = result.runs.icl.rules[layer].window or result.model.n_ctx
     for j, at in enumerate(result.positions):
         q = result.q[j, layer, head].double()
         inside, outside = torch.zeros(8).double(), torch.zeros(8).double()
@@ -40,14 +41,13 @@ def test_parts_equal_a_loop_over_visible_tokens(name: str) -> None:
                 inside += v[i] * float(k[i] @ q)
             else:
                 outside += v[i] * float(k[i] @ q)
-        scale = max(1.0, float(inside.norm()), float(outside.norm()))
         linear = result.linear
         for ours, loop in (
             (linear.meta_gradient, inside),
             (linear.zero_shot, outside),
             (linear.total, inside + outside),
         ):
-            torch.testing.assert_close(ours[j, layer, head].double(), loop, rtol=0, atol=2e-6 * scale)
+            assert_agree(ours[j, layer, head].double(), loop, SUM, of=(inside, outside))
 
 
 @pytest.mark.parametrize("name", HOST_NAMES)
@@ -62,15 +62,14 @@ def test_matrices_times_the_query_are_the_parts(name: str) -> None:
                 (result.delta_w_icl(layer, head, position=at), linear.meta_gradient),
             ):
                 expected = part[j, layer, head]
-                scale = max(1.0, float(expected.norm()))
-                torch.testing.assert_close(matrix.AB @ q, expected, rtol=0, atol=1e-5 * scale)
+                assert_agree(matrix.AB @ q, expected, SUM, of=(matrix.AB.norm() * q.norm(),))
 
 
 @pytest.mark.parametrize("n_demos", [1, 2])
 @pytest.mark.parametrize("name", FEW)
 def test_rank_of_delta_w_icl(name: str, n_demos: int) -> None:
     result = decompose(shared(name), prompt(n_demos, instruction=None))
-    n_visible = int(result.visible[1, 0, result.demonstrations.slice].sum())
+    n_visible = int(result.runs.icl.visible[1, 0, result.demonstrations.slice].sum())
     matrix = result.delta_w_icl(1, 1).AB.double()
     assert matrix.shape == (8, 8)
     assert int(torch.linalg.matrix_rank(matrix, rtol=1e-5)) <= min(8, n_visible)
@@ -83,13 +82,13 @@ def test_the_querys_own_key_value_belongs_to_the_zero_shot_weights() -> None:
     result = split("bridge:gpt2")
     at = result.positions[-1]
     w_zsl, delta = result.w_zsl(1, 0).AB, result.delta_w_icl(1, 0).AB
-    k, v = result.k_of(1)[:, 0], result.v_of(1)[:, 0]
+    k, v = result.runs.icl.k_of(1)[:, 0], result.runs.icl.v_of(1)[:, 0]
     z_tokens = [*range(result.demonstrations.start), *range(result.demonstrations.stop, at + 1)]
-    torch.testing.assert_close(w_zsl, sum(torch.outer(v[i], k[i]) for i in z_tokens), rtol=0, atol=1e-5)  # type: ignore[arg-type]
+    assert_agree(w_zsl, sum(torch.outer(v[i], k[i]) for i in z_tokens), SUM)  # type: ignore[arg-type]
     without_own = sum(torch.outer(v[i], k[i]) for i in z_tokens[:-1])
     assert (w_zsl - without_own).abs().max() > 1e-2
     inside = range(result.demonstrations.start, result.demonstrations.stop)
-    torch.testing.assert_close(delta, sum(torch.outer(v[i], k[i]) for i in inside), rtol=0, atol=1e-5)  # type: ignore[arg-type]
+    assert_agree(delta, sum(torch.outer(v[i], k[i]) for i in inside), SUM)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", HOST_NAMES)
@@ -99,10 +98,10 @@ def test_windows_are_respected_and_reported(name: str) -> None:
     patterns = host_values(shared(name), result.tokenized.ids, "attn.hook_pattern")
     for layer in range(result.model.n_layers):
         own = patterns[layer][:, result.tokenized.query.slice] > 0
-        assert torch.equal(own.any(0), result.visible[layer])
+        assert torch.equal(own.any(0), result.runs.icl.visible[layer])
         fully = bool(own.any(0)[:, result.demonstrations.slice].all())
         assert result.demos_fully_visible[layer] is fully
-        hidden = ~result.visible[layer]
+        hidden = ~result.runs.icl.visible[layer]
         for form in ("softmax", "linear"):
             parts = result.per_token(layer, 1, form)  # type: ignore[arg-type]
             assert not parts[hidden].any()
@@ -113,7 +112,7 @@ def test_windows_are_respected_and_reported(name: str) -> None:
 def test_delta_w_icl_does_not_depend_on_the_query(name: str) -> None:
     one, other = decompose(shared(name), [prompt(query="w16 :"), prompt(query="w80 w9 w11 :")])
     for layer in range(3):
-        torch.testing.assert_close(one.delta_w_icl(layer, 2).AB, other.delta_w_icl(layer, 2).AB, rtol=0, atol=1e-6)
+        assert_agree(one.delta_w_icl(layer, 2).AB, other.delta_w_icl(layer, 2).AB, 2 * STEP)
         assert not torch.allclose(one.w_zsl(layer, 2).AB, other.w_zsl(layer, 2).AB, atol=1e-2)
 
 
@@ -121,7 +120,7 @@ def test_fidelity_is_the_cosine_with_the_models_own_z() -> None:
     result = split("bridge:llama")
     f, z = result.linear.zero_shot + result.linear.meta_gradient, result.z
     cosine = (f * z).sum(-1) / (f.norm(dim=-1) * z.norm(dim=-1))
-    torch.testing.assert_close(result.fidelity, cosine, rtol=0, atol=1e-6)
+    assert_agree(result.fidelity, cosine, 2 * STEP, of=(1.0,))
 
 
 # ---- a model that does gradient descent -----------------------------------------------------------------------------

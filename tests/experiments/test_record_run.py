@@ -32,7 +32,14 @@ def run(name: str, texts: list[ICLPrompt], **options: Any) -> tuple[WeightUpdate
     model = shared(name, F64)
     bos = options.get("prepend_bos")
     update = finetune(model, texts[0], lr=1.0, keep_factors=True, prepend_bos=bos, progress=False)
-    options = {"reference": True, "top_k": 8, "n_null_draws": 1, "label_shuffled": False, "progress": False} | options
+    options = {
+        "reference": True,
+        "top_k": 8,
+        "n_null_draws": 1,
+        "label_shuffled": False,
+        "label_flipped": False,
+        "progress": False,
+    } | options
     return update, compare(model, texts, update, **options)
 
 
@@ -46,7 +53,7 @@ def test_analyzing_our_records_gives_compares_numbers(
     texts = prompts(instruction)
     update, found = run(name, texts, prepend_bos=bos)
     write_run_records(tmp_path, shared(name, F64), texts, update, found, prepend_bos=bos)
-    analysis = analyze_records(tmp_path, reference=True, top_k={"token": 8, "example": 2}, n_resamples=2)
+    analysis = analyze_records(tmp_path, reference=True, top_k={"token": 8, "example": 2})
     names = {
         "SimAOU": "SimAOU",
         "SimAOU unnormalised": "SimAOU unnormalised",
@@ -113,7 +120,7 @@ def test_what_cannot_be_recorded(tmp_path: Path) -> None:
         "the comparison is of 4 queries behind 1 demonstration sets, not of these 3 prompts", texts[1:], update, found
     )
     bare = [ICLPrompt(p.demos, p.query, candidates=WORDS) for p in texts]
-    unlabelled = compare(model, bare, update, progress=False, n_null_draws=1, label_shuffled=False)
+    unlabelled = compare(model, bare, update, progress=False, n_null_draws=1, label_shuffled=False, label_flipped=False)
     refused("records need gold labels and predictions", bare, update, unlabelled)
     other = [texts[0].with_demos(DEMOS[:3]), *texts[1:]]
     refused("a recording holds one demonstration set", other, update, found)

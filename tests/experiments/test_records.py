@@ -142,7 +142,7 @@ def test_default_says_what_differs_and_stands_beside_its_nulls(recording):
 
 
 def test_results_depend_on_nothing_but_the_seed(recording):
-    first, again, other = (analyze_records(recording, seed=seed, n_resamples=50).to_dict() for seed in (1, 1, 2))
+    first, again, other = (analyze_records(recording, seed=seed).to_dict() for seed in (1, 1, 2))
     assert first == again
     assert first["dai2022"] == other["dai2022"]
     assert first["beside"]["all"]["SimAOU random"] != other["beside"]["all"]["SimAOU random"]
@@ -152,7 +152,7 @@ def test_the_thread_count_is_restored(recording):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        analyze_records(recording, n_resamples=10)
+        analyze_records(recording)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -209,7 +209,7 @@ def test_demonstrations_beyond_the_context_are_left_out(records, recording, tmp_
 def test_reference_reads_100_queries_for_training_attention(records, tmp_path):
     many = {k: v if k == "ft" else (v * 4)[:110] for k, v in records.items()}
     root = write_records(tmp_path / "many", **many)
-    reference, default = (analyze_records(root, reference=r, n_resamples=10) for r in (True, False))
+    reference, default = (analyze_records(root, reference=r) for r in (True, False))
     assert len(reference.metrics["token-level kendall"].per_query.values) == 100
     assert len(default.metrics["token-level kendall"].per_query.values) == 110
     assert len(reference.metrics["SimAOU"].per_query.values) == 110
@@ -236,11 +236,11 @@ def test_undefined_metrics_are_none_with_a_reason(copy):
         analysis.metrics["token-level recall_topk"].require()
 
 
-def test_single_query_has_no_shuffled_null(records, tmp_path):
+def test_single_query_has_no_other_query_null(records, tmp_path):
     root = write_records(tmp_path / "one", **{k: v if k == "ft" else v[:1] for k, v in records.items()})
     analysis = analyze_records(root)
-    assert analysis.metrics["SimAOU shuffled"].per_query is None
-    assert analysis.to_dict()["undefined"]["beside.all.SimAOU shuffled"] == "a single query cannot be shuffled"
+    assert analysis.metrics["SimAOU other query"].per_query is None
+    assert analysis.to_dict()["undefined"]["beside.all.SimAOU other query"] == "there is no other query"
 
 
 def test_a_zero_hidden_state_is_undefined_not_an_error(records, tmp_path):
@@ -355,7 +355,6 @@ def test_wrong_options(records, tmp_path, recording):
     for options, message in (
         ({"top_k": {"tokens": 5}}, r"top_k has the keys 'example' and 'token', got \['tokens'\]"),
         ({"top_k": {"token": 0}}, r"top_k\['token'\] must be at least 1, got 0"),
-        ({"n_resamples": 0}, r"n_resamples must be at least 1, got 0"),
         ({"null_draws": 0}, r"null_draws must be at least 1, got 0"),
         ({"level": 95.0}, r"level must lie between 0 and 1, got 95"),
     ):

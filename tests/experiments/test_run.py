@@ -29,7 +29,8 @@ from metaopt_lens._errors import (
     PromptError,
 )
 from metaopt_lens.experiments import ExperimentResult, RunConfig, run_experiment
-from metaopt_lens.prompts.tasks import Row, Task, TaskRows
+from metaopt_lens.experiments._run_store import RunStore
+from metaopt_lens.tasks import Row, Task, TaskRows
 
 _KILLS = 20
 
@@ -70,7 +71,14 @@ def test_everything_is_stored(reference: tuple[Path, float], tiny: Any) -> None:
     assert set(heads["rule"]) == {"gd"}
     one = heads[(heads["rule"] == "gd") & (heads["statistic"] == "z total")]
     assert len(one) == 12
-    assert {"null: shuffled", "null: random", "null: unrelated text", "low", "high"} <= set(one.columns)
+    assert {
+        "null: other query",
+        "null: shuffled labels",
+        "null: flipped labels",
+        "null: unrelated text",
+        "low",
+        "high",
+    } <= set(one.columns)
     accuracies = result.table("accuracies")
     assert {"accuracy ZS", "accuracy ICL", "accuracy FT", "Rec2FTP %"} <= set(accuracies["quantity"])
     predictions = result.table("predictions")
@@ -94,6 +102,16 @@ def test_everything_is_stored(reference: tuple[Path, float], tiny: Any) -> None:
     assert {"torch", "transformer-lens", "metaopt-lens"} <= set(log["versions"])
     assert len(log["pieces"]) == len(list(reference[0].rglob("piece.json")))
     assert "complete" in repr(result)
+
+
+def test_runs_of_version_0_1_are_refused(reference: tuple[Path, float], tiny: Any, tmp_path: Path) -> None:
+    old = Path(shutil.copytree(reference[0], tmp_path / "old"))
+    body = json.loads((old / "run.json").read_text())
+    del body["format"]
+    (old / "run.json").write_text(json.dumps(body))
+    for attempt in (lambda: ExperimentResult.load(old), lambda: _run(SMALL, old, tiny)):
+        with pytest.raises(FileFormatError, match=r"holds a run of metaopt-lens 0\.1.*run it again in a new directory"):
+            attempt()
 
 
 def test_a_finished_run_is_left_as_it_is(reference: tuple[Path, float]) -> None:
@@ -175,7 +193,45 @@ def test_killed_at_random_moments_and_resumed(reference: tuple[Path, float], tin
             out = tmp_path / f"run-{runs}"
     _run(SMALL, out, tiny)
     assert files_of(out) == files_of(whole)
-    assert not list((out / ".tmp").glob("*/*"))
+    assert not _left_behind(out)
+
+
+def _left_behind(folder: Path) -> list[Path]:
+    """Lock files and drafts."""
+    return [file for file in folder.rglob("*") if file.name.startswith((".lock", ".draft"))]
+
+
+def test_nothing_is_left_behind(tiny: Any, tmp_path: Path) -> None:
+    """Neither by a run that finishes, nor by a killed one once another has come; what others work on is not touched."""
+    out = tmp_path / "run"
+    config = _with(seeds=(0,), attribution=False)
+    store = RunStore(out)
+
+    def die_in_the_middle() -> None:
+        with store.lock("seed-0/gd"):
+            store.write("seed-0/gd", lambda folder: os.kill(os.getpid(), signal.SIGKILL))
+
+    store.prepare()
+    assert wait(fork(die_in_the_middle)) == -signal.SIGKILL
+    assert [file.name.split(".")[1] for file in sorted(_left_behind(out))] == ["draft", "lock"]
+    ready, done = os.pipe()
+
+    def work_for_long() -> None:
+        with store.lock("seed-0/prompts") as mine:
+            assert mine
+            os.write(done, b"x")
+            time.sleep(60)
+
+    other = fork(work_for_long)
+    os.read(ready, 1)
+    store.prepare()
+    assert [file.name for file in _left_behind(out)] == [".lock.seed-0.prompts"]
+    with store.lock("seed-0/prompts") as mine:
+        assert not mine
+    os.kill(other, signal.SIGKILL)
+    assert wait(other) == -signal.SIGKILL
+    assert _run(config, out, tiny).is_complete
+    assert not [file for file in out.rglob("*") if file.name.startswith(".")]
 
 
 def test_two_processes_on_one_directory(reference: tuple[Path, float], tiny: Any, tmp_path: Path) -> None:
@@ -372,7 +428,13 @@ def test_configurations_go_to_toml_and_json_and_back(tmp_path: Path) -> None:
         ({"rules": ("sgd",)}, r"rules must be 'gd', 'lcgd' or both, got \['sgd'\]"),
         ({"variant": "old"}, "variant must be one of published, one-line, got 'old'"),
         ({"dtype": "int8"}, "dtype must be one of float32"),
-        ({"shot": 3}, "has no field 'shot'; its fields are model, task, shots"),
+        ({"shot": 3}, "has no field 'shot'; its fields are model, task, shots, .* Did you mean 'shots'"),
+        ({"shots": True}, "shots must be a whole number of at least 1, got True"),
+        ({"shots": "4"}, "shots must be a whole number of at least 1, got '4'"),
+        ({"reference": "no"}, "reference must be true or false, got 'no'"),
+        ({"model": 3}, "the configuration: model must be a string, got 3"),
+        ({"rules": ()}, r"rules must be 'gd', 'lcgd' or both, got \[\]"),
+        ({"shots": 0, "queries": 1}, "shots must be .*, got 0. queries must be .*, got 1"),
     ],
 )
 def test_wrong_configurations(changes: dict[str, Any], message: str) -> None:
@@ -380,6 +442,33 @@ def test_wrong_configurations(changes: dict[str, Any], message: str) -> None:
         RunConfig.from_dict(
             {**SMALL.to_dict(), **{k: list(v) if isinstance(v, tuple) else v for k, v in changes.items()}}
         )
+
+
+def test_configurations_are_checked_in_python_as_in_files() -> None:
+    with pytest.raises(OptionError, match=r"^shots must be a whole number of at least 1, got 0.$"):
+        _with(shots=0)
+    with pytest.raises(OptionError, match=r"^model must be a string, got 3. task must be a string, got 4.$"):
+        RunConfig(3, 4)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"^RunConfig does not say which model and task.$"):
+        RunConfig()  # type: ignore[call-arg]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SMALL.shots = 5  # type: ignore[misc]
+
+
+def test_configurations_of_0_1_are_read() -> None:
+    """What 0.1 stored, and the fingerprint it had; a whole number as learning rate stayed one."""
+    stored = """{"model": "tiny", "task": "mr", "shots": 4, "seeds": [0, 1, 2], "queries": null, "lr": 1, "variant":
+        "published", "selection": "balanced", "permutation": 0, "rules": ["gd", "lcgd"], "epochs": 1, "held_out": 32,
+        "n_candidates": null, "scoring": "mean", "random_weights": true, "unrelated": true, "attribution": true,
+        "attribution_queries": 16, "attribution_metric": "auto", "n_null_draws": 20, "subspace_dim": 4, "reference":
+        false, "prepend_bos": null, "dtype": "float32", "revision": null, "batch_size": 16, "save_updates": false,
+        "allow_processed": false, "data": null, "device": null, "n_devices": null, "device_map": null, "threads": null}
+        """
+    config = RunConfig.from_dict(json.loads(stored))
+    assert config.to_dict() == json.loads(stored)
+    assert config.fingerprint == "d47dfa0caa35d63f59f0bb3121333d9d7a0c274a901203eaa4ad1e8d0613873b"
+    default = RunConfig("tiny", "synthetic-2")
+    assert default.fingerprint == "e1930518d4da111d2ed2c6a1e8c175f67d52953ed85fbd49ba7ea9d584b3883e"
 
 
 def test_unreadable_configurations_and_directories(tmp_path: Path) -> None:

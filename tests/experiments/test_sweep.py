@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -72,12 +73,13 @@ def test_a_dask_worker_is_killed_and_nothing_is_lost(reference: Path, tmp_path: 
     def kill_a_worker() -> None:
         """Once a first piece is there, and before the last: the worker whose pid a lock tells."""
         while not killed:
-            done = list((tmp_path / "out").rglob("pieces/*/prompts/piece.json"))
-            locks = list((tmp_path / "out").rglob(".locks/*.gd.lock"))
-            pids = [lock.read_text().split(" ")[0] for lock in locks]
-            if done and pids and pids[-1]:
-                os.kill(int(pids[-1]), signal.SIGKILL)
-                killed.append(int(pids[-1]))
+            with contextlib.suppress(FileNotFoundError):  # locks and drafts go while they are looked at
+                done = list((tmp_path / "out").rglob("pieces/*/prompts/piece.json"))
+                locks = list((tmp_path / "out").rglob(".lock.*.gd"))
+                pids = [lock.read_text().split(" ")[0] for lock in locks]
+                if done and pids and pids[-1]:
+                    os.kill(int(pids[-1]), signal.SIGKILL)
+                    killed.append(int(pids[-1]))
             time.sleep(0.02)
 
     thread = threading.Thread(target=kill_a_worker, daemon=True)
@@ -94,6 +96,7 @@ def test_a_dask_worker_is_killed_and_nothing_is_lost(reference: Path, tmp_path: 
         p for run in SweepResult.load(tmp_path / "out").runs.values() for log in run.provenance for p in log["pieces"]
     ]
     assert len(made) == len(list(reference.rglob("piece.json")))  # finished pieces were not made again
+    assert not [file for file in (tmp_path / "out").rglob("*") if file.name.startswith((".lock", ".draft"))]
 
 
 def test_two_processes(reference: Path, tmp_path: Path) -> None:
@@ -103,7 +106,7 @@ def test_two_processes(reference: Path, tmp_path: Path) -> None:
 
 
 def test_one_run_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
-    config = SweepConfig(("tiny",), ("synthetic-2",), shots=(99, 4), lrs=(0.02,), seeds=(0,), settings=_SETTINGS)
+    config = SweepConfig(("tiny",), ("synthetic-2",), shots=(99, 4), lr=(0.02,), seeds=(0,), settings=_SETTINGS)
     with pytest.raises(MetaoptLensError, match=r"1 of 2 runs failed, the others are finished. tiny-synthetic-2-99-"):
         run_sweep(config, tmp_path / "out", progress=False)
     assert ExperimentResult.load(tmp_path / "out" / "tiny-synthetic-2-4-shots-lr-0.02").is_complete
@@ -120,22 +123,55 @@ def test_the_directory_of_another_sweep_is_refused(reference: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('models = ["tiny"]\n', "missing 1 required positional argument: 'tasks'|Missing|missing"),
-        ('model = "tiny"\n', r"sweep.toml: a sweep has no field 'model'; its fields are models, tasks"),
-        ('models = ["tiny", "tiny"]\ntasks = ["mr"]\n', "one or several different models"),
+        ('models = ["tiny"]\n', "sweep.toml does not say which tasks"),
+        ('model = "tiny"\n', r"sweep.toml has no field 'model'; its fields are models, tasks, .*Did you mean 'models'"),
+        (
+            'models = ["tiny", "tiny"]\ntasks = ["mr"]\n',
+            r"models must be one or several different names, got \['tiny",
+        ),
+        ('models = []\ntasks = ["mr"]\n', r"models must be one or several different names, got \[\]"),
+        (
+            'models = "tiny"\ntasks = "mr"\nshots = [0]\n',
+            "shots must be one or several different whole numbers of at least 1",
+        ),
+        (
+            'models = "tiny"\ntasks = "mr"\nlr = ["auto", -1]\n',
+            r"lr must be .* positive numbers, or 'auto', got \['auto', -1\]",
+        ),
+        (
+            'models = "tiny"\ntasks = "mr"\nseeds = [1, 1]\n',
+            r"seeds must be one or several different numbers from 0 on",
+        ),
         ('models = "tiny"\ntasks = "mr"\n[settings]\nlr = 1\n', "lr: a sweep has a list of its own for this"),
         (
             'models = "tiny"\ntasks = "mr"\n[data]\ncb = "x"\n',
             "data are given for task 'cb', which is not in the sweep",
         ),
-        ('models = "tiny"\ntasks = "mr"\n[workers]\nengine = "ray"\n', "must be 'processes' or 'dask', got 'ray'"),
-        ('models = "tiny"\ntasks = "mr"\n[workers]\nn = 0\n', "workers: n must be a whole number of at least 1"),
-        ('models = "tiny"\ntasks = "mr"\n[workers]\ncluster = "k8s"\n', "the cluster must be one of local, slurm"),
+        ('models = "tiny"\ntasks = "mr"\nworkers = 3\n', "workers must be a table, got 3"),
+        (
+            'models = "tiny"\ntasks = "mr"\n[workers]\nengine = "ray"\n',
+            "workers.engine must be one of processes, dask, got 'ray'",
+        ),
+        ('models = "tiny"\ntasks = "mr"\n[workers]\nn = 0\n', "workers.n must be a whole number of at least 1, got 0"),
+        (
+            'models = "tiny"\ntasks = "mr"\n[workers]\ncluster = "k8s"\n',
+            "workers.cluster must be one of local, slurm, .*, got 'k8s'",
+        ),
+        (
+            'models = "tiny"\ntasks = "mr"\n[workers]\nthread = 2\n',
+            r"sweep.toml, \[workers\] has no field 'thread'; its fields are engine, n, .*Did you mean 'threads'",
+        ),
     ],
 )
 def test_wrong_sweeps(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         _sweep(tmp_path, "", text)
+
+
+def test_settings_of_the_runs_are_checked_too() -> None:
+    config = SweepConfig(("tiny",), ("synthetic-2",), settings={"shot": 3})
+    with pytest.raises(OptionError, match="the sweep has no field 'shot'; its fields are model, task, shots"):
+        config.runs()
 
 
 def test_tasks_are_looked_up_before_any_run(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hosts import HOST_NAMES, build, left_as_it_was, shared
 from own_parameters import OwnParameters, example
+from rounding import PASS, assert_agree, rounding
 from torch import Tensor
 
 from metaopt_lens import Demo, ICLPrompt, Template
@@ -125,7 +126,11 @@ def compare_steps(
         found = {n: t.transpose(1, 2) if n in QKV else t for n, t in zip(names, stacked, strict=True)}
         assert misses(found, change, projections) <= tolerance
         with torch.no_grad(), WeightUpdate(update.model, **found).applied(model):
-            torch.testing.assert_close(model(torch.tensor([QUERY]))[0], logits, rtol=0, atol=tolerance)
+            found_logits = model(torch.tensor([QUERY]))[0]
+            if dtype == F64:
+                torch.testing.assert_close(found_logits, logits, rtol=0, atol=tolerance)
+            else:
+                assert_agree(found_logits, logits, PASS)
     assert float(update.layer_norms().min()) > 1e-3
     return update
 
@@ -137,7 +142,8 @@ def test_every_step_equals_sgd_on_the_copys_own_keys_and_values(name: str) -> No
 
 @pytest.mark.parametrize("name", sorted(SINGLE))
 def test_in_float32_where_the_host_has_nothing_else(name: str) -> None:
-    compare_steps(name, [[0], [1], [2], [3]], dtype=torch.float32, tolerance=1e-5)
+    """At a third of the learning rate: at 0.3 GPT-OSS makes the rounding before its third step 30 times larger."""
+    compare_steps(name, [[0], [1], [2], [3]], dtype=torch.float32, tolerance=rounding(PASS, 1.0), lr=0.1)
 
 
 @pytest.mark.parametrize("name", KINDS)

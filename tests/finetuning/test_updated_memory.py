@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -13,10 +14,10 @@ from own_parameters import OwnParameters
 from torch import Tensor
 
 from metaopt_lens import ICLPrompt
-from metaopt_lens.extraction import run_shared_prefix
-from metaopt_lens.finetuning import UpdatedMemory, WeightUpdate, finetune, updated_memory
+from metaopt_lens.finetuning import UpdatedMemory, WeightUpdate, delta_w_ft, finetune, updated_memory
 from metaopt_lens.models import wrap
 from metaopt_lens.prompts import TokenizedPrompt
+from metaopt_lens.runs import record, tokenize_for
 
 F64 = torch.float64
 BRIDGES = ["gpt2", "llama", "qwen3", "gemma2", "bloom", "mistral", "stablelm"]
@@ -39,12 +40,9 @@ def update_of(name: str) -> WeightUpdate:
 def memory_of(name: str, text: ICLPrompt = PROMPT) -> tuple[TokenizedPrompt, UpdatedMemory]:
     model = wrap(shared(name, F64))
     tokens = tokenized(model, text)
-    demos = tokens.demonstrations
-    base = run_shared_prefix(model, tokens.ids[: tokens.query.start])
-    assert base is not None
-    queries = [tokens.ids[tokens.query.start :], (50, 3), (51, 52, 53, 54, 3)]  # others in the batch, of other lengths
-    found = updated_memory(model, update_of(name), base, demos, tokens.ids[: demos.start], queries)
-    return tokens, found[0]
+    others = [replace(text, query=query) for query in ("w50", "w51 w52 w53 w54")]  # in the batch, of other lengths
+    runs = record(model, [tokens, *(tokenized(model, other) for other in others)], settings=("zs_matched",))
+    return tokens, updated_memory(model, update_of(name), [r.zs_matched for r in runs])[0]
 
 
 def host_memory(model: Any, tokens: TokenizedPrompt) -> tuple[list[Tensor], list[Tensor]]:
@@ -89,11 +87,8 @@ def test_without_an_update_nothing_changes(name: str) -> None:
     model = wrap(shared(name, dtype))
     tokens = tokenized(model, PROMPT)
     update = 0.0 * finetune(model, PROMPT, lr=1.0, progress=False)
-    base = run_shared_prefix(model, tokens.ids[: tokens.query.start])
-    assert base is not None
-    demos = tokens.demonstrations
-    ids = tokens.ids[: demos.start], [tokens.ids[tokens.query.start :]]
-    memory = updated_memory(model, update, base, demos, *ids)[0]
+    (runs,) = record(model, [tokens], settings=("icl",))
+    memory = updated_memory(model, update, [runs.icl])[0]
     assert torch.equal(memory.k, memory.k_updated)
     assert torch.equal(memory.v, memory.v_updated)
     assert memory.k.shape[1] == len(z_rows(tokens))
@@ -115,11 +110,29 @@ def test_rank_is_at_most_twice_the_tokens_of_z(instruction: str | None, query: s
 
 def test_the_bound_is_reached_by_a_query_of_two_tokens_without_anything_before_it() -> None:
     model = wrap(shared("bridge:gpt2", F64))
-    base = run_shared_prefix(model, (30, 31, 3, 32, 4))
-    assert base is not None
-    from metaopt_lens._types import TokenSpan
-
-    memory = updated_memory(model, update_of("bridge:gpt2"), base, TokenSpan(0, 5), (), [(16, 3)])[0]
+    tokens = tokenize_for(model, [prompt(1, query="w16 :", instruction=None)], prepend_bos=False)
+    assert (len(tokens[0].prefix), len(tokens[0].query)) == (0, 2)
+    (runs,) = record(model, tokens, settings=("icl",))
+    memory = updated_memory(model, update_of("bridge:gpt2"), [runs.icl])[0]
     after = memory.v_updated[1, :, 0].T @ memory.k_updated[1, :, 0]
     before = memory.v[1, :, 0].T @ memory.k[1, :, 0]
     assert int(torch.linalg.matrix_rank(after - before, rtol=1e-10)) == 4 < memory.k.shape[-1]
+
+
+@pytest.mark.parametrize("name", ["bridge:gpt2", "bridge:llama", "bridge:mistral"])
+def test_delta_w_ft_is_the_difference_of_the_two_memories(name: str) -> None:
+    """Over the sources the destination sees, head by head, as outer products one by one."""
+    tokens, memory = memory_of(name)
+    n_z = len(z_rows(tokens))
+    seen = torch.arange(n_z) % 3 != 1
+    for layer in range(3):
+        matrices = delta_w_ft(memory, layer, seen).AB
+        for head in range(memory.k.shape[2]):
+            expected = sum(
+                torch.outer(memory.v_updated[layer, i, head], memory.k_updated[layer, i, head])
+                - torch.outer(memory.v[layer, i, head], memory.k[layer, i, head])
+                for i in range(n_z)
+                if seen[i]
+            )
+            torch.testing.assert_close(matrices[head], expected, rtol=0, atol=1e-9)
+            assert matrices[head].abs().max() > 1e-3

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hosts import HOOKED_NAMES, left_as_it_was, prompt, shared, tokenized
+from rounding import PASS, assert_agree
 from torch import Tensor
 
 from metaopt_lens import Demo, ICLPrompt, KnockOut, MetaoptLensError, intervene
@@ -50,19 +51,19 @@ def test_exact_effects_are_knock_outs_on_the_host(name: str) -> None:
     model, result = shared(name), effects(name)
     for query, text in enumerate(prompts()):
         full = on_the_host(model, text)
-        torch.testing.assert_close(result.in_context[query], full, rtol=0, atol=1e-5)
+        assert_agree(result.in_context[query], full, PASS)
         with intervene(model, KnockOut(text)):
-            torch.testing.assert_close(result.zero_shot[query], on_the_host(model, text), rtol=0, atol=1e-5)
+            assert_agree(result.zero_shot[query], on_the_host(model, text), PASS)
         for layer, head in ((0, 0), (1, 2), (2, 3)):
             with intervene(model, KnockOut(text, heads=f"L{layer}H{head}")):
                 expected = full - on_the_host(model, text)
-            torch.testing.assert_close(result.exact[query, layer, head], expected, rtol=0, atol=1e-5)
+            assert_agree(result.exact[query, layer, head], expected, PASS, of=(full,))
         with intervene(model, KnockOut(text, demos=[1])):
-            torch.testing.assert_close(result.demo_exact[query, 1], full - on_the_host(model, text), rtol=0, atol=1e-5)
+            assert_agree(result.demo_exact[query, 1], full - on_the_host(model, text), PASS, of=(full,))
         assert result.demo_exact_per_head is not None
         with intervene(model, KnockOut(text, heads="L1H1", demos=[2])):
             expected = full - on_the_host(model, text)
-        torch.testing.assert_close(result.demo_exact_per_head[query, 1, 1, 2], expected, rtol=0, atol=1e-5)
+        assert_agree(result.demo_exact_per_head[query, 1, 1, 2], expected, PASS, of=(full,))
     assert result.exact.abs().max() > 1e-2
 
 
@@ -109,40 +110,87 @@ def test_estimates_per_demonstration_and_head(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_adding_heads_goes_from_zero_shot_to_in_context(name: str) -> None:
+def test_heads_are_ranked_on_some_queries_and_added_back_on_others(name: str) -> None:
     result = effects(name)
-    torch.testing.assert_close(result.added[:, 0], result.zero_shot, rtol=0, atol=1e-6)
-    torch.testing.assert_close(result.added[:, -1], result.in_context, rtol=0, atol=1e-6)
-    frame = result.to_frame()
-    assert list(frame["rank"]) == list(range(1, 13))
-    assert abs(frame["recovered"].iloc[-1] - 1) < 1e-5
-    signed = frame["exact"] * (1 if float(result.gain.mean()) > 0 else -1)
-    assert signed.is_monotonic_decreasing
+    held_out = result.held_out.tolist()
+    selection = [query for query in range(3) if query not in held_out]
+    assert (len(selection), len(held_out)) == (1, 2)
+    assert_agree(result.added[:, 0], result.zero_shot[held_out], PASS)
+    assert_agree(result.added[:, -1], result.in_context[held_out], PASS)
+    sign = 1 if float(result.gain[selection].mean()) > 0 else -1
+    ranked_on = result.exact[selection].mean(0).flatten() * sign
+    assert ranked_on[result.selection_order].diff().max() <= 0
+    order = [f"L{i // 4}H{i % 4}" for i in result.selection_order.tolist()]
+    for n in (1, 4):
+        with intervene(shared(name), KnockOut(prompts()[held_out[0]], heads=order[n:])):
+            alone = on_the_host(shared(name), prompts()[held_out[0]])
+        assert_agree(result.added[0, n], alone, PASS)
     found = result.icl_heads(0.5)
     assert found.recovered >= 0.5
-    assert found.heads == result.ranked(len(found.heads))
+    assert [str(head) for head in found.heads] == order[: len(found.heads)]
+    curve = result.recovery_to_frame()
+    assert curve["added"].tolist() == ["", *order]
+    start, end = result.added[:, 0].mean(), result.added[:, -1].mean()
+    expected = (result.added.mean(0) - start) / (end - start)
+    assert curve["recovered"].tolist() == pytest.approx(expected.tolist(), abs=1e-9)
+    assert (curve["recovered"][len(found.heads) :] >= 0.5 - 1e-9).all()
+    assert curve["recovered"][len(found.heads) - 1] < 0.5
+
+
+def test_the_table_is_ranked_over_all_queries() -> None:
+    result = effects("bridge:gpt2")
+    frame = result.to_frame()
+    assert list(frame["rank"]) == list(range(1, 13))
+    signed = frame["exact"] * (1 if float(result.gain.mean()) > 0 else -1)
+    assert signed.is_monotonic_decreasing
+    assert frame["name"].tolist() == [str(head) for head in result.ranked()]
     first = result.ranked(1)[0]
-    rest = [str(head) for head in result.ranked()[1:]]
-    with intervene(shared(name), KnockOut(prompts()[0], heads=rest)):
-        alone = on_the_host(shared(name), prompts()[0])
-    torch.testing.assert_close(result.added[0, 1], alone, rtol=0, atol=1e-5)
     assert float(result.map[first.layer, first.head]) == pytest.approx(frame["exact"].iloc[0])
+    values = result.exact[:, first.layer, first.head].numpy()
+    assert frame["exact_std"].iloc[0] == pytest.approx(values.std(ddof=1))
+
+
+def test_one_query_has_no_spread_and_no_recovery() -> None:
+    """0.1 gave a standard deviation of 0.0, and a number of heads ranked and scored on the same query."""
+    result = head_effects(shared("bridge:gpt2"), prompts()[:1], metric="label_log_prob")
+    assert result.to_frame()["exact_std"].isna().all()
+    assert result.to_frame()["first_order_std"].isna().all()
+    assert result.added.shape == (0, 13)
+    for ask in (result.recovery, result.icl_heads, result.recovery_to_frame):
+        with pytest.raises(MetaoptLensError, match="not defined for a single query: heads are ranked on some"):
+            ask()
+    assert "not defined for a single query" in repr(result)
+
+
+def test_two_queries_give_a_number_without_an_interval() -> None:
+    result = head_effects(shared("bridge:gpt2"), prompts()[:2], metric="label_log_prob")
+    found = result.recovery()
+    assert (found.n_units, found.low, found.high) == (1, None, None)
+    assert "alone gives no interval, conditional on these demonstrations" in found.note
+
+
+def test_the_split_is_drawn_from_the_seed() -> None:
+    model = shared("bridge:gpt2")
+    found = {
+        seed: tuple(head_effects(model, prompts(), metric="loss", seed=seed).held_out.tolist()) for seed in (0, 1, 2, 3)
+    }
+    assert found[0] == tuple(effects("bridge:gpt2", "loss").held_out.tolist())
+    assert len(set(found.values())) > 1
 
 
 def test_metrics_agree_with_each_other() -> None:
     name = "bridge:gpt2"
     log_prob, loss, own = effects(name), effects(name, "loss"), effects(name, third_token)
-    torch.testing.assert_close(loss.exact, -log_prob.exact)
-    torch.testing.assert_close(loss.first_order, -log_prob.first_order)
+    assert_agree(loss.exact, -log_prob.exact, PASS, of=(loss.in_context,))
+    assert_agree(loss.first_order, -log_prob.first_order, PASS)
     assert loss.ranked() == log_prob.ranked()  # by how much of the gain they give, whatever the metric's direction
     assert own.metric == "third_token"
     with torch.no_grad():
         logits = shared(name)(torch.tensor([tokenized(shared(name), prompts()[2]).ids]))
-    assert float(own.in_context[2]) == pytest.approx(float(logits[0, -1, 33]), abs=1e-5)
+    assert_agree(own.in_context[2], logits[0, -1, 33].double(), PASS, of=(logits[0, -1],))
     difference = effects(name, "logit_difference")
-    assert float(difference.in_context[2]) == pytest.approx(
-        float(logits[0, -1, 40] - (logits[0, -1, 32] + logits[0, -1, 36]) / 2), abs=1e-5
-    )
+    expected = (logits[0, -1, 40] - (logits[0, -1, 32] + logits[0, -1, 36]) / 2).double()
+    assert_agree(difference.in_context[2], expected, PASS, of=(logits[0, -1],))
 
 
 def test_the_bundled_model() -> None:
@@ -161,7 +209,8 @@ def test_the_bundled_model() -> None:
     assert float(result.gain.mean()) > 5
     found = result.icl_heads()
     assert 1 <= len(found.heads) < 12
-    assert "heads recover 90 % of the gain" in repr(result)
+    assert f"{len(found.heads)} " in repr(result).split("largest effects")[1]
+    assert "heads recover 90 % of the gain on" in repr(result)
     assert len(result.demos_to_frame()) == 4
     assert result.demo_correlation > 0
 
@@ -169,8 +218,8 @@ def test_the_bundled_model() -> None:
 def test_batch_size_changes_nothing() -> None:
     one = head_effects(shared("bridge:gpt2"), prompts(), metric="label_log_prob", batch_size=1)
     many = effects("bridge:gpt2")
-    torch.testing.assert_close(one.exact, many.exact, rtol=0, atol=1e-6)
-    torch.testing.assert_close(one.first_order, many.first_order, rtol=0, atol=1e-6)
+    assert_agree(one.exact, many.exact, PASS, of=(many.in_context,))
+    assert_agree(one.first_order, many.first_order, PASS, of=(many.in_context,))
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
@@ -196,5 +245,8 @@ def test_refusals() -> None:
     clash = ICLPrompt(DEMOS, "w16", instruction="w20", label="w36 w37", candidates=("w36 w37", "w36 w38"))
     with pytest.raises(MetaoptLensError, match="candidates with another first token"):
         head_effects(model, [clash])
+    alone = ICLPrompt([("w30", "w32")], "w16", instruction="w20", label="w32")
+    with pytest.raises(MetaoptLensError, match="needs other candidates"):
+        head_effects(model, [alone])
     with pytest.raises(MetaoptLensError, match="share must lie above 0"):
         effects("bridge:gpt2").icl_heads(0.0)

@@ -19,12 +19,15 @@ from hosts import (
     tokenized,
     transformers_z,
 )
+from rounding import PASS, STEP, assert_agree, of_pass
 from torch import Tensor
 
 from metaopt_lens import KnockOut, MetaoptLensError, decompose, intervene
 from metaopt_lens.prompts import TokenizedPrompt
 
 PROMPT = prompt()
+# An expert computes its tokens together: where other tokens of Q come to it, those of D are rounded differently.
+MIXTURES = {"bridge:gpt_oss", "bridge:mixtral"}
 EDITABLE = [name for name in HOST_NAMES if name not in NATIVE_ATTENTION]
 
 
@@ -49,10 +52,14 @@ def test_all_heads_equal_the_host_with_scores_at_minus_infinity(name: str) -> No
     expected = run(model, tokens.ids, edits=mask_query_to_demos(model, tokens))
     with intervene(model, KnockOut(PROMPT)):
         found = run(model, tokens.ids)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert_agree(found, expected, of_pass(name))
     full = run(model, tokens.ids)
     assert (full[-1] - found[-1]).abs().max() > 1e-2
-    assert torch.equal(full[: tokens.query.start], found[: tokens.query.start])  # D itself is left alone
+    before = slice(tokens.query.start)  # D itself is left alone
+    if name in MIXTURES:
+        assert_agree(found[before], full[before], PASS)
+    else:
+        assert torch.equal(found[before], full[before])
 
 
 @pytest.mark.parametrize("name", sorted(NATIVE_ATTENTION))
@@ -62,7 +69,7 @@ def test_all_heads_where_bridges_discard_edits(name: str) -> None:
     with intervene(model, KnockOut(tokens)):
         found = host_z(model, tokens.ids)
     masked = transformers_z(name, tokens, hide_demos=True)
-    torch.testing.assert_close(found.flatten(2), masked, rtol=0, atol=1e-5)
+    assert_agree(found.flatten(2), masked, of_pass(name))
 
 
 @pytest.mark.parametrize("name", HOST_NAMES)
@@ -71,7 +78,7 @@ def test_all_heads_equal_the_position_matched_run_of_decompose(name: str) -> Non
     result = decompose(model, PROMPT, position="all")
     with intervene(model, KnockOut(PROMPT)):
         found = host_z(model, result.tokenized.ids)[result.tokenized.query.slice]
-    torch.testing.assert_close(found, result.z_position_matched, rtol=0, atol=1e-5)
+    assert_agree(found, result.z_position_matched, of_pass(name))
 
 
 @pytest.mark.parametrize("name", HOST_NAMES)
@@ -83,9 +90,9 @@ def test_one_head_gives_what_decompose_predicts(name: str, head: tuple[int, int]
     with intervene(model, KnockOut(PROMPT, heads=[f"L{layer}H{index}"])):
         found = host_z(model, result.tokenized.ids)[result.tokenized.query.slice]
     predicted = result.softmax.without_demos[:, layer, index]
-    torch.testing.assert_close(found[:, layer, index], predicted, rtol=0, atol=1e-5)
+    assert_agree(found[:, layer, index], predicted, of_pass(name))
     others = [i for i in range(4) if i != index]
-    torch.testing.assert_close(found[:, layer, others], result.z[:, layer, others], rtol=0, atol=1e-5)
+    assert_agree(found[:, layer, others], result.z[:, layer, others], of_pass(name))
 
 
 @pytest.mark.parametrize("demo", [0, 2])
@@ -96,7 +103,7 @@ def test_leave_one_demonstration_out(name: str, demo: int) -> None:
     expected = run(model, tokens.ids, edits=hide(tokens, demo, 3))
     with intervene(model, KnockOut(PROMPT, demos=[demo])):
         found = run(model, tokens.ids)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert_agree(found, expected, of_pass(name))
 
 
 @pytest.mark.parametrize("name", ["bridge:gpt2", "bridge:gemma2", *HOOKED_NAMES[:1]])
@@ -109,7 +116,7 @@ def test_positions(name: str) -> None:
         last = run(model, tokens.ids)
     assert torch.equal(last[:-1], full[:-1])
     with intervene(model, KnockOut(PROMPT, positions=[n - 1])):
-        torch.testing.assert_close(run(model, tokens.ids), last)
+        assert_agree(run(model, tokens.ids), last, STEP)
     with intervene(model, KnockOut(PROMPT)):
         query = run(model, tokens.ids)
     assert (query[-1] - last[-1]).abs().max() > 1e-3  # the last position alone is not the zero-shot run
@@ -132,7 +139,7 @@ def test_padded_batch_and_generation(name: str) -> None:
             model.generate(torch.tensor([long.ids]), use_past_kv_cache=c, return_type="tokens", **options)
             for c in (True, False)
         ]
-    torch.testing.assert_close(batch[:, -1], torch.stack(alone), rtol=0, atol=1e-4)
+    assert_agree(batch[:, -1], torch.stack(alone), PASS)
     assert torch.equal(*new)
 
 
@@ -146,7 +153,7 @@ def test_behind_a_shared_prefix() -> None:
         expected = run(model, tokens.ids)[-1]
     found = mg.run(model, torch.tensor([tokens.ids[tokens.query.start :]]), hooks=knock_out.hooks(wrap(model)))
     assert found is not None
-    torch.testing.assert_close(found[0, -1], expected, rtol=0, atol=1e-5)
+    assert_agree(found[0, -1], expected, PASS)
 
 
 @pytest.mark.parametrize("name", ["bridge:gpt2", *HOOKED_NAMES[:1]])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import make_hf, tokenizer
+from rounding import PASS, STEP, assert_agree
 
 from metaopt_lens._errors import FileFormatError, OptionError, UnsupportedModelError
 from metaopt_lens.models import load_model, wrap
@@ -26,10 +27,9 @@ def test_a_local_folder_is_loaded_unprocessed(folder: Path, dtype: torch.dtype) 
     assert not wrap(model).info.is_processed
     assert {p.dtype for p in model.parameters()} == {dtype}
     ids = torch.tensor([[1, 7, 8, 9]])
-    tolerance = 1e-5 if dtype == torch.float32 else 0.05
     with torch.inference_mode():
         expected = make_hf("llama").to(dtype)(ids).logits
-        torch.testing.assert_close(model(ids), expected, atol=tolerance, rtol=tolerance)
+        assert_agree(model(ids), expected, PASS if dtype == torch.float32 else STEP, dtype=dtype)
 
 
 def test_tiny_is_the_bundled_model() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rounding import PASS, assert_agree
 
 from metaopt_lens._errors import FileFormatError, OptionError, UnsupportedModelError
 from metaopt_lens.models.tiny import (
@@ -131,7 +132,7 @@ def test_both_classes_give_equal_logits(bridge):
     episodes = sample_episodes(n=8, n_demos=16, n_categories=3, seed=5)
     ids = torch.tensor([[BOS, *tokenizer(e.text()).input_ids] for e in episodes])
     with torch.inference_mode():
-        torch.testing.assert_close(hooked(ids), bridge(ids), atol=2e-5, rtol=1e-5)
+        assert_agree(hooked(ids), bridge(ids), PASS)
     assert not hooked.training
     text = episodes[0].text()
     assert hooked.to_tokens(text).tolist() == bridge.to_tokens(text).tolist()
@@ -158,7 +159,7 @@ def test_logits_equal_those_of_transformers(bridge):
     plain.load_state_dict(load_file(DATA / WEIGHTS_FILE))
     ids = bridge.to_tokens("apple : dax\nhammer : wug\npear :")
     with torch.inference_mode():
-        torch.testing.assert_close(bridge(ids), plain(input_ids=ids).logits, atol=2e-5, rtol=1e-5)
+        assert_agree(bridge(ids), plain(input_ids=ids).logits, PASS)
 
 
 def test_loading_keeps_the_global_random_state():
@@ -173,7 +174,7 @@ def test_dtype_and_mode(bridge):
     ids = bridge.to_tokens("apple : dax\npear :")
     with torch.inference_mode():
         assert double(ids).dtype == torch.float64
-        torch.testing.assert_close(double(ids).float(), bridge(ids), atol=2e-5, rtol=1e-5)
+        assert_agree(double(ids).float(), bridge(ids), PASS)
 
 
 def test_unknown_backend():

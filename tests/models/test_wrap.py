@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from metaopt_lens import MetaoptLensError, decompose, wrap
 from metaopt_lens._errors import NonFiniteError, UnsupportedModelError
-from metaopt_lens.models import AttentionModel, ModelInfo
+from metaopt_lens.models import LensModel, ModelInfo
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -53,6 +53,14 @@ def tiny_deepseek() -> Any:
     return transformers.DeepseekV3ForCausalLM(config)
 
 
+def tiny_llama4() -> Any:
+    config = transformers.Llama4TextConfig(
+        **SMALL, intermediate_size_mlp=48, num_key_value_heads=2, head_dim=8, num_local_experts=2,
+        num_experts_per_tok=1, attention_chunk_size=6, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return transformers.Llama4ForCausalLM(config)
+
+
 def dynamic_ntk() -> Any:
     return make_hf("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
 
@@ -72,6 +80,7 @@ def falcon_with_alibi() -> Any:
         (tiny_mamba, r"MambaForCausalLM\): layer 0 has no attention \(state-space"),
         (tiny_bert, r"BertForMaskedLM\) is an encoder; only decoder-only models"),
         (tiny_deepseek, r"DeepseekV3ForCausalLM\) uses multi-head latent attention \(MLA\)"),
+        (tiny_llama4, r"Llama4ForCausalLM\) is not supported: some of its layers attend in chunks"),
         (dynamic_ntk, r"LlamaForCausalLM\) has a rotary embedding that depends on the sequence length \(dynamic\)"),
         (falcon_with_alibi, r"FalconForCausalLM\): rebuilding the attention pattern from q and k of layer 0 misses"),
     ],
@@ -185,7 +194,7 @@ def test_the_check_is_not_repeated_for_a_model_that_passed_it(monkeypatch: pytes
     wrap(model)
     gc.collect()  # the first wrapper is gone
     assert len(passes) == 1
-    assert isinstance(wrap(model), AttentionModel)
+    assert isinstance(wrap(model), LensModel)
     assert len(passes) == 1
 
 
@@ -221,6 +230,40 @@ def test_self_check_finds_attention_that_its_hooks_do_not_show(
     own_hook.hook_dict[point].add_hook(user_hook)
     with pytest.raises(UnsupportedModelError, match=message):
         wrap(own_hook)
+
+
+@pytest.mark.parametrize("window", [6, 20])
+def test_self_check_looks_beyond_sliding_windows(window: int) -> None:
+    """An attention that goes wrong only past the window, where nine tokens do not reach."""
+    model = build("bridge:mistral", sliding_window=window)
+
+    def wrong_far_away(scores: Tensor, hook: Any) -> Tensor:
+        scores = scores.clone()
+        scores[:, :, window + 8 :, window + 8] += 1.0
+        return scores
+
+    model.hook_dict["blocks.1.attn.hook_attn_scores"].add_hook(wrong_far_away)
+    with pytest.raises(UnsupportedModelError, match=r"attention pattern from q and k of layer 1 misses"):
+        wrap(model)
+    model.reset_hooks()
+
+
+@pytest.mark.parametrize(("name", "n_tokens"), [("bridge:gpt2", 9), ("bridge:mistral", 15), ("bridge:gemma2", 15)])
+def test_self_check_is_long_only_where_there_are_windows(name: str, n_tokens: int) -> None:
+    model = build(name)
+    seen: list[int] = []
+    model.hook_dict["embed.hook_out"].add_hook(lambda tensor, hook: seen.append(tensor.shape[1]))
+    wrap(model)
+    assert seen == [n_tokens]
+
+
+def test_hooks_that_do_not_fire_are_named() -> None:
+    """An architecture nobody has looked at: the wrapper says what it misses instead of raising a KeyError."""
+    model = build("bridge:llama")
+    wrapped = wrap(model)
+    hooks = [hook for hook in wrapped.attention_hooks(1, lambda call: None) if not hook[0].endswith("hook_rot_k")]
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM\): the hook on k of layer 1 does not fire"):
+        wrapped.run(torch.tensor([[1, 2]]), hooks=hooks)
 
 
 @pytest.mark.parametrize("name", HOST_NAMES)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metaopt_lens._errors import PromptError
-from metaopt_lens.prompts import INSTRUCTIONS, LABEL_WORDS, TEMPLATES, Demo, ICLPrompt, Piece, Template
+from metaopt_lens.prompts import Demo, ICLPrompt, Piece, Template
 
 words = st.text("ab:->. {}é\t", min_size=1, max_size=9).filter(lambda s: s.strip())
 
@@ -192,20 +192,3 @@ def test_what_is_no_demonstration(demo: object) -> None:
 def test_template_refuses(fields: dict[str, str], message: str) -> None:
     with pytest.raises(PromptError, match=message):
         Template(**fields)
-
-
-def test_published_templates() -> None:
-    assert set(TEMPLATES) == set(LABEL_WORDS) == {"sst2", "sst5", "mr", "subj", "agnews", "cb"}
-    shown = {
-        name: ICLPrompt([("x", LABEL_WORDS[name][0])], "z", template, INSTRUCTIONS.get(name)).text
-        for name, template in TEMPLATES.items()
-    }
-    assert shown["sst2"] == "Sentence: x\nLabel: Negative\nSentence: z\nLabel:"
-    assert shown["mr"] == "Review: x\nSentiment: Negative\nReview: z\nSentiment:"
-    assert shown["subj"] == "Input: x\nType: objective\nInput: z\nType:"
-    assert shown["agnews"] == (
-        "Classify the news articles into the categories of World, Sports, Business, and Technology.\n"
-        "News: x\nType: World\nNews: z\nType:"
-    )
-    premise = "p\nQuestion: h"
-    assert ICLPrompt([], premise, TEMPLATES["cb"]).text == "p\nQuestion: h True, False, or Neither?\nAnswer:"

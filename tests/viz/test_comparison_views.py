@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from metaopt_lens.analysis import Comparison, findings, headline
+from metaopt_lens.analysis import Comparison
 from metaopt_lens.experiments import compare_prompts, episode_prompts
+from metaopt_lens.experiments._join import join_comparisons
 from metaopt_lens.interventions import head_effects
 from metaopt_lens.models.tiny import load_tiny, sample_episodes
 from metaopt_lens.viz import (
@@ -34,10 +35,34 @@ def test_map_shows_value_null_and_excess(comparison: Comparison) -> None:
     figure = comparison_map(comparison, "z total")
     statistic = comparison["z total"]
     value = statistic.values.nanmean(0).numpy()
-    null = statistic.nulls["shuffled"].nanmean(0).numpy()
+    null = statistic.nulls["other query"].nanmean(0).numpy()
     for trace, grid in zip(figure.data, (value, null, value - null), strict=True):
         np.testing.assert_allclose(np.array(trace.z, dtype=float), grid, atol=1e-6)
     assert len({(trace.zmin, trace.zmax) for trace in figure.data}) == 1  # a null as large must look as large
+
+
+def test_absolute_numbers_stand_by_the_predictions(comparison: Comparison, tmp_path: Path) -> None:
+    answers = comparison.settings["answers"]
+    mass = {key: sum(values["candidate_mass"]) / 5 for key, values in answers.items()}
+    assert mass["ICL"] > 0.9 > 0.5 > mass["ZS"]
+    expected = (
+        f"Total probability of the candidates, mean over queries: {mass['ZS']:.1%} zero-shot, {mass['ICL']:.1%} in "
+        f"context, {mass['FT']:.1%} finetuned."
+    )
+    first = {key: sum(rank == 1 for rank in values["label_rank"]) for key, values in answers.items()}
+    html = write_comparison_outputs(comparison, tmp_path)["page"].read_text(encoding="utf-8")
+    for sentence in (expected, f"first choice in the whole vocabulary for {first['ZS']} of 5 zero-shot"):
+        assert sentence in html
+    assert f"have a probability of only {mass['ZS']:.1%} zero-shot" in html
+    joined = join_comparisons([comparison, comparison]).settings["answers"]
+    assert joined["ICL"]["label_rank"] == answers["ICL"]["label_rank"] * 2
+
+
+def test_effects_map_of_one_query_has_no_curve() -> None:
+    episode = sample_episodes(n=1, n_demos=6, n_categories=2)[0]
+    figure = effects_map(head_effects(load_tiny(), episode_prompts(episode)[:1]))
+    assert len(figure.data) == 2
+    assert "undefined" in [annotation.text for annotation in figure.layout.annotations]
 
 
 def test_curves_show_every_null(comparison: Comparison) -> None:
@@ -62,42 +87,15 @@ def test_terminal_table_fits_eighty_columns(comparison: Comparison) -> None:
 def test_outputs_are_complete(comparison: Comparison, tmp_path: Path) -> None:
     written = write_comparison_outputs(comparison, tmp_path)
     data = json.loads(written["data"].read_text(encoding="utf-8"))
-    assert data["rec2ftp"].keys() == {"value", "base_rate", "undefined"}
+    counts = {"both", "ft", "icl", "zs_wrong", "n_queries"}
+    assert data["rec2ftp"].keys() == {"value", "interval", "base_rate", "undefined"} | counts
+    assert {f["answer"] for f in data["findings"]} == {"undecided"}  # one demonstration set
+    assert {row["significant"] for row in data["summary"]} == {None}
     assert {row["statistic"] for row in data["summary"]} == {s.name for s in comparison.statistics}
     html = written["page"].read_text(encoding="utf-8")
     assert "Content-Security-Policy" in html
     assert html.count("ml-map-0") >= 1
     json.dumps(comparison_data(comparison), allow_nan=False)
-
-
-def test_findings_follow_their_intervals(comparison: Comparison) -> None:
-    answers = findings(comparison)
-    for finding in answers:
-        expected = "yes" if finding.low > 0 else "no" if finding.high < 0 else "unclear"
-        assert finding.answer == expected
-        assert f"{finding.estimate:+.3f}" in finding.sentence
-    questions = [f.question for f in answers]
-    assert "Does the model learn in context?" in questions
-    assert "Is it more than any finetuning of this size would give?" in questions
-    assert headline(answers).endswith(".")
-
-
-def test_headline_is_no_stronger_than_the_findings(comparison: Comparison) -> None:
-    import dataclasses
-
-    answers = findings(comparison)
-    same_way = "Do the in-context and the finetuning update point the same way?"
-
-    def with_answers(direction: str, controls: str) -> str:
-        changed = tuple(
-            dataclasses.replace(f, answer=direction if f.question == same_way else controls) for f in answers
-        )
-        return headline(changed)
-
-    assert "does not prove" in with_answers("yes", "yes")
-    assert "no evidence" in with_answers("yes", "unclear")
-    assert "No common direction" in with_answers("unclear", "yes")
-    assert "opposite" in with_answers("no", "yes")
 
 
 def test_effects_map_shows_exact_and_estimated_effects() -> None:

@@ -45,16 +45,16 @@ def test_scales_are_fixed_where_the_value_has_bounds(result: Decomposition) -> N
 
 
 def test_an_unknown_value_is_refused_with_the_known_ones(result: Decomposition) -> None:
-    with pytest.raises(OptionError, match=r"no value 'masss' to draw: choose one of mass, meta_gradient_share, fid"):
+    with pytest.raises(OptionError, match=r"no value 'masss' to draw: choose one of mass, meta_gradient_residual_norm"):
         head_map(result, "masss")
     with pytest.raises(OptionError, match="no value 'token'"):
         head_map(result, "token")
 
 
-def test_meta_gradient_share_orders_heads_as_the_result_does(result: Decomposition) -> None:
+def test_the_table_has_the_column_that_orders_heads_and_the_share(result: Decomposition) -> None:
     table = head_table(result)
     assert np.allclose(table["meta_gradient_share"] * table["z_norm"], table["meta_gradient_norm"])
-    order = head_means(result).sort_values("meta_gradient_share", ascending=False)["name"]
+    order = head_means(result).sort_values("meta_gradient_residual_norm", ascending=False)["name"]
     assert list(order) == [str(ref) for ref in result.heads()]
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from shown import cards, prompt
 
 from metaopt_lens import Decomposition, DecompositionSet, ICLPrompt, decompose
 from metaopt_lens._errors import HeadError, OptionError
-from metaopt_lens.extraction import predict_labels
-from metaopt_lens.viz import write_page
+from metaopt_lens.runs import predict_labels
+from metaopt_lens.viz import labels_text, write_page
 
 
 def _markup(path: Path) -> str:
@@ -63,11 +65,12 @@ def test_every_head_is_in_the_table_with_its_numbers(result: Decomposition, tmp_
     for name, cells in rows.items():
         values = [float(v) for v in re.findall(r'data-order="([^"]+)"', cells)]
         assert values[0] == pytest.approx(frame.loc[name, "mass"])
-        assert values[2] == pytest.approx(frame.loc[name, "fidelity"])
+        assert values[1] == pytest.approx(frame.loc[name, "meta_gradient_residual_norm"])
+        assert values[3] == pytest.approx(frame.loc[name, "fidelity"])
 
 
 def test_maps_of_mass_norms_fidelity_and_effects(tiny: Any, result: Decomposition, tmp_path: Path) -> None:
-    always = ["mass", "meta_gradient_share", "fidelity", "zero_shot_norm", "meta_gradient_norm"]
+    always = ["mass", "meta_gradient_residual_norm", "fidelity", "zero_shot_norm", "meta_gradient_norm"]
     both = [*always, "total_effect_norm", "direct_effect_norm", "indirect_effect_norm", "position_effect_norm"]
     plain = [*always, "total_effect_norm", "direct_effect_norm", "indirect_and_position_norm"]
     for runs, expected in (("both", both), ("plain", plain), ("none", always)):
@@ -111,10 +114,44 @@ def test_a_machine_path_is_not_shown(result: Decomposition, tmp_path: Path) -> N
 def test_answers_of_the_model_are_shown(tiny: Any, result: Decomposition, tmp_path: Path) -> None:
     answer = predict_labels(tiny, result.prompt, result.tokenized)
     markup = _markup(write_page(result, tmp_path / "page.html", predictions=[answer]))
-    assert "<th>dax ✓</th><th>wug</th>" in markup
-    assert f"{float(answer.in_context_shares[0]):.1%}" in markup
+    own = answer.in_context_vocabulary
+    assert "<td>dax ✓</td>" in markup
+    assert "<td>wug</td>" in markup
+    assert f"{float(own.probabilities[0]):.1%}<small>{float(answer.in_context_shares[0]):.1%}</small>" in markup
+    assert f"<code>{own.top[0].text.strip()}</code> {own.top[0].probability:.1%}" in markup
+    assert "✓ marks the right label" in markup
     with pytest.raises(OptionError, match="one for each of the 1 prompts, got 2"):
         write_page(result, tmp_path / "page.html", predictions=[answer, answer])
+
+
+def test_an_open_answer_is_on_the_page(tiny: Any, tmp_path: Path) -> None:
+    """The right label is that of no demonstration: it is listed, with its probability and rank, and the warning."""
+    item = decompose(tiny, ICLPrompt(prompt().demos, "plum", label="kiki"))
+    answer = item.predict()
+    own = answer.in_context_vocabulary
+    markup = _markup(write_page(item, tmp_path / "page.html", predictions=[answer]))
+    assert "<td>kiki ✓</td>" in markup
+    assert f"{float(own.probabilities[2]):.1%}<small>" in markup
+    ranks = f"{answer.zero_shot_vocabulary.rank} zero-shot and {own.rank} in context"
+    assert f"first token (kiki) in the whole vocabulary: {ranks}" in markup
+    assert answer.mass_note is not None
+    assert answer.mass_note in markup
+
+
+def test_no_tick_is_explained_where_there_is_none(tiny: Any, tmp_path: Path) -> None:
+    """A right label outside the candidates asked for, an unknown one, and no candidates at all."""
+    item = decompose(tiny, prompt())
+    outside = item.predict(labels=["kiki", "bouba"])
+    unknown = decompose(tiny, ICLPrompt(prompt().demos, "plum")).predict()
+    none = item.predict(labels=[])
+    for number, answer in enumerate((outside, unknown, none)):
+        markup = _markup(write_page(item, tmp_path / f"{number}.html", predictions=[answer]))
+        assert "✓" not in markup
+        console = Console(width=200, record=True, file=io.StringIO())
+        console.print(labels_text(answer))
+        printed = console.export_text()
+        assert "✓" not in printed
+        assert "Most probable next tokens" in printed
 
 
 def test_a_set_shows_its_first_prompts_and_says_how_many_it_leaves_out(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from shown import cards
 from typer.testing import CliRunner
 
 from metaopt_lens._errors import OptionError
@@ -28,6 +30,31 @@ def test_verdict_methods_and_tables(run: ExperimentResult, tmp_path: Path) -> No
     for name in run.table_names:
         stored = pd.read_csv(written[name])
         assert len(stored) == len(run.table(name))
+
+
+def test_the_heads_drawn_are_those_the_table_of_effects_names_first(run: ExperimentResult, tmp_path: Path) -> None:
+    html = write_report([run], tmp_path / "report.html")["page"].read_text(encoding="utf-8")
+    table = run.table("attributions")
+    gain = run.table("attribution_seeds")["gain"].mean()
+    effects = table["exact"] * (1 if gain > 0 else -1)
+    assert effects.is_monotonic_decreasing
+    expected = table["name"].tolist()[:4]
+    example = run.example()
+    assert example is not None
+    assert expected != [str(ref) for ref in example.heads(4)]  # else this could not tell the orders apart
+    assert [card.head for card in cards(html)] == expected * 2
+    shown = html.split("<h3>Heads by effect</h3>")[1].split("</table>")[0]
+    assert re.findall(r">(L\dH\d)<", shown)[:4] == expected
+
+
+def test_recovery_of_single_queries_is_undefined_and_said_in_words(run: ExperimentResult, tmp_path: Path) -> None:
+    """`SMALL` measures effects on one query a seed: no held-out query, no interval of an effect over one set."""
+    html = write_report([run], tmp_path / "report.html")["page"].read_text(encoding="utf-8")
+    assert "is not defined for a single query" in html
+    assert "heads_for_90_percent" not in html
+    assert "Heads that recover 90 % of the in-context gain" in html
+    seeds = run.table("attribution_seeds")
+    assert seeds[["heads_needed", "heads_low", "heads_high"]].isna().all().all()
 
 
 def test_several_runs_are_compared(run: ExperimentResult, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,13 @@ from shown import cards
 
 from metaopt_lens import Decomposition, HeadRef
 from metaopt_lens._errors import HeadError, OptionError
+from metaopt_lens.runs import Runs
 from metaopt_lens.viz import attention_view, token_view
+
+
+def changed(result: Decomposition, **fields: Any) -> Decomposition:
+    """The decomposition of an in-context run with other contents."""
+    return replace(result, runs=Runs({"icl": replace(result.runs.icl, **fields)}))
 
 
 def _values(panel: list) -> torch.Tensor:
@@ -22,7 +29,7 @@ def test_attention_view_shows_the_pattern_of_every_token(result: Decomposition) 
     (card,) = cards(attention_view(result, ["L1H2"]).html)
     assert card.head == "L1H2"
     (panel,) = card.panels
-    torch.testing.assert_close(_values(panel), result.pattern[0, 1, 2], atol=1e-6, rtol=0)
+    torch.testing.assert_close(_values(panel), result.pattern[1, 2], atol=1e-6, rtol=0)
     shown = [token for row in panel for token in row.props["tokens"]]
     assert [t.replace("\u200b", "").replace("⏎", "\n") for t in shown] == list(result.tokenized.tokens)
 
@@ -33,7 +40,7 @@ def test_demonstrations_are_rows_with_their_share_of_the_attention(result: Decom
     assert [row.name for row in rows] == ["start", "demo 1", "demo 2", "demo 3", "demo 4", "query"]
     for row, span in zip(rows[1:5], result.tokenized.demos, strict=True):
         assert len(row.props["tokens"]) == len(span)
-        assert row.total == pytest.approx(float(result.pattern[0, 1, 2, span.slice].sum()), abs=1e-3)
+        assert row.total == pytest.approx(float(result.pattern[1, 2, span.slice].sum()), abs=1e-3)
     assert sum(row.total for row in rows[1:5]) == pytest.approx(float(result.softmax.mass[1, 2]), abs=3e-3)
     assert sum(row.total for row in rows) == pytest.approx(1, abs=3e-3)
 
@@ -41,7 +48,7 @@ def test_demonstrations_are_rows_with_their_share_of_the_attention(result: Decom
 def test_the_attention_sink_has_a_row(with_sinks: Decomposition) -> None:
     (card,) = cards(attention_view(with_sinks, ["L0H1"]).html)
     (sink,) = [row for row in card.panels[0] if row.name == "sink"]
-    assert sink.total == pytest.approx(float(with_sinks.sink[0, 0, 1]), abs=1e-3)
+    assert sink.total == pytest.approx(float(with_sinks.sink[0, 1]), abs=1e-3)
     assert sum(row.total for row in card.panels[0]) == pytest.approx(1, abs=3e-3)
 
 
@@ -87,7 +94,7 @@ def test_wrong_heads_are_refused(result: Decomposition) -> None:
 def test_tokens_that_look_like_markup_stay_text(result: Decomposition) -> None:
     nasty = "<script>&amp;\"'</script>"
     tokens = (nasty, *result.tokenized.tokens[1:])
-    view = attention_view(replace(result, tokenized=replace(result.tokenized, tokens=tokens)), ["L0H0"])
+    view = attention_view(changed(result, tokens=replace(result.tokenized, tokens=tokens)), ["L0H0"])
     assert "<script" not in view.html
     shown = cards(view.html)[0].panels[0][0].props["tokens"][0]
     # circuitsvis sets it as HTML: no "<" or "&" may be followed by what makes it markup
@@ -95,7 +102,7 @@ def test_tokens_that_look_like_markup_stay_text(result: Decomposition) -> None:
 
 
 def test_a_meta_gradient_of_zero_is_drawn_without_colour(result: Decomposition) -> None:
-    silent = replace(result, pattern=torch.zeros_like(result.pattern))
+    silent = changed(result, pattern=torch.zeros_like(result.runs.icl.pattern))
     (card,) = cards(token_view(silent, ["L0H0"]).html)
     assert not _values(card.panels[0]).any()
     assert card.panels[0][0].props["maxValue"] > 0

@@ -1,0 +1,395 @@
+"""The result of `decompose`: one prompt's runs, and the split computed from them where a reader looks for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from metaopt_lens._errors import ModelMismatchError, OptionError, SpanError
+from metaopt_lens._types import HeadRef, TokenSpan
+from metaopt_lens.decomposition._decomposition_file import decomposition_fields, save_decomposition
+from metaopt_lens.decomposition._decomposition_frame import decomposition_frame
+from metaopt_lens.decomposition._effects import Effects, ResidualParts, effects_of
+from metaopt_lens.dual import LinearParts, SoftmaxParts
+from metaopt_lens.models import LensModel, ModelInfo, wrap
+from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt
+from metaopt_lens.runs import (
+    LabelPrediction,
+    Run,
+    Runs,
+    delta_w_icl,
+    linear_parts,
+    momentum_part,
+    output_bias,
+    part_of,
+    predict_labels,
+    rank_heads,
+    run_linear_weights,
+    softmax_parts,
+    softmax_weights,
+    through_w_o,
+    w_zsl,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformer_lens import FactoredMatrix
+
+Form = Literal["softmax", "linear"]
+Parts = TypeVar("Parts", SoftmaxParts, LinearParts, Effects)
+_WEIGHTS = {"softmax": softmax_weights, "linear": run_linear_weights}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Decomposition:
+    """Every head's output at one query token (or all of them), split into zero-shot and meta-gradient part.
+
+    Everything asked of the decomposition has one shape: ``[layer, head, ...]`` at one position; decomposed at all query
+    positions, ``[dst, layer, head, ...]``. The recorded `runs` always have their destination axis.
+
+    Attributes:
+        prompt: the prompt as text.
+        runs: in context (``runs.icl``) and, where they were made, zero-shot (``runs.zs``, ``runs.zs_matched``).
+        keep_position_axis: whether all positions of the query were asked for.
+        provenance: versions and time.
+        stored_strength: `strength`, of a loaded result.
+        source: the wrapped model, for W_O; None after loading (see `with_model`).
+    """
+
+    prompt: ICLPrompt
+    runs: Runs
+    keep_position_axis: bool
+    provenance: dict[str, Any]
+    stored_strength: Float[Tensor, "*dst layer head"] | None = None
+    source: LensModel | None = None
+
+    # ---- what was recorded --------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> ModelInfo:
+        """Names and sizes of the model, and whether its weights were processed."""
+        return self.runs.icl.model
+
+    @property
+    def tokenized(self) -> TokenizedPrompt:
+        """The prompt's ids and spans."""
+        return self.runs.icl.tokens
+
+    @property
+    def demonstrations(self) -> TokenSpan:
+        """D, as a span of the prompt's tokens."""
+        return self.tokenized.demonstrations
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The destinations, as indices into the prompt."""
+        return self.runs.icl.destinations
+
+    @property
+    def q(self) -> Float[Tensor, "*dst layer head d_head"]:
+        """Queries as the scores see them."""
+        return self._squeeze(self.runs.icl.q)
+
+    @property
+    def z(self) -> Float[Tensor, "*dst layer head d_head"]:
+        """Head outputs before W_O, in context."""
+        return self._squeeze(self.runs.icl.z)
+
+    @property
+    def pattern(self) -> Float[Tensor, "*dst layer head src"]:
+        """Attention probabilities over the prompt's tokens."""
+        return self._squeeze(self.runs.icl.pattern)
+
+    @property
+    def sink(self) -> Float[Tensor, "*dst layer head"]:
+        """Probability of the attention sink (0 without sinks)."""
+        return self._squeeze(self.runs.icl.sink)
+
+    @property
+    def z_zero_shot(self) -> Float[Tensor, "*dst layer head d_head"] | None:
+        """Head outputs of the zero-shot run, if it was made."""
+        return self._squeeze(self.runs.zs.z) if "zs" in self.runs else None
+
+    @property
+    def z_position_matched(self) -> Float[Tensor, "*dst layer head d_head"] | None:
+        """Head outputs of the position-matched zero-shot run, if it was made."""
+        return self._squeeze(self.runs.zs_matched.z) if "zs_matched" in self.runs else None
+
+    @property
+    def eta(self) -> Float[Tensor, "layer head"] | None:
+        """eta of every head, under momentum attention; z then has a third part, `momentum`."""
+        return self.runs.icl.eta
+
+    # ---- the split ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def softmax(self) -> SoftmaxParts:
+        """The exact form: nothing relaxed, ``zero_shot + meta_gradient`` is the model's z (less `momentum`, if on)."""
+        return self._squeezed(softmax_parts(self.runs.icl))
+
+    @cached_property
+    def linear(self) -> LinearParts:
+        """The relaxed form: ``W_ZSL q`` and ``dW_ICL q`` (arXiv:2212.10559, eq. 7-10)."""
+        return self._squeezed(linear_parts(self.runs.icl))
+
+    @property
+    def fidelity(self) -> Float[Tensor, "*dst layer head"]:
+        """How good the relaxation is: cosine between ``F(q)`` and the head's z (0 where either vanishes).
+
+        z without `momentum`, which is no part of what is relaxed.
+        """
+        z = self.z.to(self.linear.total)
+        return torch.nn.functional.cosine_similarity(self.linear.total, z - self.momentum.to(z), dim=-1)
+
+    @cached_property
+    def effects(self) -> Effects:
+        """Direct, indirect and position effect against the real zero-shot runs.
+
+        Raises:
+            OptionError: no zero-shot run was made.
+        """
+        return self._squeezed(effects_of(self.runs))
+
+    # ---- momentum -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def momentum(self) -> Float[Tensor, "*dst layer head d_head"]:
+        """The moving average of past values, ``sum_{i<t} eta^(t-i) v_i``: ``z = zero_shot + meta_gradient + momentum``.
+
+        0 without momentum attention.
+        """
+        return self._squeeze(momentum_part(self.runs.icl, TokenSpan(0, self.tokenized.n_tokens)))
+
+    @cached_property
+    def momentum_meta_gradient(self) -> Float[Tensor, "*dst layer head d_head"]:
+        """The demonstrations' share of `momentum`; a plain sum, which `without_demos` knows nothing of."""
+        return self._squeeze(momentum_part(self.runs.icl, self.demonstrations))
+
+    def momentum_per_demo(self) -> Float[Tensor, "*dst layer head demo d_head"]:
+        """`momentum_meta_gradient` split over the demonstrations, to which it sums."""
+        return self._per_demo(lambda span: momentum_part(self.runs.icl, span))
+
+    # ---- finer splits -------------------------------------------------------------------------------------------
+
+    def per_demo(self, form: Form = "softmax") -> Float[Tensor, "*dst layer head demo d_head"]:
+        """The meta-gradient split over the demonstrations (each with its separator); sums to `meta_gradient`."""
+        return self._per_demo(lambda span: part_of(self.runs.icl, _weights(form), span))
+
+    def per_token(self, layer: int, head: int, form: Form = "softmax") -> Float[Tensor, "*dst src d_head"]:
+        """One head's output split over all source tokens; sums to `meta_gradient` over D, to `zero_shot` elsewhere."""
+        self._check_head(layer, head)
+        weights = _weights(form)(self.runs.icl, layer)[head]
+        parts = weights[..., None] * self.runs.icl.v_of(layer)[:, self._kv(head)].to(weights)
+        return self._squeeze(parts)
+
+    def token_shares(self, layer: int, head: int, form: Form = "softmax") -> Float[Tensor, "*dst src"]:
+        """Signed share of every token in the head's meta-gradient: its part projected on the whole, sums to 1 over D.
+
+        0 outside D, and everywhere if the meta-gradient vanishes.
+        """
+        parts = self.per_token(layer, head, form)
+        inside = self.runs.icl.in_demos
+        whole = parts[..., inside, :].sum(-2, keepdim=True)
+        shares = (parts * whole).sum(-1) / whole.square().sum(-1).clamp_min(torch.finfo(parts.dtype).tiny)
+        return shares.masked_fill(~inside, 0.0)
+
+    @property
+    def residual(self) -> ResidualParts:
+        """Exact parts in the residual stream, through W_O.
+
+        Raises:
+            ModelMismatchError: the result was loaded from a file; give it its model with `with_model` first.
+        """
+        model = self._source("the parts in the residual stream")
+        zero_shot = through_w_o(model, self.softmax.zero_shot)
+        return ResidualParts(
+            zero_shot=zero_shot,
+            meta_gradient=through_w_o(model, self.softmax.meta_gradient),
+            bias=output_bias(model, zero_shot),
+            momentum=None if self.eta is None else through_w_o(model, self.momentum),
+        )
+
+    def residual_per_token(self, layer: int, head: int, form: Form = "softmax") -> Float[Tensor, "*dst src d_model"]:
+        """`per_token` through W_O."""
+        parts = self.per_token(layer, head, form)
+        w_o = self._source("the parts in the residual stream").w_o(layer)[head]
+        return parts @ (w_o if parts.requires_grad else w_o.detach()).to(parts)
+
+    # ---- the matrices -------------------------------------------------------------------------------------------
+
+    def w_zsl(self, layer: int, head: int, *, position: int | None = None) -> FactoredMatrix:
+        """``W_ZSL = sum_{i in Z} v_i (x) k_i`` over the visible tokens of Z, factored; ``.AB @ q``."""
+        return w_zsl(self.runs.icl, layer, dst=self._dst(layer, head, position))[self._kv(head)]
+
+    def delta_w_icl(self, layer: int, head: int, *, position: int | None = None) -> FactoredMatrix:
+        """``dW_ICL = sum_{i in D} v_i (x) k_i`` over the visible tokens of D, factored; ``.AB @ q``.
+
+        Rank at most ``min(d_head, demonstration tokens)``. In a layer whose sliding window hides part of D
+        (`demos_fully_visible`) it depends on the position.
+        """
+        return delta_w_icl(self.runs.icl, layer, dst=self._dst(layer, head, position))[self._kv(head)]
+
+    @property
+    def demos_fully_visible(self) -> tuple[bool, ...]:
+        """Per layer, whether every destination sees all of D, so that dW_ICL does not depend on the query."""
+        return tuple(bool(v) for v in self.runs.icl.visible[:, :, self.demonstrations.slice].all(-1).all(-1))
+
+    # ---- reading, storing, showing ------------------------------------------------------------------------------
+
+    @cached_property
+    def strength(self) -> Float[Tensor, "*dst layer head"]:
+        """Norm of every head's meta-gradient in the residual stream, ``|meta_gradient W_O|``: the order of `heads`.
+
+        Raises:
+            ModelMismatchError: the result was loaded from a file that has no strengths; give it its model first.
+        """
+        if self.stored_strength is not None:
+            return self.stored_strength
+        norm: Tensor = through_w_o(self._source("the strengths of heads"), self.softmax.meta_gradient).norm(dim=-1)
+        return norm
+
+    def heads(self, top: int | None = None, *, by: Float[Tensor, "layer head"] | None = None) -> list[HeadRef]:
+        """Heads in order of importance, largest first.
+
+        Args:
+            top: how many; all by default.
+            by: a measured effect of every head (`HeadEffects.map`), which says more than any size. By default the size
+                of the meta-gradient in the residual stream, `strength`, mean over positions. Its share of z ranks
+                nothing: it is near 1 for many heads, whatever they do.
+        """
+        return rank_heads(mean_strength([self]) if by is None else by, top)
+
+    def predict(self, *, labels: Sequence[str] | None = None) -> LabelPrediction:
+        """What the model answers to this prompt, with and without its demonstrations (see `predict_labels`).
+
+        The model is run as it is now: a result made inside `intervene` is to be asked inside it.
+
+        Args:
+            labels: the candidates; by default the prompt's own or its demonstrations' labels, and the right label.
+
+        Raises:
+            ModelMismatchError: the result was loaded from a file; give it its model with `with_model` first.
+            PromptError: two candidates with the same tokens.
+        """
+        return predict_labels(self._source("predictions"), self.prompt, self.tokenized, labels=labels)
+
+    def with_model(self, model: Any) -> Decomposition:
+        """The same result with a model to take W_O from, after `load`.
+
+        Raises:
+            ModelMismatchError: the model has other sizes or another parametrisation.
+        """
+        wrapped = wrap(model)
+        wrapped.check_same(self.model, "this decomposition")
+        return dataclasses.replace(self, source=wrapped)
+
+    def to_frame(self) -> pd.DataFrame:
+        """A tidy table, one row per position, layer and head; norms are Euclidean, in units of z."""
+        return decomposition_frame(self)
+
+    def plot(self, value: str = "mass") -> Any:
+        """A plotly layer x head map of a column of `to_frame` (mass, norms, fidelity, ...)."""
+        from metaopt_lens.viz import head_map
+
+        return head_map(self, value)
+
+    def attention_view(self, heads: Sequence[str | HeadRef] | None = None) -> Any:
+        """circuitsvis: attention of chosen heads over the tokens, demonstrations marked (default: the strongest)."""
+        from metaopt_lens.viz import attention_view
+
+        return attention_view(self, heads)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write ``path.safetensors`` and ``path.json``; returns the latter."""
+        return save_decomposition(path, self)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, model: Any | None = None) -> Decomposition:
+        """Read what `save` wrote.
+
+        Raises:
+            FileFormatError: a file is missing, damaged, or holds something else.
+        """
+        loaded = cls(**decomposition_fields(path))
+        return loaded if model is None else loaded.with_model(model)
+
+    def __repr__(self) -> str:
+        m, t = self.model, self.tokenized
+        weights = f"; weights with {' and '.join(m.processing)}" if m.processing else ""
+        where = "all query positions" if self.keep_position_axis else f"position {self.positions[0]}"
+        mass = self.softmax.mass.detach().reshape(-1, m.n_layers, m.n_heads).mean(0)
+        fidelity = self.fidelity.detach().reshape(-1, m.n_layers, m.n_heads).mean(0)
+        lines = [
+            f"Decomposition of {m.name} ({m.n_layers} layers x {m.n_heads} heads{weights}) at {where} "
+            f"({t.tokens[self.positions[-1]]!r})",
+            f"  {len(t.demos)} demonstrations in {len(t.demonstrations)} tokens, "
+            f"query of {len(t.query)} tokens, {len(t.prefix)} before",
+            f"  attention mass on the demonstrations: mean {mass.mean():.3f}, highest {mass.max():.3f}",
+            f"  linear relaxation: mean cosine {fidelity.mean():.3f} to the exact output",
+        ]
+        if self.stored_strength is not None or self.source is not None:
+            lines.append("  largest meta-gradients in the residual stream: " + ", ".join(map(str, self.heads(5))))
+        if self.eta is not None:
+            share = float(self.momentum.detach().norm() / self.z.detach().norm())
+            highest = float(self.eta.detach().max())
+            lines.append(f"  momentum attention (eta up to {highest:.3g}): norm {share:.3f} of z's")
+        return "\n".join(lines)
+
+    # ---- helpers ------------------------------------------------------------------------------------------------
+
+    def _squeeze(self, tensor: Tensor) -> Tensor:
+        """Drop the leading destination axis unless all positions were asked for."""
+        return tensor if self.keep_position_axis else tensor[0]
+
+    def _squeezed(self, parts: Parts) -> Parts:
+        """`_squeeze` for every tensor of a result."""
+        found: dict[str, Any] = {f.name: getattr(parts, f.name) for f in dataclasses.fields(parts)}
+        squeezed: dict[str, Any] = {name: None if t is None else self._squeeze(t) for name, t in found.items()}
+        return type(parts)(**squeezed)
+
+    def _per_demo(self, part: Callable[[TokenSpan], Tensor]) -> Tensor:
+        return torch.stack([self._squeeze(part(span)) for span in self.tokenized.demos], dim=-2)
+
+    def _dst(self, layer: int, head: int, position: int | None) -> int:
+        """Which destination a position is."""
+        self._check_head(layer, head)
+        at = self.positions[-1] if position is None else position
+        if at not in self.positions:
+            raise SpanError(f"position {at} was not decomposed; this result holds {list(self.positions)}.")
+        return self.positions.index(at)
+
+    def _kv(self, head: int) -> int:
+        return head // (self.model.n_heads // self.model.n_kv_heads)
+
+    def _check_head(self, layer: int, head: int) -> None:
+        HeadRef(layer, head).check(self.model.n_layers, self.model.n_heads)
+
+    def _source(self, what: str) -> LensModel:
+        if self.source is None:
+            raise ModelMismatchError(f"{what} need the model: call with_model(model) on the loaded result first.")
+        return self.source
+
+
+def _weights(form: Form) -> Callable[[Run, int], Tensor]:
+    if form not in _WEIGHTS:
+        raise OptionError(f"form must be 'softmax' or 'linear', got {form!r}.")
+    return _WEIGHTS[form]
+
+
+def mean_strength(results: Sequence[Decomposition]) -> Float[Tensor, "layer head"]:
+    """Strength of every head, mean over results and positions.
+
+    Args:
+        results: decompositions on one model.
+    """
+    # [*dst layer head] -> [(result dst) layer head]
+    return torch.cat([r.strength.detach().reshape(-1, *r.strength.shape[-2:]) for r in results]).mean(0)

@@ -1,0 +1,115 @@
+"""`HookedTransformer` of TransformerLens 3.x, as a `Host`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from metaopt_lens._errors import UnsupportedModelError
+from metaopt_lens.models import hooked_passes
+from metaopt_lens.models.families import family_of
+from metaopt_lens.models.hooked_block import HookedBlock, norm_gain, projections
+from metaopt_lens.models.hooks import StopForward
+from metaopt_lens.models.info import ModelInfo, dtype_name
+from metaopt_lens.models.output_head import OutputHead
+from metaopt_lens.models.passes import HostPass
+from metaopt_lens.models.prefix import Prefix
+from metaopt_lens.models.processing import processing_of
+
+if TYPE_CHECKING:
+    from transformer_lens.hook_points import HookPoint
+
+_POSITIONS = {"standard": "learned", "rotary": "rotary", "alibi": "alibi", "none": "none"}
+_NORMALISATIONS = {"LN", "LNPre", "RMS", "RMSPre", None}
+
+
+class HookedHost:
+    """A HookedTransformer."""
+
+    def __init__(self, model: Any) -> None:
+        cfg = model.cfg
+        _refuse_unsupported(cfg)
+        self.model = model
+        name, positions = str(cfg.model_name), _POSITIONS[cfg.positional_embedding_type]
+        architecture = str(cfg.original_architecture or "HookedTransformer")
+        blocks = list(model.blocks)
+        self.info = ModelInfo(
+            name=name,
+            host="HookedTransformer",
+            architecture=architecture,
+            n_layers=cfg.n_layers,
+            n_heads=cfg.n_heads,
+            n_kv_heads=cfg.n_key_value_heads or cfg.n_heads,
+            d_model=cfg.d_model,
+            d_head=cfg.d_head,
+            d_vocab=cfg.d_vocab,
+            n_ctx=cfg.n_ctx,
+            dtype=dtype_name(blocks[0].attn.W_Q.dtype),
+            positions=positions,
+            processing=processing_of(
+                host_says=cfg.normalization_type in {"LNPre", "RMSPre"},
+                gains=[norm_gain(block.ln1, cfg) for block in blocks],
+                projections=lambda: [projections(block.attn, cfg) for block in blocks],
+                value_biases=[block.attn.b_V for block in blocks],
+                output_biases=[block.attn.b_O for block in blocks],
+            ),
+        )
+        post_norm = family_of(architecture, positions).post_norm
+        self.blocks = tuple(HookedBlock(block, cfg, layer, name, post_norm) for layer, block in enumerate(blocks))
+
+    @property
+    def roots(self) -> tuple[nn.Module, ...]:
+        return (self.model,)
+
+    @property
+    def hook_points(self) -> Mapping[str, HookPoint]:
+        return self.model.hook_dict  # type: ignore[no-any-return]
+
+    def head(self) -> OutputHead:
+        model, cap = self.model, self.model.cfg.output_logits_soft_cap
+        norm = model._modules.get("ln_final")  # none without normalisation; RMS under `final_rms`, whatever the blocks'
+        return OutputHead(
+            norm=(lambda residual: residual) if norm is None else norm,
+            unembed=model.unembed,
+            norm_kind=None if norm is None else "RMS" if type(norm).__name__.startswith("RMS") else "LN",
+            eps=0.0 if norm is None else float(norm.eps),
+            gain=None if norm is None else norm._parameters.get("w"),
+            bias=None if norm is None else norm._parameters.get("b"),
+            w_u=model.W_U,
+            b_u=model.b_U,
+            softcap=float(cap) if cap > 0 else None,
+        )
+
+    def forward(self, tokens: Tensor, prefix: Prefix | None) -> Tensor:
+        cache = None if prefix is None else hooked_passes.cache_of(self.model, prefix, tokens.shape[0])
+        return hooked_passes.run(self.model, tokens, cache)
+
+    def fill(self, tokens: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+        # Only with rotary positions does the cache hold other keys than the scores see.
+        cache = hooked_passes.cache_of(self.model, None, 1) if self.info.positions == "rotary" else None
+        with suppress(StopForward):
+            hooked_passes.run(self.model, tokens, cache)
+        return tuple if cache is None else (lambda: tuple(entry.past_keys[0] for entry in cache.entries))
+
+    def watching(self, begin: Callable[[HostPass], Tensor | None]) -> AbstractContextManager[None]:
+        return hooked_passes.watching(self.model, begin)
+
+
+def _refuse_unsupported(cfg: Any) -> None:
+    reasons = {
+        f"positional embedding {cfg.positional_embedding_type!r}": cfg.positional_embedding_type not in _POSITIONS,
+        f"normalisation {cfg.normalization_type!r}": cfg.normalization_type not in _NORMALISATIONS,
+        "bidirectional attention": cfg.attention_dir != "causal",
+        "log-n scaled queries": cfg.use_logn_attn,
+        "length-dependent rotary embedding (dynamic NTK)": cfg.use_dynamic_ntk_rope,
+        "use_attn_in (switch it off with set_use_attn_in(False))": cfg.use_attn_in,
+        "use_split_qkv_input (switch it off with set_use_split_qkv_input(False))": cfg.use_split_qkv_input,
+        "ungroup_grouped_query_attention (switch it off)": cfg.ungroup_grouped_query_attention,
+        "4-bit weights": cfg.load_in_4bit,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise UnsupportedModelError(f"HookedTransformer {cfg.model_name} is not supported: {reason}.")

@@ -1,0 +1,132 @@
+"""One block of a `HookedTransformer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt_lens._errors import UnsupportedModelError
+from metaopt_lens.dual import ScoreRule
+from metaopt_lens.models.hooks import Hook
+from metaopt_lens.models.host import Positions, Use
+from metaopt_lens.models.mlp import MlpSite
+
+_OUTSIDE_ATTENTION = {"resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out"}
+
+
+@dataclass(frozen=True, eq=False)
+class HookedBlock:
+    """One block of a HookedTransformer.
+
+    Attributes:
+        block: TransformerLens's own. cfg: the model's configuration.
+        layer: which it is.
+        name: of the model, for errors.
+        post_norm: whether the architecture normalises the outputs of attention and MLP, and not their inputs.
+        pattern_before_z: whether the attention pattern is seen before z.
+    """
+
+    block: Any
+    cfg: Any
+    layer: int
+    name: str
+    post_norm: bool
+    pattern_before_z: bool = True
+
+    def rule(self) -> ScoreRule:
+        cfg, attn = self.cfg, self.block.attn
+        slopes = None
+        if cfg.positional_embedding_type == "alibi":
+            slopes = attn.create_alibi_multipliers(cfg.n_heads, attn.W_Q.device).flatten()
+        return ScoreRule(
+            scale=1.0 / float(attn.attn_scale),
+            softcap=float(cfg.attn_scores_soft_cap) if cfg.attn_scores_soft_cap > 0 else None,
+            window=int(cfg.window_size) if attn.attn_type == "local" else None,
+            alibi_slopes=slopes,
+            sinks=attn.sinks if cfg.use_attention_sinks else None,
+        )
+
+    def w_o(self) -> Tensor:
+        return self.block.attn.W_O  # type: ignore[no-any-return]
+
+    def b_o(self) -> Tensor | None:
+        return self.block.attn.b_O  # type: ignore[no-any-return]
+
+    def has_bias(self, projection: str) -> bool:  # noqa: ARG002 - a HookedTransformer has them all
+        return True
+
+    @property
+    def _norms_outputs(self) -> bool:
+        return bool(self.cfg.use_normalization_before_and_after) or self.post_norm
+
+    def hook_name(self, kind: str) -> str:
+        if kind == "attn_out" and self._norms_outputs:
+            raise UnsupportedModelError(f"{self.name} normalises the attention output before the hook that shows it.")
+        return f"blocks.{self.layer}.{'' if kind in _OUTSIDE_ATTENTION else 'attn.'}hook_{kind}"
+
+    def attention_input_hook(self, use: Use) -> Hook:
+        # ln1 runs once each for q, k and v, so its hook fires three times with the same value.
+        if self.post_norm:
+            return self.hook_name("resid_pre"), use
+        return self._normed_hook("ln1", "resid_pre", use)
+
+    def query_key_hooks(self, use_q: Use, use_k: Use, positions: Positions) -> list[Hook]:  # noqa: ARG002
+        rotated = "rot_" if self.cfg.positional_embedding_type == "rotary" else ""
+        return [(self.hook_name(f"{rotated}q"), use_q), (self.hook_name(f"{rotated}k"), use_k)]
+
+    def _normed_hook(self, norm: str, residual: str, use: Use) -> Hook:
+        """A hook on the output of a norm, which HookedTransformer shows before its weight and bias only."""
+        module = getattr(self.block, norm)
+        kind = self.cfg.normalization_type
+        if kind is None:
+            return self.hook_name(residual), use
+
+        def scaled(normalized: Tensor) -> None:
+            x = normalized
+            if kind in {"LN", "RMS"}:
+                x = x * module.w
+            if kind == "LN":
+                x = x + module.b
+            use(x)
+
+        return f"blocks.{self.layer}.{norm}.hook_normalized", scaled
+
+    def mlp(self) -> MlpSite | str:
+        cfg = self.cfg
+        if cfg.attn_only:
+            return "it is attention-only"
+        if cfg.num_experts is not None:
+            return "the MLP is a mixture of experts"
+        mlp, at = self.block.mlp, f"blocks.{self.layer}.mlp"
+        if cfg.gated_mlp:
+            matrices = {"in": mlp.W_in.mT, "gate": mlp.W_gate.mT}
+            products = {"in": f"{at}.hook_pre_linear", "gate": f"{at}.hook_pre"}
+        else:
+            matrices, products = {"in": mlp.W_in.mT}, {"in": f"{at}.hook_pre"}
+        parallel = bool(cfg.parallel_attn_mlp)
+        return MlpSite(
+            input_hook=lambda use: self._normed_hook("ln2", "resid_pre" if parallel else "resid_mid", use),
+            matrices=matrices,
+            products=products,
+            w_out=mlp.W_out.mT,
+            out_name=self.hook_name("mlp_out"),
+            parallel=parallel,
+            is_normed=self._norms_outputs,
+        )
+
+
+def projections(attn: Any, cfg: Any) -> list[Tensor]:
+    """Query, key and value matrices, ``[d_model, (head d_head)]``."""
+    grouped = cfg.n_key_value_heads is not None
+    k, v = (attn._W_K, attn._W_V) if grouped else (attn.W_K, attn.W_V)
+    return [w.transpose(0, 1).flatten(1) for w in (attn.W_Q, k, v)]
+
+
+def norm_gain(norm: Any, cfg: Any) -> Tensor | None:
+    """The factor a norm puts on its normalised input; folded norms have none left, which is 1."""
+    if cfg.normalization_type is None:
+        return None
+    return norm.w if cfg.normalization_type in {"LN", "RMS"} else torch.ones(1)

@@ -1,0 +1,17 @@
+"""What every intervention is."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from metaopt_lens.models.hooks import Hook
+from metaopt_lens.models.lens import LensModel
+
+
+@runtime_checkable
+class Intervention(Protocol):
+    """A change to a model that is nothing but hooks: a weight update, a meta-gradient, a knock-out, momentum."""
+
+    def hooks(self, model: LensModel) -> list[Hook]:
+        """The hooks that make the change; raises if it was made for another model."""
+        ...

@@ -1,0 +1,156 @@
+"""Forward passes of a wrapped model: whole, behind a prefix, from a block upwards, with logits where they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from metaopt_lens._errors import UnsupportedModelError
+from metaopt_lens.models.hooks import Hook, Late, StopForward, attached, check_hook_names, inference_state
+from metaopt_lens.models.host import Host
+from metaopt_lens.models.partial_passes import Readout, Start, recording_widths, skipping
+from metaopt_lens.models.passes import PASS, HostPass
+from metaopt_lens.models.prefix import Prefix
+
+if TYPE_CHECKING:
+    from metaopt_lens.models.lens import LensModel
+
+# Largest difference of two ways to compute the same, relative to the largest entry.
+_TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+
+
+@contextmanager
+def hooked(host: Host, hooks: Sequence[Hook]) -> Iterator[None]:
+    """See `LensModel.hooked`."""
+    begins = [function for name, function in hooks if name == PASS]
+    others = [hook for hook in hooks if hook[0] != PASS]
+    check_hook_names(host.hook_points, [name for name, _ in others], owner=host.info.name)
+
+    def begin(host_pass: HostPass) -> Tensor | None:
+        placed = [function(host_pass) for function in begins]
+        return next((positions for positions in placed if positions is not None), None)
+
+    with ExitStack() as stack:
+        if begins:
+            stack.enter_context(host.watching(begin))
+        stack.enter_context(attached(host.hook_points, others))
+        yield
+
+
+def run(
+    model: LensModel,
+    tokens: Tensor,
+    *,
+    hooks: Sequence[Hook],
+    prefix: Prefix | None,
+    start: Start | None,
+    read: Readout | None,
+    stop_after_attention: bool,
+    grad: bool,
+) -> Tensor | None:
+    """See `LensModel.run`."""
+    if start is not None and model.tried.widths is None:
+        _try_start(model, tokens, hooks, prefix, start.layer)
+    last = model.info.n_layers - 1
+    own: list[Hook] = []
+    if start is not None:
+        own.append((model.residual_hook("pre", start.layer), lambda _: start.residual))
+    stop: list[Hook] = []
+    if stop_after_attention:
+        stop = [(model.hook_name("z", last), _halt)]
+    elif read is not None and model.tried.exits is not False:
+        stream: list[Tensor] = []
+        stop = [(model.residual_hook("post", last), Late(_keep(stream, and_stop=model.tried.exits is True)))]
+    below = () if start is None else model.adapter.blocks[: start.layer]
+    skip = skipping(below, (model.tried.widths or [])[: len(below)]) if below else nullcontext()
+    with inference_state(model.adapter.roots, grad=grad), skip, model.hooked([*own, *hooks, *stop]):
+        try:
+            logits = model.adapter.forward(tokens.to(model.device), prefix)
+        except StopForward:
+            return None if stop_after_attention else _exit(model, stream[0], read)
+        if read is None:
+            return logits
+        if model.tried.exits is None:
+            with torch.no_grad():
+                model.tried.exits = _agree(model, _exit(model, stream[0], read), read.of(logits))
+        return read.of(logits)
+
+
+def run_prefix(model: LensModel, tokens: Tensor, *, hooks: Sequence[Hook], grad: bool) -> Prefix:
+    """See `LensModel.run_prefix`."""
+    keys: dict[int, Tensor] = {}
+    values: dict[int, Tensor] = {}
+    last = model.info.n_layers - 1
+
+    def keep(store: dict[int, Tensor], layer: int) -> Callable[[Tensor], None]:
+        def use(tensor: Tensor) -> None:
+            store[layer] = tensor[0]
+            if layer == last and layer in keys and layer in values:
+                raise StopForward  # the last layer's attention is read by nobody
+
+        return use
+
+    def positions(tensor: Tensor) -> Tensor:
+        return torch.arange(tensor.shape[1], device=tensor.device)
+
+    own: list[Hook] = []
+    for layer, block in enumerate(model.adapter.blocks):
+        own += block.query_key_hooks(lambda _: None, keep(keys, layer), positions)
+        own.append((block.hook_name("v"), keep(values, layer)))
+    with inference_state(model.adapter.roots, grad=grad), model.hooked([*hooks, *own]):
+        read_cache = model.adapter.fill(tokens[None].to(model.device))
+    k, v = (tuple(store[layer] for layer in range(last + 1)) for store in (keys, values))
+    return Prefix(k=k, v=v, host_k=read_cache() or k)
+
+
+def _try_start(model: LensModel, tokens: Tensor, hooks: Sequence[Hook], prefix: Prefix | None, layer: int) -> None:
+    """Require that a pass which starts at a layer ends as the whole pass does; tried once, on these tokens."""
+    before: list[Tensor] = []
+    after: list[Tensor] = []
+    reads: list[Hook] = [
+        (model.residual_hook("pre", layer), Late(_keep(before, and_stop=False))),
+        (model.residual_hook("post", model.info.n_layers - 1), Late(_keep(after, and_stop=False))),
+    ]
+
+    def once() -> None:
+        with inference_state(model.adapter.roots, grad=False), model.hooked([*hooks, *reads]):
+            model.adapter.forward(tokens.to(model.device), prefix)
+
+    with recording_widths(model.adapter.blocks) as widths:
+        once()
+    with skipping(model.adapter.blocks[:layer], widths[:layer]):
+        reads.insert(0, (model.residual_hook("pre", layer), lambda _: before[0]))
+        once()
+    if not _agree(model, after[1], after[0]):
+        raise UnsupportedModelError(
+            f"{model.info.name} ({model.info.architecture}) does not compute the same when it starts at layer {layer} "
+            "from a stored residual stream: run it from the tokens."
+        )
+    model.tried.widths = widths
+
+
+def _exit(model: LensModel, stream: Tensor, read: Readout | None) -> Tensor:
+    assert read is not None  # nothing else stops at the last residual stream
+    return model.early_exit(read.rows(stream), read.tokens)
+
+
+def _agree(model: LensModel, one: Tensor, other: Tensor) -> bool:
+    error = (one - other).abs().max() / other.abs().max().clamp_min(1e-30)
+    return bool(error <= _TOLERANCE[model.info.dtype])
+
+
+def _keep(store: list[Tensor], *, and_stop: bool) -> Callable[[Tensor], None]:
+    def use(tensor: Tensor) -> None:
+        store.append(tensor)
+        if and_stop:
+            raise StopForward
+
+    return use
+
+
+def _halt(_: Tensor) -> None:
+    raise StopForward

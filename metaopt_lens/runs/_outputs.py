@@ -1,0 +1,94 @@
+"""What a run's heads write into the residual stream, and its scores before the softmax."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from metaopt_lens.dual import attention_scores
+from metaopt_lens.models import LensModel
+from metaopt_lens.runs._prompt_run import WITH_DEMOS, Run
+
+
+def through_w_o(
+    model: LensModel, parts: Float[Tensor, "*item layer head d_head"]
+) -> Float[Tensor, "*item layer head d_model"]:
+    """Parts of z, or differences of z, in the residual stream. The output bias belongs to no head and is left out.
+
+    Args:
+        model: a wrapped model, for W_O. parts: in d_head; the weights get a graph only if they have one.
+    """
+    rows = []
+    for layer in range(model.info.n_layers):
+        weight = model.w_o(layer)
+        weight = (weight if parts.requires_grad else weight.detach()).to(parts)
+        rows.append(torch.einsum("...hd,hdm->...hm", parts[..., layer, :, :], weight))
+    return torch.stack(rows, dim=-3)
+
+
+def output_bias(model: LensModel, like: Tensor) -> Float[Tensor, "layer d_model"]:
+    """b_O of every layer, 0 where there is none.
+
+    Args:
+        model: a wrapped model. like: gives device, dtype, and whether there is a graph.
+    """
+    none = torch.zeros(model.info.d_model, device=like.device, dtype=like.dtype)
+    biases = [model.b_o(layer) for layer in range(model.info.n_layers)]
+    return torch.stack([none if b is None else (b if like.requires_grad else b.detach()).to(like) for b in biases])
+
+
+def attention_output(
+    model: LensModel,
+    run: Run,
+    *,
+    w_o: Float[Tensor, "layer head d_head d_model"] | None = None,
+    b_o: Float[Tensor, "layer d_model"] | None = None,
+) -> Float[Tensor, "dst layer d_model"]:
+    """All heads of every layer together, after W_O and b_O.
+
+    Args:
+        model: a wrapped model. run: any run.
+        w_o, b_o: what an update adds to the output projection of the run's model.
+    """
+    rows = []
+    for layer in range(model.info.n_layers):
+        z = run.z[:, layer]
+        weight = model.w_o(layer).to(z)
+        rows.append(torch.einsum("thd,hdm->tm", z, weight if w_o is None else weight + w_o[layer].to(z)))
+    out = torch.stack(rows, dim=1) + output_bias(model, run.z)
+    return out if b_o is None else out + b_o.to(out)
+
+
+def own_scores(run: Run) -> Float[Tensor, "dst layer head pos"]:
+    """Scores from every destination to the query's own tokens, before the softmax; ``-inf`` for later tokens.
+
+    The metrics of attention maps speak of scores before masking, so a sliding window does not enter.
+
+    Args:
+        run: any run.
+    """
+    query = run.tokens.query
+    src = torch.arange(query.start, query.stop, device=run.z.device)
+    return torch.stack([_scores(run, layer, run.own_k[layer], src) for layer in range(len(run.own_k))], dim=1)
+
+
+def demo_scores(run: Run) -> Float[Tensor, "dst layer head src"]:
+    """Scores from every destination to the tokens of all demonstrations, separators left out, without the window.
+
+    Args:
+        run: an in-context run.
+    """
+    assert run.setting in WITH_DEMOS
+    pairs = zip(run.tokens.demos, run.tokens.labels, strict=True)
+    columns = [i for demo, label in pairs for i in range(demo.start, label.stop)]
+    src = torch.tensor(columns, device=run.z.device)
+    return torch.stack([_scores(run, layer, run.k_of(layer)[src], src) for layer in range(len(run.own_k))], dim=1)
+
+
+def _scores(run: Run, layer: int, k: Tensor, src: Int[Tensor, " src"]) -> Float[Tensor, "dst head src"]:
+    rule = replace(run.rules[layer], window=None)
+    dst = torch.tensor(run.destinations, device=k.device)
+    return attention_scores(rule, run.q[:, layer], k, dst_positions=dst, src_positions=src).transpose(0, 1)
