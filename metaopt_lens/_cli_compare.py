@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from metaopt_lens._cli_model import Model, NoCache
 from metaopt_lens._errors import OptionError
 
 
@@ -30,7 +31,7 @@ class Weights(StrEnum):
 
 
 def compare(
-    model: Annotated[str, typer.Option(help="A name on the hub, a local folder, or 'tiny' for the bundled model.")],
+    model: Model,
     prompts: Annotated[
         Path,
         typer.Option(help="Prompts: a .json, .jsonl or text file; two or more queries behind each demonstrations."),
@@ -57,6 +58,7 @@ def compare(
     out: Annotated[Path, typer.Option("--out", help="Folder for comparison.csv, .json and .html.")] = Path(
         "metaopt-lens-out"
     ),
+    no_cache: NoCache = False,
 ) -> None:
     """Learn the demonstrations by gradient descent and compare with reading them, head by head."""
     rate = _rate(lr)
@@ -73,7 +75,7 @@ def compare(
     from metaopt_lens.viz import comparison_data, write_comparison_outputs
 
     found = compare_prompts(
-        load_model(model, dtype=getattr(torch, dtype.value), device=device),
+        load_model(model, dtype=getattr(torch, dtype.value), device=device, cache=not no_cache),
         loaded_prompts,
         lr=rate,
         unrelated_texts=texts,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from metaopt_lens._cli_model import MODEL_HELP, NoCache
 from metaopt_lens._errors import OptionError
 
 if TYPE_CHECKING:
@@ -37,9 +38,7 @@ Recompute = Annotated[
 
 def run(
     out: Annotated[Path, typer.Option("--out", help="Directory of the results; an unfinished run there goes on.")],
-    model: Annotated[
-        str | None, typer.Option(help="A name on the hub, a local folder, or 'tiny' for the bundled model.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
     task: Annotated[
         str | None, typer.Option(help="sst2, sst5, mr, subj, agnews, cb, word-pairs, synthetic, ..., or a TOML file.")
     ] = None,
@@ -85,6 +84,7 @@ def run(
         bool | None, typer.Option("--save-updates/--no-save-updates", help="Store the weight updates as well.")
     ] = None,
     recompute_damaged: Recompute = False,
+    no_cache: NoCache = False,
 ) -> None:
     """Zero-shot, finetuned and in-context runs of a model on a task, compared head by head and stored."""
     given = {
@@ -113,7 +113,7 @@ def run(
 
     import logging
 
-    from metaopt_lens.experiments import RunConfig, run_experiment
+    from metaopt_lens.experiments import RunConfig, load_run_model, run_experiment
 
     # A hub that cannot be reached is one error at the end, not a line for every retry.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -122,7 +122,9 @@ def run(
     for name in ("model", "task"):
         if name not in body:
             raise OptionError(f"run needs --{name} (or --config with a file that names it).")
-    show_run(run_experiment(RunConfig.from_dict(body, where="the options"), out, recompute_damaged=recompute_damaged))
+    settings = RunConfig.from_dict(body, where="the options")
+    converted = load_run_model(settings, cache=False) if no_cache else None
+    show_run(run_experiment(settings, out, model=converted, recompute_damaged=recompute_damaged))
 
 
 def sweep(

@@ -51,3 +51,7 @@ class DataError(MetaoptLensError, ValueError):
 
 class OutputError(MetaoptLensError, OSError):
     """A directory cannot be written, or holds the results of something else."""
+
+
+class ModelTooLargeError(MetaoptLensError, MemoryError):
+    """A model's weights take more memory than there is."""

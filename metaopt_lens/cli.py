@@ -14,6 +14,7 @@ from rich.console import Console
 
 from metaopt_lens._cli_compare import analyze, compare, show_comparison
 from metaopt_lens._cli_experiments import run, sweep
+from metaopt_lens._cli_model import Model, NoCache
 from metaopt_lens._cli_report import report
 from metaopt_lens._errors import MetaoptLensError, OptionError
 from metaopt_lens._threads import torch_threads
@@ -121,7 +122,7 @@ def demo(out: Out = Path("metaopt-lens-out"), top: Top = 12) -> None:
 
 @app.command()
 def decompose(
-    model: Annotated[str, typer.Option(help="A name on the hub, a local folder, or 'tiny' for the bundled model.")],
+    model: Model,
     prompt: Annotated[Path, typer.Option(help="Prompts: a .json, .jsonl or text file.", metavar="FILE")],
     dtype: Annotated[DType, typer.Option(help="Floating-point type of the weights.")] = DType.float32,
     device: Annotated[str | None, typer.Option(help="Where to run, such as cpu or cuda.")] = None,
@@ -136,6 +137,7 @@ def decompose(
         typer.Option("--prepend-bos/--no-prepend-bos", help="Put BOS first; by default if the tokenizer has one."),
     ] = None,
     top: Top = 20,
+    no_cache: NoCache = False,
 ) -> None:
     """Split the heads of a model on the prompts in a file."""
     chosen = [HeadRef.parse(name) for name in heads.split(",")] if heads is not None else None
@@ -156,7 +158,7 @@ def decompose(
     set_verbosity(logging.ERROR)
     if sys.stderr.isatty():
         _say(f"loading {model} ...", to_stderr=True)
-    loaded = load_model(model, dtype=getattr(torch, dtype.value), device=device)
+    loaded = load_model(model, dtype=getattr(torch, dtype.value), device=device, cache=not no_cache)
     result, answers = _run(loaded, prompts, position=where, prepend_bos=prepend_bos, heads=chosen)
     if form is Format.json:
         from metaopt_lens.viz import as_data

@@ -33,7 +33,7 @@ def test_every_public_name_can_be_had() -> None:
 
 def test_there_are_few_of_them() -> None:
     assert len(metaopt_lens.__all__) <= 24
-    for name in ("decompose", "wrap", "ICLPrompt", "Template", "load_tiny", "MetaoptLensError"):
+    for name in ("decompose", "wrap", "ICLPrompt", "Template", "load_model", "load_tiny", "MetaoptLensError"):
         assert name in metaopt_lens.__all__
 
 
@@ -74,7 +74,7 @@ def test_every_module_can_be_imported() -> None:
 def test_errors_share_one_base_and_a_builtin() -> None:
     from metaopt_lens import _errors
 
-    builtins = (ValueError, TypeError, ArithmeticError, OSError)
+    builtins = (ValueError, TypeError, ArithmeticError, OSError, MemoryError)
     for name, error in inspect.getmembers(_errors, inspect.isclass):
         assert issubclass(error, metaopt_lens.MetaoptLensError), name
         assert error is metaopt_lens.MetaoptLensError or issubclass(error, builtins), name

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from metaopt_lens.analysis._comparison import OTHER_QUERY, Statistic
+from metaopt_lens.analysis._comparison import OTHER_QUERY, RANDOM_ROTATION, Statistic
 from metaopt_lens.analysis._nulls import derangement, random_like
 from metaopt_lens.analysis._rank import kendall_tau
 from metaopt_lens.analysis._recall import topk_recall
@@ -80,10 +80,9 @@ def set_statistics(
             OTHER_QUERY: _other_query(cosine, icl, ft, generator, n_draws),
             "random": _mean_of(lambda a=icl, b=ft: cosine(a, random_like(b, seed=generator)), n_draws),  # type: ignore[misc]
         }
-    # Expectations: of the Frobenius cosine with a random matrix, and of the overlap with a random subspace.
-    nulls["matrices"] = {"random": torch.zeros_like(r.frobenius)}
-    chance = torch.full_like(r.frobenius, subspace_dim / model.info.d_head)
-    nulls |= {name: {"random": chance} for name in ("subspaces left", "subspaces right")}
+    nulls["matrices"] = {"random": torch.zeros_like(r.frobenius)}  # the expectation, with a random matrix
+    nulls["subspaces left"] = {RANDOM_ROTATION: r.subspace_left_rotated}
+    nulls["subspaces right"] = {RANDOM_ROTATION: r.subspace_right_rotated}
     nulls |= _sim_aou_nulls(r, generator, n_draws, reference)
     nulls |= {name: _sim_am_nulls(r, name, generator, n_draws, reference) for name in _MAPS}
     return [

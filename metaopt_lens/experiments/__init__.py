@@ -15,6 +15,7 @@ from metaopt_lens.experiments._records import read_demos as read_demos
 from metaopt_lens.experiments._records import read_queries as read_queries
 from metaopt_lens.experiments._records import write_records as write_records
 from metaopt_lens.experiments._run import find_run_task as find_run_task
+from metaopt_lens.experiments._run import load_run_model as load_run_model
 from metaopt_lens.experiments._run import run_experiment as run_experiment
 from metaopt_lens.experiments._run_config import RunConfig as RunConfig
 from metaopt_lens.experiments._run_result import ExperimentResult as ExperimentResult

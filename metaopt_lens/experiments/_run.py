@@ -106,6 +106,24 @@ def run_experiment(
     )
 
 
+def load_run_model(config: RunConfig, *, cache: bool = True) -> Any:
+    """The model that a configuration names, as `load_model` loads it.
+
+    Args:
+        config: names the model and where it runs.
+        cache: keep the converted form of a GGUF file.
+    """
+    return load_model(
+        config.model,
+        dtype=getattr(torch, config.dtype),
+        device=config.device,
+        revision=config.revision,
+        n_devices=config.n_devices,
+        device_map=config.device_map,
+        cache=cache,
+    )
+
+
 def find_run_task(config: RunConfig) -> Task:
     """The task that a configuration names, in its variant.
 
@@ -257,19 +275,7 @@ class _Run:
     @cached_property
     def model(self) -> LensModel:
         """Loaded when first needed."""
-        c = self.config
-        if self._given_model is not None:
-            return wrap(self._given_model)
-        return wrap(
-            load_model(
-                c.model,
-                dtype=getattr(torch, c.dtype),
-                device=c.device,
-                revision=c.revision,
-                n_devices=c.n_devices,
-                device_map=c.device_map,
-            )
-        )
+        return wrap(load_run_model(self.config) if self._given_model is None else self._given_model)
 
     def _rows_of(self, seed: int) -> TaskRows:
         if self.task.make_rows is not None:

@@ -40,7 +40,7 @@ class RunConfig:
     """Everything that decides the results of a run.
 
     Attributes:
-        model: a name on the hub, a local folder, or ``"tiny"``.
+        model: what `load_model` takes: ``"tiny"``, ``"smollm2"``, a GGUF file, a local folder, a name on the hub.
         task: name of a task, or a TOML file.
         shots: demonstrations, or as many of them as fit the context window.
         seeds: one demonstration set each; a number n stands for seeds 0 to n - 1.

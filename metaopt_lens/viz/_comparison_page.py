@@ -22,6 +22,7 @@ _CURVES = ("SimAOU", "SimAOU unnormalised", "SimAM ICL-FT", "SimAM difference")
 def write_comparison_page(comparison: Comparison, path: str | os.PathLike[str], title: str | None = None) -> Path:
     """Write a self-contained page: predictions, every similarity next to its nulls, layer x head maps, all tables."""
     heading = title or f"In-context learning against finetuning in {Path(comparison.model.name).name}"
+    made_with = {"weights": comparison.model.weights, **comparison.provenance}
     body = [
         f"<header><h1>{escape(heading)}</h1><p>The same demonstrations, once read in context and once learned by "
         "gradient descent on the key and value projections. What each adds to every attention head's output is "
@@ -30,7 +31,7 @@ def write_comparison_page(comparison: Comparison, path: str | os.PathLike[str], 
         summary_section(comparison),
         *maps_sections(comparison),
         tables_section(comparison),
-        section("Made with", facts({escape(k): escape(str(v)) for k, v in comparison.provenance.items()})),
+        section("Made with", facts({escape(k): escape(str(v)) for k, v in made_with.items()})),
     ]
     return write_text(path, page(heading, "\n".join(body), with_plotly=True))
 

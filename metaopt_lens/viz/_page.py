@@ -120,7 +120,7 @@ def _model(item: Decomposition) -> str:
         "sizes": f"d_head {info.d_head}, d_model {info.d_model}, context {info.n_ctx}",
         "positions": escape(info.positions),
         "number format": escape(info.dtype),
-        "weights": escape(" and ".join(info.processing)) if info.is_processed else "as trained",
+        "weights": escape(info.weights),
     }
     notice = ""
     if info.is_processed:

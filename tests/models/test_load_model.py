@@ -44,7 +44,9 @@ def test_a_name_nobody_knows_is_refused_with_advice() -> None:
 
 
 def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileFormatError, match=r"there is no folder .*absent: give a folder with config.json"):
+    with pytest.raises(
+        FileFormatError, match=r"there is no file or folder .*absent: give a GGUF file, a folder with config.json"
+    ):
         load_model(str(tmp_path / "absent"))
 
 

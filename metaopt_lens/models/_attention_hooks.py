@@ -8,12 +8,12 @@ from dataclasses import replace
 from torch import Tensor
 
 from metaopt_lens._errors import UnsupportedModelError
-from metaopt_lens.models.attention_call import AttentionCall
-from metaopt_lens.models.hooks import Hook
-from metaopt_lens.models.host import Block, Host
-from metaopt_lens.models.info import ModelInfo
-from metaopt_lens.models.passes import PASS, HostPass, Standing
-from metaopt_lens.models.prefix import Prefix
+from metaopt_lens.models._attention_call import AttentionCall
+from metaopt_lens.models._hooks import Hook
+from metaopt_lens.models._host import Block, Host
+from metaopt_lens.models._info import ModelInfo
+from metaopt_lens.models._passes import PASS, HostPass, Standing
+from metaopt_lens.models._prefix import Prefix
 
 AttentionCallback = Callable[[AttentionCall], Tensor | None]
 

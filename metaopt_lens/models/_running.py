@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from metaopt_lens._errors import UnsupportedModelError
-from metaopt_lens.models.hooks import Hook, Late, StopForward, attached, check_hook_names, inference_state
-from metaopt_lens.models.host import Host
-from metaopt_lens.models.partial_passes import Readout, Start, recording_widths, skipping
-from metaopt_lens.models.passes import PASS, HostPass
-from metaopt_lens.models.prefix import Prefix
+from metaopt_lens.models._hooks import Hook, Late, StopForward, attached, check_hook_names, inference_state
+from metaopt_lens.models._host import Host
+from metaopt_lens.models._partial_passes import Readout, Start, recording_widths, skipping
+from metaopt_lens.models._passes import PASS, HostPass
+from metaopt_lens.models._prefix import Prefix
 
 if TYPE_CHECKING:
-    from metaopt_lens.models.lens import LensModel
+    from metaopt_lens.models._lens import LensModel
 
 # Largest difference of two ways to compute the same, relative to the largest entry.
 _TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}

@@ -26,6 +26,7 @@ class ModelInfo:
         dtype: of the weights.
         positions: how positions enter: `"learned"`, `"rotary"`, `"alibi"` or `"none"`.
         processing: what weight processing was found (`"folded norms"`, `"folded value biases"`); empty for raw weights.
+        quantization: what the weights were de-quantised from, such as `"Q4_1 GGUF"`; `"none"` if not at all.
     """
 
     name: str
@@ -41,11 +42,18 @@ class ModelInfo:
     dtype: str
     positions: str
     processing: tuple[str, ...] = ()
+    quantization: str = "none"
 
     @property
     def is_processed(self) -> bool:
         """Whether weights were folded, which changes the split (docs/theory.md, section 1)."""
         return bool(self.processing)
+
+    @property
+    def weights(self) -> str:
+        """What was done to the weights, in words."""
+        done = " and ".join(self.processing) if self.is_processed else "as trained"
+        return done if self.quantization == "none" else f"{done}, de-quantised from {self.quantization}"
 
     def check_window(self, n_tokens: int, what: str) -> None:
         """Raise `ContextWindowError` if `n_tokens` do not fit the context window."""

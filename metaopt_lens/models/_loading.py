@@ -1,7 +1,8 @@
-"""Load a model by name: the bundled one, a local folder, or one on the hub."""
+"""Load a model by name: the bundled one, one from a package, a GGUF file, a local folder, or one on the hub."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metaopt_lens._errors import FileFormatError, OptionError, UnsupportedModelError
+from metaopt_lens.models._gguf import GgufSource, converted
+from metaopt_lens.models._memory import check_memory, count_values
+from metaopt_lens.models._packaged import PACKAGED, packaged_source
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -19,54 +23,77 @@ _TOKENIZER = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json",
 
 
 def load_model(
-    name_or_dir: str,
+    name_or_path: str | os.PathLike[str],
     *,
     dtype: torch.dtype = torch.float32,
     device: str | None = None,
     revision: str | None = None,
     n_devices: int | None = None,
     device_map: str | None = None,
+    cache: bool = True,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> TransformerBridge:
     """A TransformerBridge with unprocessed weights.
 
+    A GGUF file is de-quantised by transformers once and kept as a model folder in a cache, under the file's hash.
+
     Args:
-        name_or_dir: ``"tiny"`` for the bundled model, a local folder with config, weights and tokenizer, or a name
-            on the Hugging Face hub.
+        name_or_path: ``"tiny"`` for the bundled model; ``"smollm2"`` or ``"gemma3-270m"`` for pretrained models from
+            packages; a GGUF file, as Ollama, llama.cpp and LM Studio keep them; a local folder with config, weights
+            and tokenizer; or a name on the Hugging Face hub.
         dtype: floating-point type of the weights.
         device: where to put the model; by default the bundled model goes to the CPU, any other where TransformerLens
             puts it.
         revision: branch, tag or commit of a model on the hub.
         n_devices: spread the model over this many devices; passed to TransformerLens.
         device_map: which module goes to which device, such as ``"auto"``; likewise.
+        cache: keep and use the converted form of a GGUF file; without it the file is converted each time.
+        cache_dir: folder of the cache; by default the one that the environment variable ``METAOPT_LENS_CACHE``
+            names, else ``metaopt-lens`` in the user's cache folder.
 
     Raises:
-        OptionError: `device` cannot be used here, or the bundled model is asked to spread.
-        FileFormatError: a folder that does not exist, or lacks a file.
+        OptionError: `device` cannot be used here, the bundled model is asked to spread, or a package is not installed.
+        FileFormatError: a file or folder that does not exist, is damaged, or lacks something.
         UnsupportedModelError: a name that nobody knows, a hub that cannot be reached, an architecture that
-            TransformerLens cannot load.
+            TransformerLens cannot load, or transformers cannot read from GGUF.
+        ModelTooLargeError: the weights take more memory than is available.
+        OutputError: the cache cannot be written, or has no space.
     """
     _check_device(device)
+    name = os.fspath(name_or_path)
     spread = {
-        name: value
-        for name, value in (("revision", revision), ("n_devices", n_devices), ("device_map", device_map))
-        if value is not None
+        option: value for option, value in (("n_devices", n_devices), ("device_map", device_map)) if value is not None
     }
-    if name_or_dir == TINY:
-        if spread:
-            raise OptionError(f"the bundled model has no {' or '.join(spread)}: leave it out.")
+    on_hub = {} if revision is None else {"revision": revision}
+    path = Path(name).expanduser()
+    if name == TINY:
+        if spread or on_hub:
+            raise OptionError(f"the bundled model has no {' or '.join([*on_hub, *spread])}: leave it out.")
         from metaopt_lens.models.tiny import load_tiny
 
         return load_tiny(dtype=dtype, device=device)
-    folder = Path(name_or_dir).expanduser()
-    is_folder = folder.is_dir()
+    if name in PACKAGED or path.is_file():
+        if on_hub:
+            raise OptionError(f"{name} is not on the hub and has no revision: leave it out.")
+        source = packaged_source(name) if name in PACKAGED else GgufSource(path.name.removesuffix(".gguf"), (path,))
+        with converted(
+            source, dtype=dtype, device=device, cache=cache, cache_dir=cache_dir, check_size=not spread
+        ) as folder:
+            bridge = _boot(str(folder), True, dtype=dtype, device=device, **spread)
+        bridge.cfg.model_name = source.name  # the folder is a path on this machine: it belongs in no result
+        return bridge
+    is_folder = path.is_dir()
     if is_folder:
-        _check_folder(folder)
-    elif _looks_like_a_path(name_or_dir):
+        _check_folder(path)
+        if not spread:
+            check_memory(count_values(path), dtype, device, what=f"the model in {path}")
+    elif _looks_like_a_path(name):
         raise FileFormatError(
-            f"there is no folder {name_or_dir}: give a folder with config.json, weights and tokenizer, a model's "
-            f"name on the hub, or {TINY!r} for the bundled model."
+            f"there is no file or folder {name}: give a GGUF file, a folder with config.json, weights and tokenizer, "
+            f"a model's name on the hub, one of {', '.join(map(repr, PACKAGED))} from packages, or {TINY!r} for the "
+            "bundled model."
         )
-    return _boot(str(folder) if is_folder else name_or_dir, is_folder, dtype=dtype, device=device, **spread)
+    return _boot(str(path) if is_folder else name, is_folder, dtype=dtype, device=device, **on_hub, **spread)
 
 
 def _boot(name: str, is_folder: bool, **options: Any) -> TransformerBridge:
@@ -113,7 +140,13 @@ def _check_folder(folder: Path) -> None:
 
 
 def _looks_like_a_path(name: str) -> bool:
-    return name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or name.endswith("/") or "\\" in name
+    return (
+        name.startswith((".", "/", "~", "\\"))
+        or name.count("/") > 1
+        or name.endswith("/")
+        or "\\" in name
+        or name.endswith(".gguf")
+    )
 
 
 def _first_line(error: BaseException) -> str:
