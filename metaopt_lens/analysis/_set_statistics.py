@@ -20,6 +20,7 @@ from metaopt_lens.analysis._training_attention import finetuning_scores, trainin
 from metaopt_lens.finetuning import StepFactors, WeightUpdate
 from metaopt_lens.models import LensModel
 from metaopt_lens.prompts import TokenizedPrompt
+from metaopt_lens.runs import through_w_o
 
 Values = Float[Tensor, "query layer head"]
 _Pair = Callable[[Tensor, Tensor], Tensor]
@@ -108,11 +109,9 @@ def with_null(statistics: Sequence[Statistic], label: str, values: dict[str, Val
 def _vectors(model: LensModel, r: SetRecord) -> dict[str, tuple[Tensor, Tensor]]:
     minus = partial(difference, eps=r.rounding)
     total, ft = minus(r.z_icl, r.z_zs), minus(r.z_ft, r.z_zs)
-    w_o = torch.stack([model.w_o(layer).detach().to("cpu", total.dtype) for layer in range(model.info.n_layers)])
-    through = partial(torch.einsum, "qlhd,lhdm->qlhm")
     return {
         "z total": (total, ft),
-        "z total, after W_O": (through(total, w_o), through(ft, w_o)),
+        "z total, after W_O": (through_w_o(model, total), through_w_o(model, ft)),
         "z total, position-matched": (minus(r.z_icl, r.z_zsm), minus(r.z_ftm, r.z_zsm)),
         "z direct": (r.direct, ft),
         "z meta-gradient": (r.meta_gradient, ft),
