@@ -26,8 +26,15 @@ from metaopt_lens.analysis._set_statistics import (
     with_null,
 )
 from metaopt_lens.decomposition import prompt_groups
-from metaopt_lens.extraction import Scoring, candidate_labels, check_candidates, run_shared_prefix, score_candidates
-from metaopt_lens.finetuning import WeightUpdate, finetune, require_raw_weights
+from metaopt_lens.extraction import (
+    Scoring,
+    candidate_labels,
+    check_candidates,
+    refuse_acting,
+    run_shared_prefix,
+    score_candidates,
+)
+from metaopt_lens.finetuning import WeightUpdate, demonstration_ids, finetune, require_raw_weights
 from metaopt_lens.models import AttentionModel, wrap
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_label, tokenize_prompt
 
@@ -60,6 +67,7 @@ def compare(
     prepend_bos: bool | None = None,
     reference: bool = False,
     allow_processed: bool = False,
+    allow_other_training: bool = False,
     seed: int = 0,
     progress: bool = True,
 ) -> Comparison:
@@ -91,6 +99,7 @@ def compare(
         top_k: k of the token-level recall (default: 100, or half the tokens of the smallest set if that is less).
         reference: the published code's choices in SimAOU, SimAM, Kendall and recall.
         allow_processed: accept a model with folded norms or biases.
+        allow_other_training: accept updates that were trained on something else than their set's demonstrations.
         seed: of shuffles, random draws and bootstrap.
 
     Returns:
@@ -100,12 +109,15 @@ def compare(
         PromptError: prompts without demonstrations, labels that cannot be told apart, a gold label that is no
             candidate.
         OptionError: as many updates as demonstration sets are needed; `top_k` beyond the tokens there are.
-        ModelMismatchError: an update of another model, or processed weights without `allow_processed`.
+        ModelMismatchError: an update of another model, processed weights without `allow_processed`, or an update that
+            was trained on other tokens than its set's demonstrations without `allow_other_training`.
         NonFiniteError: NaN or infinity in the activations.
     """
     wrapped = wrap(model)
+    refuse_acting(wrapped, "compare")
     require_raw_weights(wrapped, allow_processed=allow_processed)
     sets = _sets(wrapped, prompts, update, dict(controls or {}), prepend_bos)
+    sets = _check_training(sets, allow_other=allow_other_training)
     words = _candidates(wrapped, sets, prompts, candidates, scoring)
     k = _top_k(sets, top_k)
     check_positive(n_null_draws=n_null_draws, subspace_dim=subspace_dim)
@@ -218,6 +230,39 @@ def _per_set(value: WeightUpdate | Sequence[WeightUpdate], n_sets: int, what: st
             f"sets' first prompts; got {len(found)}."
         )
     return found
+
+
+def _check_training(sets: list[_Set], *, allow_other: bool) -> list[_Set]:
+    """Every update must have learned its own set's demonstrations; one that does not say what it learned passes.
+
+    With `allow_other` others pass without their factors: attention to training tokens is that to the demonstrations.
+    """
+    wanted = [demonstration_ids(group.tokenized[0]) for group in sets]
+    checked = []
+    for index, group in enumerate(sets):
+        found = group.update.trained_on
+        if found is None or found == wanted[index]:
+            checked.append(group)
+        elif allow_other:
+            checked.append(dataclasses.replace(group, update=dataclasses.replace(group.update, factors=None)))
+        else:
+            if found in wanted:
+                what = (
+                    f"on those of set {wanted.index(found)}: give the updates in the order of the sets' first prompts"
+                )
+            elif _without_first(wanted[index]) == found or _without_first(found) == wanted[index]:
+                what = "on the same with another choice of BOS: give both the same prepend_bos"
+            else:
+                what = "on other tokens: finetune on the set's own prompt, or pass allow_other_training=True"
+            raise ModelMismatchError(
+                f"the update of set {index} was not trained on the demonstrations of set {index} (first query "
+                f"{group.prompts[0].query!r}), but {what}."
+            )
+    return checked
+
+
+def _without_first(sequences: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    return tuple(ids[1:] for ids in sequences)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from metaopt_lens._errors import OptionError, PromptError, SpanError
 from metaopt_lens._storage import provenance
 from metaopt_lens.decomposition._result import Decomposition, DecompositionSet
 from metaopt_lens.decomposition._runs import ZeroShotRuns, run_settings
-from metaopt_lens.extraction import QueryCapture, run_shared_prefix
+from metaopt_lens.extraction import QueryCapture, refuse_acting, run_shared_prefix
 from metaopt_lens.models import AttentionModel, MomentumTerm, Prefix, active_momentum, announced_momentum, wrap
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_prompt
 
@@ -87,7 +87,9 @@ def decompose(
         PromptError: no demonstrations, an empty piece, no tokenizer, a word the tokenizer does not know.
         ContextWindowError: the prompt is longer than the context window.
         SpanError: `position` is not in the query.
-        UnsupportedModelError: the architecture cannot be split.
+        OptionError: a meta-gradient or a knock-out is applied to the model.
+        UnsupportedModelError: the architecture cannot be split, or a hook changes z, so that its parts do not add up
+            to it (hooks on queries, keys and values, and weight updates, are fine).
         NonFiniteError: NaN or infinity in the activations; names the first layer.
     """
     if zero_shot_runs not in {"both", "plain", "none"}:
@@ -95,6 +97,7 @@ def decompose(
     if batch_size < 1:
         raise OptionError(f"batch_size must be at least 1, got {batch_size}.")
     wrapped = wrap(model)
+    refuse_acting(wrapped, "decompose")
     single = isinstance(prompt, str | ICLPrompt)
     prompts = [prompt] if isinstance(prompt, str | ICLPrompt) else list(prompt)
     if not prompts:

@@ -5,6 +5,8 @@ from metaopt_lens.extraction._batching import map_batches as map_batches
 from metaopt_lens.extraction._capture import QueryCapture as QueryCapture
 from metaopt_lens.extraction._capture import capture_queries as capture_queries
 from metaopt_lens.extraction._capture import run_shared_prefix as run_shared_prefix
+from metaopt_lens.extraction._guard import acting as acting
+from metaopt_lens.extraction._guard import refuse_acting as refuse_acting
 from metaopt_lens.extraction._predict import LabelPrediction as LabelPrediction
 from metaopt_lens.extraction._predict import candidate_labels as candidate_labels
 from metaopt_lens.extraction._predict import label_log_probs as label_log_probs

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from metaopt_lens._errors import NonFiniteError
 from metaopt_lens.dual import is_finite, softmax_with_sink
-from metaopt_lens.models import AttentionCall, AttentionModel, Hook, Prefix
+from metaopt_lens.extraction._guard import excess_over_parts, require_parts
+from metaopt_lens.models import AttentionCall, AttentionModel, Hook, Prefix, active_momentum
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,23 @@ def capture_queries(
 ) -> list[QueryCapture]:
     """Run queries together behind a shared prefix, ending after the last layer's attention.
 
+    z is checked against its parts at the destinations (docs/theory.md, section 2): zero-shot part, meta-gradient and
+    momentum add up to it, to the rounding of its dtype.
+
     Args:
+        model: a wrapped model.
+        prefix: what all queries stand behind; None for nothing.
         queries: token ids of each query; shorter ones are padded on the right, where nothing sees it.
         destinations: for each query, the positions in it to keep (counted from its first token).
-        edit: called with every layer's `AttentionCall` before W_O; what it returns replaces z.
+        edit: called with every layer's `AttentionCall` before W_O; what it returns replaces z. Edits are made of
+            scores, so the host's pattern is checked against them too.
         grad: keep the graph.
 
+    Returns:
+        A `QueryCapture` for each query.
+
     Raises:
+        UnsupportedModelError: z is not the sum of its parts (a hook changes it); names the head.
         NonFiniteError: activations at the destinations are NaN or infinite; names the first such layer.
     """
     width = max(len(query) for query in queries)
@@ -74,6 +85,8 @@ def capture_queries(
         tokens[row, : len(query)] = torch.tensor(query)
     offset = 0 if prefix is None else prefix.n_tokens
     layers: list[Sequence[tuple[Tensor, ...]]] = []  # [layer][query] -> q, pattern, sink, z, k, v
+    excess: list[Tensor] = []  # of every layer: how far heads are from their parts
+    eta = active_momentum(model)
 
     def keep(call: AttentionCall) -> Tensor | None:
         edited = edit(call) if edit is not None else None
@@ -85,34 +98,40 @@ def capture_queries(
             rebuilt, sink = softmax_with_sink(call.scores(), call.rule.sinks)
             whole = rebuilt if too_coarse else whole
         rows = []
+        found = []
         for row, query in enumerate(queries):
             at = torch.as_tensor(destinations[row], device=z.device)
             n_src = offset + len(query)
-            pattern = whole[row][:, at, :n_src].transpose(0, 1)
+            pattern = whole[row][:, at, :n_src]
             own = slice(offset, n_src)
+            momentum = None if eta is None else eta[call.layer]
+            found.append(excess_over_parts(model, call, row, at, pattern, momentum, with_pattern=edit is not None))
             # Copies (indexing with `at` makes one), so that nothing keeps the whole batch's tensors alive.
             rows.append(
                 (
                     call.q[row, at],
-                    pattern,
-                    torch.zeros_like(pattern[..., 0]) if sink is None else sink[row][:, at].T,
+                    pattern.transpose(0, 1),
+                    torch.zeros_like(pattern[..., 0]).T if sink is None else sink[row][:, at].T,
                     z[row, at],
                     call.k[row, own].clone(),
                     call.v[row, own].clone(),
                 )
             )
         layers.append(rows)
+        excess.append(torch.stack(found).amax(0))
         return edited
 
     hooks: list[Hook] = []
     for layer in range(model.info.n_layers):
         hooks += model.attention_hooks(layer, keep, prefix=prefix)
     model.run(tokens, hooks=hooks, prefix=prefix, stop_after_attention=True, grad=grad)
+    for layer, of_queries in enumerate(layers):
+        for own_q, _, _, own_z, own_k, own_v in of_queries:
+            _require_finite(model, layer, queries=own_q, keys=own_k, values=own_v, outputs=own_z)
+        require_parts(model, layer, excess[layer])
     captures = []
     for row in range(len(queries)):
         q, pattern, sink, z, k, v = zip(*(rows[row] for rows in layers), strict=True)
-        for layer in range(model.info.n_layers):
-            _require_finite(model, layer, queries=q[layer], keys=k[layer], values=v[layer], outputs=z[layer])
         captures.append(
             QueryCapture(
                 q=_stack(q, 1),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from metaopt_lens._errors import ContextWindowError, PromptError
 from metaopt_lens.finetuning._settings import Loss
 from metaopt_lens.models import AttentionModel
-from metaopt_lens.prompts import Demo, ICLPrompt, Template, tokenize_prompt
+from metaopt_lens.prompts import Demo, ICLPrompt, Template, TokenizedPrompt, tokenize_prompt
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,12 @@ def training_examples(
         # Any query will do: only the demonstrations' ids are taken.
         prompt = ICLPrompt(pairs, pairs[0][0], template or Template())
     tokenized = tokenize_prompt(prompt, model.tokenizer, prepend_bos=prepend_bos, require_demos=True)
-    bos = () if tokenized.bos is None else tokenized.ids[tokenized.bos.slice]
+    n_bos = 0 if tokenized.bos is None else len(tokenized.bos)
     examples = []
-    for index, (demo, label) in enumerate(zip(tokenized.demos, tokenized.labels, strict=True)):
-        ids = bos + tokenized.ids[demo.start : label.stop]
-        first = len(bos) + label.start - demo.start if loss == "label" else 1
+    for index, (ids, demo, label) in enumerate(
+        zip(demonstration_ids(tokenized), tokenized.demos, tokenized.labels, strict=True)
+    ):
+        first = n_bos + label.start - demo.start if loss == "label" else 1
         targets = tuple(range(max(first, 1), len(ids)))
         if not targets:
             raise PromptError(f"demonstration {index} has a single token and no BOS: there is nothing to predict.")
@@ -57,6 +58,15 @@ def training_examples(
             )
         examples.append(TrainingExample(ids, targets))
     return examples
+
+
+def demonstration_ids(tokenized: TokenizedPrompt) -> tuple[tuple[int, ...], ...]:
+    """Ids of every demonstration as it is trained on: behind BOS, where the prompt has it, without its separator."""
+    bos = () if tokenized.bos is None else tokenized.ids[tokenized.bos.slice]
+    return tuple(
+        bos + tokenized.ids[demo.start : label.stop]
+        for demo, label in zip(tokenized.demos, tokenized.labels, strict=True)
+    )
 
 
 def text_examples(

@@ -123,6 +123,7 @@ def finetune(
         losses=tuple(losses),
         settings=settings,
         factors=tuple(factors) if keep_factors else None,
+        trained_on=tuple(example.ids for example in examples),
     )
 
 

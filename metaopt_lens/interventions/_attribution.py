@@ -10,6 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from metaopt_lens._errors import OptionError, PromptError
+from metaopt_lens.extraction import refuse_acting
 from metaopt_lens.interventions._head_effects import HeadEffects
 from metaopt_lens.interventions._knock_out_runs import KnockOutRuns, RowMetric
 from metaopt_lens.interventions._meta_gradient import meta_gradient
@@ -49,6 +50,7 @@ def head_effects(
         ContextWindowError: a prompt is longer than the context window.
     """
     wrapped = wrap(model)
+    refuse_acting(wrapped, "head_effects")
     if not prompts:
         raise PromptError("no prompts: give at least one.")
     mg = meta_gradient(wrapped, prompts[0], prepend_bos=prepend_bos)
