@@ -33,10 +33,11 @@ from metaopt_lens.extraction import (
     refuse_acting,
     run_shared_prefix,
     score_candidates,
+    tokenize_for,
 )
 from metaopt_lens.finetuning import WeightUpdate, demonstration_ids, finetune, require_raw_weights
 from metaopt_lens.models import AttentionModel, wrap
-from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_label, tokenize_prompt
+from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_label
 
 
 @dataclass(frozen=True)
@@ -192,10 +193,7 @@ def _sets(
 ) -> list[_Set]:
     if not prompts:
         raise PromptError("compare needs at least one prompt.")
-    tokenized = [
-        tokenize_prompt(p, model.tokenizer, prepend_bos=prepend_bos, max_tokens=model.info.n_ctx, require_demos=True)
-        for p in prompts
-    ]
+    tokenized = [tokenize_for(model, p, prepend_bos=prepend_bos, require_demos=True) for p in prompts]
     groups = prompt_groups(tokenized)
     for index, group in enumerate(groups):
         if len(group) < 2:
@@ -333,7 +331,7 @@ def _further_records(
     }
     if label_shuffled is not None and len({demo.label for demo in group.prompts[0].demos}) > 1:
         demos = shuffle_labels(group.prompts[0], seed=label_shuffled).demos
-        moved = [tokenize_prompt(p.with_demos(demos), model.tokenizer, prepend_bos=prepend_bos) for p in group.prompts]
+        moved = [tokenize_for(model, p.with_demos(demos), prepend_bos=prepend_bos) for p in group.prompts]
         records["label-shuffled"] = model, record_set(model, moved, group.update, **recording)
     if random_weights is not None:
         for name, keep in (("random weights", False), ("random weights, trained embeddings", True)):

@@ -13,9 +13,9 @@ from metaopt_lens._errors import OptionError, PromptError, SpanError
 from metaopt_lens._storage import provenance
 from metaopt_lens.decomposition._result import Decomposition, DecompositionSet
 from metaopt_lens.decomposition._runs import ZeroShotRuns, run_settings
-from metaopt_lens.extraction import QueryCapture, refuse_acting, run_shared_prefix
+from metaopt_lens.extraction import QueryCapture, refuse_acting, run_shared_prefix, tokenize_for
 from metaopt_lens.models import AttentionModel, MomentumTerm, Prefix, active_momentum, announced_momentum, wrap
-from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_prompt
+from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt
 
 Position = int | Literal["last", "all"]
 PromptLike = str | ICLPrompt
@@ -73,7 +73,7 @@ def decompose(
             index into the whole prompt (negative counts from its end).
         zero_shot_runs: ``"both"`` also runs the prompt without demonstrations, plainly and position-matched;
             ``"plain"`` only plainly (then indirect and position effect are one number); ``"none"`` neither.
-        prepend_bos: put BOS first; by default if the tokenizer has one.
+        prepend_bos: put BOS first; None for the model's default (`TokenizedPrompt.bos_note` says which).
         momentum: run with this `MomentumAttention` too. Its part of z is then a third one, and split over the
             demonstrations: `Decomposition.momentum` and `momentum_meta_gradient`. Momentum attention that is on already
             (``with intervene(model, ...)``) is seen by itself.
@@ -103,13 +103,7 @@ def decompose(
     if not prompts:
         raise PromptError("no prompts: give at least one.")
     parsed = [ICLPrompt.from_string(p) if isinstance(p, str) else p for p in prompts]
-    tokenized = [
-        tokenize_prompt(
-            p, wrapped.tokenizer, prepend_bos=prepend_bos, max_tokens=wrapped.info.n_ctx, require_demos=True
-        )
-        for p in parsed
-    ]
-    _check_vocabulary(wrapped, tokenized)
+    tokenized = [tokenize_for(wrapped, p, prepend_bos=prepend_bos, require_demos=True) for p in parsed]
     rows = [_destinations(t, position) for t in tokenized]
     results: list[Decomposition | None] = [None] * len(prompts)
     with _momentum_on(wrapped, momentum):
@@ -224,12 +218,3 @@ def _destinations(prompt: TokenizedPrompt, position: Position) -> tuple[int, ...
             f"{prompt.query.stop - 1} of this prompt."
         )
     return (index,)
-
-
-def _check_vocabulary(model: AttentionModel, tokenized: list[TokenizedPrompt]) -> None:
-    highest = max(max(t.ids) for t in tokenized)
-    if highest >= model.info.d_vocab:
-        raise PromptError(
-            f"the tokenizer gave token id {highest}, but {model.info.name} knows only {model.info.d_vocab} tokens: "
-            "it is not this model's tokenizer."
-        )

@@ -14,9 +14,10 @@ from torch import Tensor
 from metaopt_lens._errors import OptionError, UnsupportedModelError
 from metaopt_lens.analysis import Comparison, SetRecord, demonstration_queries, record_set, usable_factors
 from metaopt_lens.experiments._records import DemoRecord, QueryRecord, write_records
+from metaopt_lens.extraction import tokenize_for
 from metaopt_lens.finetuning import WeightUpdate
 from metaopt_lens.models import wrap
-from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_prompt
+from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt
 
 
 def write_run_records(
@@ -58,10 +59,7 @@ def write_run_records(
             "the finetuning pass is recorded demonstration by demonstration: finetune with keep_factors=True, "
             "batch_size=1, epochs=1 and order='given'."
         )
-    tokenized = [
-        tokenize_prompt(p, wrapped.tokenizer, prepend_bos=prepend_bos, max_tokens=info.n_ctx, require_demos=True)
-        for p in prompts
-    ]
+    tokenized = [tokenize_for(wrapped, p, prepend_bos=prepend_bos, require_demos=True) for p in prompts]
     if len({(t.ids[: t.query.start], t.demos) for t in tokenized}) > 1:
         raise OptionError("a recording holds one demonstration set: write each set to a folder of its own.")
     record = record_set(wrapped, tokenized, update, subspace_dim=1, batch_size=batch_size)

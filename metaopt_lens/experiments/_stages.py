@@ -15,9 +15,9 @@ from metaopt_lens.decomposition import Decomposition, decompose
 from metaopt_lens.experiments._prompt_comparison import default_unrelated_texts
 from metaopt_lens.experiments._prompt_set import PromptSet
 from metaopt_lens.experiments._run_config import Rule, RunConfig
+from metaopt_lens.extraction import tokenize_for
 from metaopt_lens.finetuning import LearningRateChoice, WeightUpdate, choose_learning_rate, finetune
 from metaopt_lens.models import AttentionModel
-from metaopt_lens.prompts import tokenize_prompt
 
 Save = Callable[[Path], None]
 
@@ -160,7 +160,7 @@ _EXAMPLE_BYTES = 64 * 2**20  # keys and values of a long prompt in a large model
 def example(config: RunConfig, model: AttentionModel, prompts: PromptSet) -> Save:
     """The piece ``example``: the first prompt decomposed, for the report's views; nothing if it is too large."""
     first = prompts.prompts[0]
-    n_tokens = tokenize_prompt(first, model.tokenizer, prepend_bos=config.prepend_bos).n_tokens
+    n_tokens = tokenize_for(model, first, prepend_bos=config.prepend_bos).n_tokens
     info = model.info
     size = 2 * 4 * info.n_layers * n_tokens * info.n_kv_heads * info.d_head
     if size > _EXAMPLE_BYTES:

@@ -14,3 +14,4 @@ from metaopt_lens.extraction._predict import predict_labels as predict_labels
 from metaopt_lens.extraction._scoring import Scoring as Scoring
 from metaopt_lens.extraction._scoring import check_candidates as check_candidates
 from metaopt_lens.extraction._scoring import score_candidates as score_candidates
+from metaopt_lens.extraction._tokens import tokenize_for as tokenize_for

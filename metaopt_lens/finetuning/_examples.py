@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from metaopt_lens._errors import ContextWindowError, PromptError
+from metaopt_lens.extraction import tokenize_for
 from metaopt_lens.finetuning._settings import Loss
 from metaopt_lens.models import AttentionModel
-from metaopt_lens.prompts import Demo, ICLPrompt, Template, TokenizedPrompt, tokenize_prompt
+from metaopt_lens.prompts import Demo, ICLPrompt, Template, TokenizedPrompt
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def training_examples(
             raise PromptError("finetuning needs at least one demonstration.")
         # Any query will do: only the demonstrations' ids are taken.
         prompt = ICLPrompt(pairs, pairs[0][0], template or Template())
-    tokenized = tokenize_prompt(prompt, model.tokenizer, prepend_bos=prepend_bos, require_demos=True)
+    tokenized = tokenize_for(model, prompt, prepend_bos=prepend_bos, require_demos=True)
     n_bos = 0 if tokenized.bos is None else len(tokenized.bos)
     examples = []
     for index, (ids, demo, label) in enumerate(
@@ -82,9 +83,7 @@ def text_examples(
         raise PromptError("finetuning needs at least one text.")
     examples = []
     for index, text in enumerate(texts):
-        tokenized = tokenize_prompt(
-            ICLPrompt((), text, Template(input="{input}")), model.tokenizer, prepend_bos=prepend_bos
-        )
+        tokenized = tokenize_for(model, ICLPrompt((), text, Template(input="{input}")), prepend_bos=prepend_bos)
         if tokenized.n_tokens < 2:
             raise PromptError(f"text {index} has a single token: there is nothing to predict.")
         model.check_window(tokenized.n_tokens, f"text {index}")

@@ -10,12 +10,12 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from metaopt_lens._errors import OptionError, PromptError
-from metaopt_lens.extraction import refuse_acting
+from metaopt_lens.extraction import refuse_acting, tokenize_for
 from metaopt_lens.interventions._head_effects import HeadEffects
 from metaopt_lens.interventions._knock_out_runs import KnockOutRuns, RowMetric
 from metaopt_lens.interventions._meta_gradient import meta_gradient
 from metaopt_lens.models import AttentionModel, wrap
-from metaopt_lens.prompts import ICLPrompt, tokenize_label, tokenize_prompt
+from metaopt_lens.prompts import ICLPrompt, tokenize_label
 
 Metric = str | Callable[[Tensor], Tensor]
 
@@ -108,9 +108,7 @@ def _rows(
     model: AttentionModel, prompts: Sequence[ICLPrompt], metric: Metric, prepend_bos: bool | None
 ) -> tuple[list[tuple[int, ...]], RowMetric]:
     """Tokens behind the demonstrations, and the metric of their logits."""
-    tokens = [
-        tokenize_prompt(p, model.tokenizer, prepend_bos=prepend_bos, max_tokens=model.info.n_ctx) for p in prompts
-    ]
+    tokens = [tokenize_for(model, p, prepend_bos=prepend_bos) for p in prompts]
     queries = [t.ids[t.query.start :] for t in tokens]
     if not isinstance(metric, str):
         return queries, lambda logits, query: metric(logits[len(queries[query]) - 1])

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from metaopt_lens._errors import HeadError, OptionError, UnsupportedModelError
 from metaopt_lens.dual import implicit_weight_update
+from metaopt_lens.extraction import tokenize_for
 from metaopt_lens.models import AttentionModel, Hook, MlpSite, ModelInfo, wrap
-from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_prompt
+from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -145,7 +146,7 @@ def implicit_update(model: Any, prompt: ICLPrompt | str, *, prepend_bos: bool | 
     Args:
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model with pre-norm blocks and plain or gated MLPs.
         prompt: an `ICLPrompt`, or text read by `ICLPrompt.from_string`.
-        prepend_bos: put BOS first; by default if the tokenizer has one.
+        prepend_bos: put BOS first; None for the model's default.
 
     Raises:
         UnsupportedModelError: parallel, attention-only, mixture-of-experts or post-norm blocks; names which.
@@ -154,9 +155,7 @@ def implicit_update(model: Any, prompt: ICLPrompt | str, *, prepend_bos: bool | 
     wrapped = wrap(model)
     sites = [wrapped.mlp_site(layer) for layer in range(wrapped.info.n_layers)]
     parsed = ICLPrompt.from_string(prompt) if isinstance(prompt, str) else prompt
-    tokens = tokenize_prompt(
-        parsed, wrapped.tokenizer, prepend_bos=prepend_bos, max_tokens=wrapped.info.n_ctx, require_demos=True
-    )
+    tokens = tokenize_for(wrapped, parsed, prepend_bos=prepend_bos, require_demos=True)
     in_context = _run(wrapped, sites, tokens.ids)
     zero_shot = _run(wrapped, sites, tokens.zero_shot().ids)
     lefts: dict[str, list[Tensor]] = {name: [] for name in sites[0].matrices}

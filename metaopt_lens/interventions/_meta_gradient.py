@@ -51,7 +51,7 @@ def meta_gradient(
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model. It is not modified.
         demos: demonstrations, or a prompt whose demonstrations, template and instruction are taken (its query is not).
         template: the text around inputs and labels. instruction: text before the demonstrations.
-        prepend_bos: put BOS first; by default if the tokenizer has one.
+        prepend_bos: put BOS first; None for the model's default.
 
     Raises:
         PromptError: no demonstrations, or text that the tokenizer does not know.

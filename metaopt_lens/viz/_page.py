@@ -147,7 +147,7 @@ def _prompt(item: Decomposition, answer: LabelPrediction | None, title: str) -> 
     many = " ml-many" if len(rows) > _MANY_DEMOS and max(len(row[3]) for row in rows) < 80 else ""
     blocks = "".join(_piece(*row) for row in rows)
     query = _piece("query", "#1f2933", "query", escape(prompt.pieces()[-1].text.rstrip()))
-    bos = " BOS stands before the text." if tokenized.bos is not None else ""
+    bos = "".join(f" {escape(note)}" for note in (tokenized.bos_note, tokenized.warning) if note)
     token = escape(tokenized.tokens[item.positions[0]].strip() or "␣")
     where = (
         "every token of the query"
