@@ -37,7 +37,7 @@ from metaopt_lens.extraction import (
 )
 from metaopt_lens.finetuning import WeightUpdate, demonstration_ids, finetune, require_raw_weights
 from metaopt_lens.models import AttentionModel, wrap
-from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_label
+from metaopt_lens.prompts import ICLPrompt, PromptLike, TokenizedPrompt, as_prompts, tokenize_label
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class _Set:
 
 def compare(
     model: Any,
-    prompts: Sequence[ICLPrompt],
+    prompts: PromptLike | Sequence[PromptLike],
     update: WeightUpdate | Sequence[WeightUpdate],
     *,
     controls: Mapping[str, WeightUpdate | Sequence[WeightUpdate]] | None = None,
@@ -88,7 +88,8 @@ def compare(
 
     Args:
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model; never modified.
-        prompts: queries with their demonstrations; prompts with the same demonstrations form a set.
+        prompts: queries with their demonstrations, in the forms `decompose` takes; prompts with the same
+            demonstrations form a set.
         update: what finetuning did: one per demonstration set, in order of their first prompt (one alone for one set).
         controls: further updates by name, shaped like `update`, whose similarity to the ICL update is a null.
         label_shuffled: also run the demonstrations with shuffled labels.
@@ -116,6 +117,7 @@ def compare(
     """
     wrapped = wrap(model)
     refuse_acting(wrapped, "compare")
+    prompts = as_prompts(prompts)
     require_raw_weights(wrapped, allow_processed=allow_processed)
     sets = _sets(wrapped, prompts, update, dict(controls or {}), prepend_bos)
     sets = _check_training(sets, allow_other=allow_other_training)

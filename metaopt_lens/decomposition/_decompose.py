@@ -9,16 +9,15 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from metaopt_lens._errors import OptionError, PromptError, SpanError
+from metaopt_lens._errors import OptionError, SpanError
 from metaopt_lens._storage import provenance
 from metaopt_lens.decomposition._result import Decomposition, DecompositionSet
 from metaopt_lens.decomposition._runs import ZeroShotRuns, run_settings
 from metaopt_lens.extraction import QueryCapture, refuse_acting, run_shared_prefix, tokenize_for
 from metaopt_lens.models import AttentionModel, MomentumTerm, Prefix, active_momentum, announced_momentum, wrap
-from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt
+from metaopt_lens.prompts import ICLPrompt, PromptLike, TokenizedPrompt, as_prompts, is_single
 
 Position = int | Literal["last", "all"]
-PromptLike = str | ICLPrompt
 
 
 @overload
@@ -51,7 +50,7 @@ def decompose(
 
 def decompose(
     model: Any,
-    prompt: PromptLike | Sequence[PromptLike],
+    prompt: Any,
     *,
     position: Position = "last",
     zero_shot_runs: ZeroShotRuns = "both",
@@ -67,7 +66,8 @@ def decompose(
 
     Args:
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model. It is not modified.
-        prompt: an `ICLPrompt`, or text read by `ICLPrompt.from_string`; a list of them gives a `DecompositionSet`.
+        prompt: an `ICLPrompt`, text read by `ICLPrompt.from_string`, or a dict with the keys of the JSON prompt files
+            (see `load_prompts`); a list of them (or a dict with "queries") gives a `DecompositionSet`.
             Prompts with the same demonstrations share their pass.
         position: which token of the query to read: ``"last"`` (the one that predicts the label), ``"all"``, or an
             index into the whole prompt (negative counts from its end).
@@ -98,14 +98,10 @@ def decompose(
         raise OptionError(f"batch_size must be at least 1, got {batch_size}.")
     wrapped = wrap(model)
     refuse_acting(wrapped, "decompose")
-    single = isinstance(prompt, str | ICLPrompt)
-    prompts = [prompt] if isinstance(prompt, str | ICLPrompt) else list(prompt)
-    if not prompts:
-        raise PromptError("no prompts: give at least one.")
-    parsed = [ICLPrompt.from_string(p) if isinstance(p, str) else p for p in prompts]
+    parsed = as_prompts(prompt)
     tokenized = [tokenize_for(wrapped, p, prepend_bos=prepend_bos, require_demos=True) for p in parsed]
     rows = [_destinations(t, position) for t in tokenized]
-    results: list[Decomposition | None] = [None] * len(prompts)
+    results: list[Decomposition | None] = [None] * len(parsed)
     with _momentum_on(wrapped, momentum):
         for group in prompt_groups(tokenized):
             shared = run_shared_prefix(wrapped, tokenized[group[0]].ids[: tokenized[group[0]].query.start], grad=grad)
@@ -130,7 +126,7 @@ def decompose(
                 ):
                     results[index] = result
     finished = tuple(result for result in results if result is not None)
-    return finished[0] if single else DecompositionSet(finished)
+    return finished[0] if is_single(prompt) else DecompositionSet(finished)
 
 
 @contextmanager

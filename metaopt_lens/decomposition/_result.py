@@ -44,7 +44,7 @@ _TENSORS = ("q", "pattern", "sink", "z", "prefix_k", "prefix_v", "query_k", "que
 _OPTIONAL_TENSORS = ("z_zero_shot", "z_position_matched", "eta")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Effects:
     """Where the change from zero-shot to in-context comes from: ``total = direct + indirect + position``.
 
@@ -63,7 +63,7 @@ class Effects:
     position: Float[Tensor, "*dst layer head d_head"] | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ResidualParts:
     """The split in the residual stream, after W_O. The bias b_O belongs to no head.
 
@@ -83,7 +83,7 @@ class ResidualParts:
         return (parts if self.momentum is None else parts + self.momentum).sum(-2) + self.bias
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Decomposition:
     """Every head's output at one query token (or all of them), split into zero-shot and meta-gradient part.
 
@@ -335,7 +335,7 @@ class Decomposition:
 
         return head_map(self, value)
 
-    def attention_view(self, heads: Sequence[str | HeadRef] | None = None) -> Any:
+    def attention_view(self, heads: Sequence[str | HeadRef | tuple[int, int]] | None = None) -> Any:
         """circuitsvis: attention of chosen heads over the tokens, demonstrations marked (default: the strongest)."""
         from metaopt_lens.viz import attention_view
 

@@ -19,7 +19,7 @@ from metaopt_lens.prompts import TokenizedPrompt
 ZeroShotRuns = Literal["both", "plain", "none"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SettingRuns:
     """Captures of the same queries in the settings that were run, in the order of the queries."""
 

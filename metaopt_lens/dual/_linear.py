@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LinearParts:
     """``F(q) = W_ZSL q + dW_ICL q``: linear attention, no softmax and no scale.
 

@@ -12,7 +12,7 @@ from metaopt_lens._types import TokenSpan
 from metaopt_lens.dual._weighted import at_least_float32, split_sources
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SoftmaxParts:
     """Exact split of a head's output: ``z = zero_shot + meta_gradient``.
 

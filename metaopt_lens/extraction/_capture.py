@@ -15,7 +15,7 @@ from metaopt_lens.extraction._guard import excess_over_parts, require_parts
 from metaopt_lens.models import AttentionCall, AttentionModel, Hook, Prefix, active_momentum
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QueryCapture:
     """What one query's pass left behind, at the destinations asked for.
 

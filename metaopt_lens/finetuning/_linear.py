@@ -15,7 +15,7 @@ from metaopt_lens.finetuning._update import WeightUpdate
 from metaopt_lens.models import AttentionCall, AttentionModel, Hook, Prefix
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class UpdatedMemory:
     """Keys and values of Z = S and Q before and after a weight update, at the in-context positions.
 

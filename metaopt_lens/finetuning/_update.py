@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 KIND = "weight update"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepFactors:
     """What one step's gradient is made of: ``grad dW_K = sum_i x_i (x) e_i`` with ``e_i = dL/dk_i`` (before rotary
     and QK-norm), the explicit counterpart of keys and values in dW_ICL.
@@ -48,7 +48,7 @@ class StepFactors:
     n_tokens: tuple[int, ...]
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class WeightUpdate:
     """The result of explicit finetuning: what was added to the projections of every layer.
 
@@ -123,13 +123,13 @@ class WeightUpdate:
         squares = [t.double().square().flatten(1).sum(1) for t in self.tensors().values()]
         return torch.stack(squares).sum(0).sqrt()
 
-    def select(self, heads: Sequence[str | HeadRef]) -> WeightUpdate:
+    def select(self, heads: Sequence[str | HeadRef | tuple[int, int]]) -> WeightUpdate:
         """The update of some heads only; 0 for the others.
 
         Raises:
             HeadError: no heads, an unknown head, or only some of the heads that share a key-value head.
         """
-        refs = [h if isinstance(h, HeadRef) else HeadRef.parse(h) for h in heads]
+        refs = [HeadRef.of(h) for h in heads]
         if not refs:
             raise HeadError("select needs at least one head.")
         info = self.model

@@ -15,14 +15,14 @@ from metaopt_lens.interventions._head_effects import HeadEffects
 from metaopt_lens.interventions._knock_out_runs import KnockOutRuns, RowMetric
 from metaopt_lens.interventions._meta_gradient import meta_gradient
 from metaopt_lens.models import AttentionModel, wrap
-from metaopt_lens.prompts import ICLPrompt, tokenize_label
+from metaopt_lens.prompts import ICLPrompt, PromptLike, as_prompts, tokenize_label
 
 Metric = str | Callable[[Tensor], Tensor]
 
 
 def head_effects(
     model: Any,
-    prompts: Sequence[ICLPrompt],
+    prompts: PromptLike | Sequence[PromptLike],
     *,
     metric: Metric = "logit_difference",
     per_demo: bool = False,
@@ -38,7 +38,7 @@ def head_effects(
 
     Args:
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model. It is not modified.
-        prompts: queries behind the same demonstrations, each with its label.
+        prompts: queries behind the same demonstrations, each with its label, in the forms `decompose` takes.
         metric: ``"logit_difference"``, the label's first token against the mean of the other candidates';
             ``"label_log_prob"``, mean log-probability of the label's tokens; ``"loss"``, its negative; or a function
             of the logits that follow the query, ``[d_vocab]``, that gives a number.
@@ -51,8 +51,7 @@ def head_effects(
     """
     wrapped = wrap(model)
     refuse_acting(wrapped, "head_effects")
-    if not prompts:
-        raise PromptError("no prompts: give at least one.")
+    prompts = as_prompts(prompts)
     mg = meta_gradient(wrapped, prompts[0], prepend_bos=prepend_bos)
     for prompt in prompts:
         mg.check_prompt(prompt)

@@ -46,7 +46,7 @@ class ICLHeads:
     recovered: float
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class HeadEffects:
     """Effect of every head's meta-gradient on a metric: with it minus without it.
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImplicitUpdate:
     """Per block, dW and db that make the MLP without context compute what it computes in context, at the last token.
 
@@ -99,7 +99,7 @@ class ImplicitUpdate:
         return f"ImplicitUpdate of {self.model.name}: rank-one dW of the input{gate} matrices, norms by layer {sizes}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AppliedImplicitUpdate:
     """One block's implicit update as an intervention."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -23,7 +23,7 @@ from metaopt_lens.interventions._apply import AppliedMetaGradient
 from metaopt_lens.interventions._demo_tokens import DemoTokens
 from metaopt_lens.interventions._heads import Heads, head_mask
 from metaopt_lens.models import AttentionModel, Hook, ModelInfo, Prefix, wrap
-from metaopt_lens.prompts import Demo, ICLPrompt, Template
+from metaopt_lens.prompts import Demo, ICLPrompt, PromptLike, Template, as_prompt
 
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
@@ -36,7 +36,7 @@ Fingerprint = tuple[tuple[str, float, float], ...]
 
 def meta_gradient(
     model: Any,
-    demos: Sequence[Demo | tuple[str, str]] | ICLPrompt,
+    demos: Sequence[Demo | tuple[str, str]] | PromptLike,
     *,
     template: Template | None = None,
     instruction: str | None = None,
@@ -49,7 +49,8 @@ def meta_gradient(
 
     Args:
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model. It is not modified.
-        demos: demonstrations, or a prompt whose demonstrations, template and instruction are taken (its query is not).
+        demos: demonstrations, or a prompt (in the forms `decompose` takes) whose demonstrations, template and
+            instruction are taken (its query is not).
         template: the text around inputs and labels. instruction: text before the demonstrations.
         prepend_bos: put BOS first; None for the model's default.
 
@@ -59,10 +60,10 @@ def meta_gradient(
     """
     wrapped = wrap(model)
     refuse_acting(wrapped, "meta_gradient")
-    if isinstance(demos, ICLPrompt):
+    if isinstance(demos, str | ICLPrompt | Mapping):
         if template is not None or instruction is not None:
             raise OptionError("the prompt brings its own template and instruction: do not give them again.")
-        prompt = demos
+        prompt = as_prompt(demos)
     else:
         if not demos:
             raise PromptError("no demonstrations: a meta-gradient needs at least one.")
@@ -88,7 +89,7 @@ def meta_gradient(
     )
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MetaGradient:
     """What the demonstrations put into the heads: their keys and values, factored, to be merged with a zero-shot run.
 
@@ -183,9 +184,9 @@ class MetaGradient:
         selected = self.select(heads).scaled(strength)
         return AppliedMetaGradient(meta_gradient=selected, form=form, scale=scale)
 
-    def hooks(self, model: AttentionModel) -> list[Hook]:
-        """Hooks of the exact merge; see `apply`."""
-        return self.apply().hooks(model)
+    def hooks(self, model: Any) -> list[Hook]:
+        """Hooks of the exact merge on a host or a wrapped model; see `apply`."""
+        return self.apply().hooks(wrap(model))
 
     @property
     def prefix(self) -> Prefix:

@@ -42,7 +42,7 @@ _MANY_DEMOS = 6
 def write_page(
     result: Decomposition | DecompositionSet,
     path: str | os.PathLike[str],
-    heads: Sequence[str | HeadRef] | None = None,
+    heads: Sequence[str | HeadRef | tuple[int, int]] | None = None,
     title: str | None = None,
     *,
     predictions: Sequence[LabelPrediction | None] | None = None,
