@@ -193,8 +193,6 @@ def _sets(
     controls: dict[str, WeightUpdate | Sequence[WeightUpdate]],
     prepend_bos: bool | None,
 ) -> list[_Set]:
-    if not prompts:
-        raise PromptError("compare needs at least one prompt.")
     tokenized = [tokenize_for(model, p, prepend_bos=prepend_bos, require_demos=True) for p in prompts]
     groups = prompt_groups(tokenized)
     for index, group in enumerate(groups):

@@ -107,7 +107,7 @@ def default_unrelated_texts(model: AttentionModel, prompt: ICLPrompt) -> list[st
     """Our own sentences, or words of the demonstrations in random order where the tokenizer does not know those."""
     try:
         for text in UNRELATED_TEXTS:
-            tokenize_for(model, ICLPrompt((), text))
+            tokenize_for(model, ICLPrompt((), text), check_window=False)
     except PromptError:
         words = sorted({word for demo in prompt.demos for word in demo.input.split()})
         rng = random.Random(0)

@@ -10,7 +10,12 @@ from metaopt_lens.prompts import HFTokenizer, ICLPrompt, TokenizedPrompt, tokeni
 
 
 def tokenize_for(
-    model: AttentionModel, prompt: ICLPrompt, *, prepend_bos: bool | None = None, require_demos: bool = False
+    model: AttentionModel,
+    prompt: ICLPrompt,
+    *,
+    prepend_bos: bool | None = None,
+    require_demos: bool = False,
+    check_window: bool = True,
 ) -> TokenizedPrompt:
     """Token ids of a prompt for this model; `bos_note` says whether BOS stands first and who decided it.
 
@@ -20,6 +25,7 @@ def tokenize_for(
         prepend_bos: put BOS first; None for the host's default (``cfg.default_prepend_bos``, if the tokenizer has a
             BOS), or what its tokenizer does by itself where the host has no default.
         require_demos: refuse a prompt without demonstrations.
+        check_window: refuse a prompt that is longer than the context window; False where its parts are run apart.
 
     Returns:
         A `TokenizedPrompt`, with a `warning` where the host's own call, ``model.to_tokens(text)``, gives other ids.
@@ -38,7 +44,11 @@ def tokenize_for(
     usual = bos is not None and (by_itself if default is None else default)
     chosen = usual if prepend_bos is None else prepend_bos
     found = tokenize_prompt(
-        prompt, tokenizer, prepend_bos=chosen, max_tokens=model.info.n_ctx, require_demos=require_demos
+        prompt,
+        tokenizer,
+        prepend_bos=chosen,
+        max_tokens=model.info.n_ctx if check_window else None,
+        require_demos=require_demos,
     )
     if max(found.ids) >= model.info.d_vocab:
         raise PromptError(

@@ -42,7 +42,7 @@ def training_examples(
             raise PromptError("finetuning needs at least one demonstration.")
         # Any query will do: only the demonstrations' ids are taken.
         prompt = ICLPrompt(pairs, pairs[0][0], template or Template())
-    tokenized = tokenize_for(model, prompt, prepend_bos=prepend_bos, require_demos=True)
+    tokenized = tokenize_for(model, prompt, prepend_bos=prepend_bos, require_demos=True, check_window=False)
     n_bos = 0 if tokenized.bos is None else len(tokenized.bos)
     examples = []
     for index, (ids, demo, label) in enumerate(
@@ -83,7 +83,8 @@ def text_examples(
         raise PromptError("finetuning needs at least one text.")
     examples = []
     for index, text in enumerate(texts):
-        tokenized = tokenize_for(model, ICLPrompt((), text, Template(input="{input}")), prepend_bos=prepend_bos)
+        prompt = ICLPrompt((), text, Template(input="{input}"))
+        tokenized = tokenize_for(model, prompt, prepend_bos=prepend_bos, check_window=False)
         if tokenized.n_tokens < 2:
             raise PromptError(f"text {index} has a single token: there is nothing to predict.")
         model.check_window(tokenized.n_tokens, f"text {index}")
