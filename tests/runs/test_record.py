@@ -34,7 +34,7 @@ TENSORS = ("q", "z", "pattern", "sink", "own_k", "own_v")
 
 
 def prompts_of(model: LensModel, texts: Sequence[Any] = TEXTS) -> list[TokenizedPrompt]:
-    return tokenize_for(model, texts)
+    return [tokenize_for(model, text, require_demos=True) for text in texts]
 
 
 @cache
@@ -246,7 +246,7 @@ def test_nan_names_the_first_layer() -> None:
     prompts = prompts_of(wrapped)
     with pytest.raises(NonFiniteError, match=r"the keys of layer 1 hold NaN or infinity.*load the model in float32"):
         record(wrapped, prompts)
-    no_start = tokenize_for(wrapped, [prompt(2, instruction=None)], prepend_bos=False)
+    no_start = [tokenize_for(wrapped, prompt(2, instruction=None), prepend_bos=False)]
     with pytest.raises(NonFiniteError, match=r"layer 1 hold NaN"):
         record(wrapped, no_start, settings=("zs",))
 
@@ -275,7 +275,7 @@ def test_a_run_that_was_not_made_names_those_that_were() -> None:
 
 def test_prompts_without_demonstrations_have_a_zero_shot_run_only() -> None:
     model = wrap(shared("bridge:gpt2"))
-    prompts = tokenize_for(model, [prompt(0, query="w16 w17 :")], require_demos=False)
+    prompts = [tokenize_for(model, prompt(0, query="w16 w17 :"))]
     (runs,) = record(model, prompts, settings=("zs",))
     assert_agree(runs.zs.z, host_z(shared("bridge:gpt2"), prompts[0].ids)[-1:], PASS)
     with pytest.raises(PromptError, match=r"a prompt has no demonstrations.*settings=\('zs',\)"):
