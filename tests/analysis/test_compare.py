@@ -510,7 +510,7 @@ def test_results_do_not_depend_on_the_batch_size(name: str) -> None:
     whole, single = comparison(name), comparison(name, batch_size=1)
     tolerance = 1e-7 if name == "bridge:gpt2" else 1e-4
     for a, b in zip(whole.statistics, single.statistics, strict=True):
-        torch.testing.assert_close(a.values, b.values, rtol=0, atol=tolerance)
+        torch.testing.assert_close(a.values, b.values, rtol=0, atol=tolerance, equal_nan=True)
         for label, null in a.nulls.items():
             torch.testing.assert_close(null, b.nulls[label], rtol=0, atol=tolerance, equal_nan=True)
     assert torch.equal(whole.icl, single.icl)  # type: ignore[arg-type]
