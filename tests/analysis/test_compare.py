@@ -285,7 +285,7 @@ def test_random_null_is_zero_mean_and_its_expectation_is_known() -> None:
     assert after.abs().max() < 5 / math.sqrt(32 * 400)
     assert not found["matrices"].nulls["random"].any()
     for side in ("left", "right"):
-        assert set(found[f"subspaces {side}"].nulls) >= {"random rotation"}
+        assert set(found[f"subspaces {side}"].nulls) >= {"rotated"}
 
 
 def test_shuffled_labels_null_is_the_shuffled_prompts_in_context_update() -> None:
