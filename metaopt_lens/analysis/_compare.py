@@ -87,8 +87,8 @@ def compare(
     ``SimAM ICL-FT``, ``SimAM ICL-ZS``, ``SimAM difference``, and, where the update kept its factors, ``Kendall`` and
     ``top-k recall`` of the attention to training tokens (token and example level).
 
-    Nulls (docs/theory.md, section 4): (a) ``random`` directions (of subspaces: ``random rotation`` of the changes that
-    finetuning made to keys and values), (b) ``other query``: another query's finetuning update, (d)
+    Nulls (docs/theory.md, section 4): (a) ``random`` directions (of subspaces: ``rotated``, the changes that
+    finetuning made to keys and values, turned at random), (b) ``other query``: another query's finetuning update, (d)
     ``shuffled labels`` in the demonstrations, (e) any weight update given in `controls` (see `unrelated_update`), (c)
     ``random weights`` with and without trained embeddings, (f) SimAOU's ``analytic`` null. ``flipped labels`` are
     another control: a consistent task, with its label words exchanged. What is answered behind shuffled and flipped
