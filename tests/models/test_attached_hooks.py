@@ -14,7 +14,7 @@ from metaopt_lens import decompose, intervene, wrap
 from metaopt_lens._errors import OptionError
 from metaopt_lens.interventions import MomentumAttention
 from metaopt_lens.models import AddsMomentum, LensModel, active_momentum
-from metaopt_lens.models.hooks import Late, functions_at
+from metaopt_lens.models._hooks import Late, functions_at
 
 TOKENS = torch.tensor([[1, 30, 31, 3]])
 NAME = "blocks.1.attn.hook_v"

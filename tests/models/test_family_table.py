@@ -12,8 +12,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from metaopt_lens import wrap
 from metaopt_lens.models import families
-from metaopt_lens.models.families import family_of
-from metaopt_lens.models.rotation import PLAIN, ROTATED
+from metaopt_lens.models._families import family_of
+from metaopt_lens.models._rotation import PLAIN, ROTATED
 
 DOCS = Path(__file__).parents[2] / "docs" / "theory.md"
 SUPPORTED = {family.name: family for family in families.FAMILIES if family.name}

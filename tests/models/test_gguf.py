@@ -33,9 +33,9 @@ from metaopt_lens._errors import (
 from metaopt_lens.cli import app
 from metaopt_lens.decomposition import Decomposition
 from metaopt_lens.models import CacheRebuiltWarning, wrap
-from metaopt_lens.models.gguf_conversion import GgufSource, check_space, llama3_factors
-from metaopt_lens.models.gguf_header import read_header
-from metaopt_lens.models.packaged import PACKAGED, packaged_source
+from metaopt_lens.models._gguf_conversion import GgufSource, check_space, llama3_factors
+from metaopt_lens.models._gguf_header import read_header
+from metaopt_lens.models._packaged import PACKAGED, packaged_source
 from metaopt_lens.viz import write_page
 
 IDS = torch.tensor([[257, 7, 8, 9, 40, 41]])
@@ -350,7 +350,7 @@ def test_a_folder_that_does_not_fit_memory_is_refused_too(tmp_path: Path) -> Non
 
 
 def test_the_count_behind_the_estimate_is_that_of_the_parameters(tmp_path: Path) -> None:
-    from metaopt_lens.models.memory import count_values
+    from metaopt_lens.models._memory import count_values
 
     model = small_llama()
     model.save_pretrained(tmp_path, max_shard_size="20KB")

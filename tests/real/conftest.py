@@ -58,7 +58,7 @@ def plain(name: str, tmp_path_factory: pytest.TempPathFactory) -> Plain:
     """De-quantised by transformers from the package's file, without our conversion."""
     from transformers import AutoModelForCausalLM
 
-    from metaopt_lens.models.packaged import packaged_source
+    from metaopt_lens.models._packaged import packaged_source
 
     folder = tmp_path_factory.mktemp("gguf")
     with (folder / "model.gguf").open("wb") as whole:

@@ -8,12 +8,12 @@ from dataclasses import replace
 from torch import Tensor
 
 from metaopt_lens._errors import UnsupportedModelError
-from metaopt_lens.models.attention_call import AttentionCall
-from metaopt_lens.models.hooks import Hook
-from metaopt_lens.models.host import Block, Host
-from metaopt_lens.models.info import ModelInfo
-from metaopt_lens.models.passes import PASS, HostPass, Standing
-from metaopt_lens.models.prefix import Prefix
+from metaopt_lens.models._attention_call import AttentionCall
+from metaopt_lens.models._hooks import Hook
+from metaopt_lens.models._host import Block, Host
+from metaopt_lens.models._info import ModelInfo
+from metaopt_lens.models._passes import PASS, HostPass, Standing
+from metaopt_lens.models._prefix import Prefix
 
 AttentionCallback = Callable[[AttentionCall], Tensor | None]
 
@@ -101,7 +101,7 @@ def _layer_hooks(
             padded=None if here.valid is None else ~here.valid.to(z.device)[:, -k.shape[1] :],
             host_pattern=take("pattern") if reads_pattern else None,
         )
-        corrected = call.attend(call.scores()) if by_slot and here.moved else None
+        corrected = call.attend()[0] if by_slot and here.moved else None
         if corrected is not None:
             call = replace(call, z=corrected)
         edited = None if use is None else use(call)

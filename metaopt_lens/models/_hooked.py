@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from metaopt_lens._errors import UnsupportedModelError
-from metaopt_lens.models import hooked_passes
-from metaopt_lens.models.families import family_of
-from metaopt_lens.models.hooked_block import HookedBlock, norm_gain, projections
-from metaopt_lens.models.hooks import StopForward
-from metaopt_lens.models.info import ModelInfo, dtype_name
-from metaopt_lens.models.output_head import OutputHead
-from metaopt_lens.models.passes import HostPass
-from metaopt_lens.models.prefix import Prefix
-from metaopt_lens.models.processing import processing_of
+from metaopt_lens.models import _hooked_passes as hooked_passes
+from metaopt_lens.models._families import family_of
+from metaopt_lens.models._hooked_block import HookedBlock, norm_gain, projections
+from metaopt_lens.models._hooks import StopForward
+from metaopt_lens.models._info import ModelInfo, dtype_name
+from metaopt_lens.models._output_head import OutputHead
+from metaopt_lens.models._passes import HostPass
+from metaopt_lens.models._prefix import Prefix
+from metaopt_lens.models._processing import processing_of
 
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from metaopt_lens._errors import NonFiniteError, UnsupportedModelError
 from metaopt_lens.dual import is_finite, softmax_with_sink, weighted_values
-from metaopt_lens.models.attention_call import AttentionCall
-from metaopt_lens.models.hooks import Hook
-from metaopt_lens.models.lens import LensModel
+from metaopt_lens.models._attention_call import AttentionCall
+from metaopt_lens.models._hooks import Hook
+from metaopt_lens.models._lens import LensModel
 
 _N_TOKENS = 9
 _LONGEST_WINDOW = 1024  # longer ones would cost too much to look behind

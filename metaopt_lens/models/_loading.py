@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metaopt_lens._errors import FileFormatError, OptionError, UnsupportedModelError
-from metaopt_lens.models.gguf_conversion import GgufSource, converted
-from metaopt_lens.models.memory import check_memory, count_values
-from metaopt_lens.models.packaged import PACKAGED, packaged_source
+from metaopt_lens.models._gguf_conversion import GgufSource, converted
+from metaopt_lens.models._memory import check_memory, count_values
+from metaopt_lens.models._packaged import PACKAGED, packaged_source
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metaopt_lens.models.rotation import GPTJ, NATIVE, NEOX, PLAIN, ROTATED, QueryKeyReader
+from metaopt_lens.models._rotation import GPTJ, NATIVE, NEOX, PLAIN, ROTATED, QueryKeyReader
 
 
 def _scaling(module: Any, d_head: int) -> float:

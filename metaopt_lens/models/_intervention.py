@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-from metaopt_lens.models.hooks import Hook
-from metaopt_lens.models.lens import LensModel
+from metaopt_lens.models._hooks import Hook
+from metaopt_lens.models._lens import LensModel
 
 
 @runtime_checkable

@@ -10,12 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from metaopt_lens.dual import ScoreRule
-from metaopt_lens.models.hooks import Hook
-from metaopt_lens.models.info import ModelInfo
-from metaopt_lens.models.mlp import MlpSite
-from metaopt_lens.models.output_head import OutputHead
-from metaopt_lens.models.passes import HostPass
-from metaopt_lens.models.prefix import Prefix
+from metaopt_lens.models._hooks import Hook
+from metaopt_lens.models._info import ModelInfo
+from metaopt_lens.models._mlp import MlpSite
+from metaopt_lens.models._output_head import OutputHead
+from metaopt_lens.models._passes import HostPass
+from metaopt_lens.models._prefix import Prefix
 
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint

@@ -10,12 +10,12 @@ from typing import Any
 from torch import nn
 
 from metaopt_lens._errors import UnsupportedModelError
-from metaopt_lens.models.bridge import BridgeHost
-from metaopt_lens.models.hooked import HookedHost
-from metaopt_lens.models.host import Host
-from metaopt_lens.models.lens import LensModel
-from metaopt_lens.models.native import ARCHITECTURE, NativeHost
-from metaopt_lens.models.self_check import self_check
+from metaopt_lens.models._bridge import BridgeHost
+from metaopt_lens.models._hooked import HookedHost
+from metaopt_lens.models._host import Host
+from metaopt_lens.models._lens import LensModel
+from metaopt_lens.models._native import ARCHITECTURE, NativeHost
+from metaopt_lens.models._self_check import self_check
 
 # Models that passed the check, with a fingerprint of the weights they passed it with. Adapters hold their model, so
 # they must not be kept here: no wrapped model would ever be freed.
@@ -61,7 +61,7 @@ def wrap(model: Any) -> LensModel:
         warnings.warn(
             f"{wrapped.info.name} has {' and '.join(wrapped.info.processing)}: the zero-shot and meta-gradient parts "
             "are those of the folded weights. Load with from_pretrained_no_processing (or without "
-            "enable_compatibility_mode) for the original parametrisation.",
+            "enable_compatibility_mode and process_weights) for the original parametrisation.",
             ProcessedWeightsWarning,
             stacklevel=2,
         )

@@ -21,8 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metaopt_lens._errors import FileFormatError, OptionError, OutputError, UnsupportedModelError
-from metaopt_lens.models.gguf_header import GgufHeader, read_header
-from metaopt_lens.models.memory import check_memory
+from metaopt_lens.models._gguf_header import GgufHeader, read_header
+from metaopt_lens.models._memory import check_memory
 
 CACHE_VARIABLE = "METAOPT_LENS_CACHE"
 # The key in config.json that says where the weights come from.

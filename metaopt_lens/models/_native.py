@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from metaopt_lens.dual import attention_scores, softmax_with_sink, weighted_values
-from metaopt_lens.models.bridge import bridge_head, read_bridge
-from metaopt_lens.models.bridge_block import BridgeBlock
-from metaopt_lens.models.bridge_passes import cache_of, watching
-from metaopt_lens.models.hooks import StopForward
-from metaopt_lens.models.output_head import OutputHead
-from metaopt_lens.models.passes import HostPass
-from metaopt_lens.models.prefix import Prefix
-from metaopt_lens.models.rotation import native_rotation
+from metaopt_lens.models._bridge import bridge_head, read_bridge
+from metaopt_lens.models._bridge_block import BridgeBlock
+from metaopt_lens.models._bridge_passes import cache_of, watching
+from metaopt_lens.models._hooks import StopForward
+from metaopt_lens.models._output_head import OutputHead
+from metaopt_lens.models._passes import HostPass
+from metaopt_lens.models._prefix import Prefix
+from metaopt_lens.models._rotation import native_rotation
 
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint

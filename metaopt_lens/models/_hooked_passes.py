@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt_lens.models.hooks import Hook, attached
-from metaopt_lens.models.passes import HostPass
-from metaopt_lens.models.prefix import Prefix
+from metaopt_lens.models._hooks import Hook, attached
+from metaopt_lens.models._passes import HostPass
+from metaopt_lens.models._prefix import Prefix
 
 Current = Callable[[], tuple[HostPass, Tensor | None]]
 

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from metaopt_lens._errors import UnsupportedModelError
-from metaopt_lens.models.bridge_block import BridgeBlock
-from metaopt_lens.models.bridge_passes import cache_of, watching
-from metaopt_lens.models.families import Family, family_of
-from metaopt_lens.models.gguf_conversion import quantization_of
-from metaopt_lens.models.hooks import StopForward, check_hook_names
-from metaopt_lens.models.info import ModelInfo, dtype_name
-from metaopt_lens.models.output_head import OutputHead
-from metaopt_lens.models.passes import HostPass
-from metaopt_lens.models.prefix import Prefix
-from metaopt_lens.models.processing import processing_of
+from metaopt_lens.models._bridge_block import BridgeBlock
+from metaopt_lens.models._bridge_passes import cache_of, watching
+from metaopt_lens.models._families import Family, family_of
+from metaopt_lens.models._gguf_conversion import quantization_of
+from metaopt_lens.models._hooks import StopForward, check_hook_names
+from metaopt_lens.models._info import ModelInfo, dtype_name
+from metaopt_lens.models._output_head import OutputHead
+from metaopt_lens.models._passes import HostPass
+from metaopt_lens.models._prefix import Prefix
+from metaopt_lens.models._processing import processing_of
 
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint

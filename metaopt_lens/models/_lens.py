@@ -13,17 +13,17 @@ from torch import Tensor
 
 from metaopt_lens._errors import UnsupportedModelError
 from metaopt_lens.dual import ScoreRule
-from metaopt_lens.models.attention_hooks import AttentionCallback, own_hooks, placed_hooks
-from metaopt_lens.models.hooks import Hook
-from metaopt_lens.models.host import Host
-from metaopt_lens.models.info import ModelInfo
-from metaopt_lens.models.mlp import MlpSite
-from metaopt_lens.models.movable import check_movable
-from metaopt_lens.models.output_head import OutputHead
-from metaopt_lens.models.partial_passes import Readout, Start
-from metaopt_lens.models.passes import HostPass
-from metaopt_lens.models.prefix import Prefix
-from metaopt_lens.models.running import hooked, run, run_prefix
+from metaopt_lens.models._attention_hooks import AttentionCallback, own_hooks, placed_hooks
+from metaopt_lens.models._hooks import Hook
+from metaopt_lens.models._host import Host
+from metaopt_lens.models._info import ModelInfo
+from metaopt_lens.models._mlp import MlpSite
+from metaopt_lens.models._movable import check_movable
+from metaopt_lens.models._output_head import OutputHead
+from metaopt_lens.models._partial_passes import Readout, Start
+from metaopt_lens.models._passes import HostPass
+from metaopt_lens.models._prefix import Prefix
+from metaopt_lens.models._running import hooked, run, run_prefix
 
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
@@ -202,6 +202,7 @@ class LensModel:
             Logits, of what `read` names if it is given; None if the pass was ended before.
 
         Raises:
+            OptionError: `start` or `read` does not fit the tokens.
             UnsupportedModelError: the host cannot start at a block.
         """
         return run(

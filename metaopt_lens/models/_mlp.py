@@ -9,7 +9,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from metaopt_lens.models.hooks import Hook
+from metaopt_lens.models._hooks import Hook
 
 
 @dataclass(frozen=True, eq=False)

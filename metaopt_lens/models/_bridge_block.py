@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from metaopt_lens.dual import ScoreRule
-from metaopt_lens.models.families import Family
-from metaopt_lens.models.hooks import Hook
-from metaopt_lens.models.host import Positions, Use
-from metaopt_lens.models.mlp import MlpSite
+from metaopt_lens.models._families import Family
+from metaopt_lens.models._hooks import Hook
+from metaopt_lens.models._host import Positions, Use
+from metaopt_lens.models._mlp import MlpSite
 
 _OUTSIDE_ATTENTION = {"resid_pre", "resid_mid", "resid_post", "mlp_out"}
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt_lens.models.hooks import Hook
-from metaopt_lens.models.host import Positions, Use
+from metaopt_lens.models._hooks import Hook
+from metaopt_lens.models._host import Positions, Use
 
 # Turns ``[batch, pos, head, d_head]`` to these positions, ``[row, pos]``.
 Rotate = Callable[[Tensor, Tensor], Tensor]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from metaopt_lens._errors import OptionError, UnsupportedModelError
-from metaopt_lens.models.info import ModelInfo
-from metaopt_lens.models.passes import HostPass, PastKeysValues
-from metaopt_lens.models.prefix import Prefix
+from metaopt_lens.models._info import ModelInfo
+from metaopt_lens.models._passes import HostPass, PastKeysValues
+from metaopt_lens.models._prefix import Prefix
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from metaopt_lens._errors import UnsupportedModelError
-from metaopt_lens.models.prefix import Prefix
+from metaopt_lens.models._prefix import Prefix
 
 # In a list of hooks: the function is called with the `HostPass` before every forward pass.
 PASS = "forward pass"

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from metaopt_lens.models.host import Block
+from metaopt_lens.models._host import Block
 
 
 @dataclass(frozen=True, eq=False)

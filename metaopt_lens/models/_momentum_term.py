@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metaopt_lens._errors import OptionError
-from metaopt_lens.models.hooks import Hook, HookFunction, functions_at
-from metaopt_lens.models.lens import LensModel
+from metaopt_lens.models._hooks import Hook, HookFunction, functions_at
+from metaopt_lens.models._lens import LensModel
 
 
 @runtime_checkable

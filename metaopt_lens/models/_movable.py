@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from metaopt_lens._errors import UnsupportedModelError
-from metaopt_lens.models.attention_call import AttentionCall
-from metaopt_lens.models.passes import HostPass
+from metaopt_lens.models._attention_call import AttentionCall
+from metaopt_lens.models._passes import HostPass
 
 if TYPE_CHECKING:
-    from metaopt_lens.models.lens import LensModel
+    from metaopt_lens.models._lens import LensModel
 
 
 def check_movable(model: LensModel) -> None:
