@@ -99,11 +99,11 @@ def test_split_against_a_plain_run(plain: Plain, tokens: TokenizedPrompt, split:
 def test_zero_shot_runs_against_plain_runs(plain: Plain, tokens: TokenizedPrompt, split: Decomposition) -> None:
     zero_shot = plain.attention(without_demos(tokens)).z[:, -1]
     assert split.z_zero_shot is not None
-    assert_agree(split.z_zero_shot[0], zero_shot, plain.pass_units)
+    assert_agree(split.z_zero_shot, zero_shot, plain.pass_units)
     with plain.hidden(tokens.query.slice, tokens.demonstrations.slice):
         matched = plain.attention(tokens.ids).z[:, -1]
     assert split.z_position_matched is not None
-    assert_agree(split.z_position_matched[0], matched, plain.pass_units)
+    assert_agree(split.z_position_matched, matched, plain.pass_units)
 
 
 def test_merge_is_the_in_context_run(bridge: Any, plain: Plain, prompt: ICLPrompt, tokens: TokenizedPrompt) -> None:
