@@ -134,7 +134,7 @@ def decompose(
     out: MaybeOut = None,
     prepend_bos: Annotated[
         bool | None,
-        typer.Option("--prepend-bos/--no-prepend-bos", help="Put BOS first; by default if the tokenizer has one."),
+        typer.Option("--prepend-bos/--no-prepend-bos", help="Put BOS first; by default as the model does."),
     ] = None,
     top: Top = 20,
     no_cache: NoCache = False,
@@ -197,6 +197,9 @@ def _show(
     console.print(repr(result), markup=False, soft_wrap=True)
     if len(items) == 1:
         console.print(prompt_text(items[0]), soft_wrap=True)
+    for note in dict.fromkeys(note for item in items for note in (item.tokenized.bos_note, item.tokenized.warning)):
+        if note:
+            console.print(note, style="dim", markup=False, soft_wrap=True)
     if len(items) == 1:
         console.print(labels_text(answers[0]))
     else:

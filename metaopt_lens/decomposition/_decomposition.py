@@ -302,7 +302,7 @@ class Decomposition:
 
         return head_map(self, value)
 
-    def attention_view(self, heads: Sequence[str | HeadRef] | None = None) -> Any:
+    def attention_view(self, heads: Sequence[str | HeadRef | tuple[int, int]] | None = None) -> Any:
         """circuitsvis: attention of chosen heads over the tokens, demonstrations marked (default: the strongest)."""
         from metaopt_lens.viz import attention_view
 

@@ -17,7 +17,7 @@ from metaopt_lens.experiments._prompt_set import PromptSet
 from metaopt_lens.experiments._run_config import Rule, RunConfig
 from metaopt_lens.finetuning import LearningRateChoice, WeightUpdate, choose_learning_rate, finetune
 from metaopt_lens.models import LensModel
-from metaopt_lens.prompts import tokenize_prompt
+from metaopt_lens.runs import tokenize_for
 
 Save = Callable[[Path], None]
 
@@ -160,7 +160,7 @@ _EXAMPLE_BYTES = 64 * 2**20  # keys and values of a long prompt in a large model
 def example(config: RunConfig, model: LensModel, prompts: PromptSet) -> Save:
     """The piece ``example``: the first prompt decomposed, for the report's views; nothing if it is too large."""
     first = prompts.prompts[0]
-    n_tokens = tokenize_prompt(first, model.tokenizer, prepend_bos=config.prepend_bos).n_tokens
+    n_tokens = tokenize_for(model, first, prepend_bos=config.prepend_bos).n_tokens
     info = model.info
     size = 2 * 4 * info.n_layers * n_tokens * info.n_kv_heads * info.d_head
     if size > _EXAMPLE_BYTES:

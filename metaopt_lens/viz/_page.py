@@ -43,7 +43,7 @@ _MANY_DEMOS = 6
 def write_page(
     result: Decomposition | DecompositionSet,
     path: str | os.PathLike[str],
-    heads: Sequence[str | HeadRef] | None = None,
+    heads: Sequence[str | HeadRef | tuple[int, int]] | None = None,
     title: str | None = None,
     *,
     predictions: Sequence[LabelPrediction | None] | None = None,
@@ -149,7 +149,7 @@ def _prompt(item: Decomposition, answer: LabelPrediction | None, title: str) -> 
     many = " ml-many" if len(rows) > _MANY_DEMOS and max(len(row[3]) for row in rows) < 80 else ""
     blocks = "".join(_piece(*row) for row in rows)
     query = _piece("query", "#1f2933", "query", escape(prompt.pieces()[-1].text.rstrip()))
-    bos = " BOS stands before the text." if tokenized.bos is not None else ""
+    bos = "".join(f" {escape(note)}" for note in (tokenized.bos_note, tokenized.warning) if note)
     token = escape(tokenized.tokens[item.positions[0]].strip() or "␣")
     where = (
         "every token of the query"

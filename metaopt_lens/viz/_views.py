@@ -44,7 +44,7 @@ class View:
         return write_text(path, page(self.title, f"<h1>{escape(self.title)}</h1>{self.html}", with_plotly=False))
 
 
-def attention_view(result: Decomposition, heads: Sequence[str | HeadRef] | None = None) -> View:
+def attention_view(result: Decomposition, heads: Sequence[str | HeadRef | tuple[int, int]] | None = None) -> View:
     """Attention of chosen heads over the tokens, one row per demonstration with what it gets in sum.
 
     A decomposition holds the attention of its destinations only (the last token, or all of the query), so that
@@ -69,7 +69,7 @@ def attention_view(result: Decomposition, heads: Sequence[str | HeadRef] | None 
 
 def token_view(
     result: Decomposition,
-    heads: Sequence[str | HeadRef] | None = None,
+    heads: Sequence[str | HeadRef | tuple[int, int]] | None = None,
     *,
     form: Literal["softmax", "linear"] = "softmax",
 ) -> View:

@@ -21,7 +21,7 @@ from metaopt_lens.cli import app
 from metaopt_lens.finetuning import WeightUpdate, training_examples
 from metaopt_lens.finetuning._losses import layer_causal_losses
 from metaopt_lens.models import wrap
-from metaopt_lens.models._gguf import _cache_folder
+from metaopt_lens.models._gguf_conversion import _cache_folder
 from metaopt_lens.prompts import TokenizedPrompt, tokenize_label
 
 LR = 1e-3
@@ -45,7 +45,7 @@ def logits(model: Any, ids: list[int]) -> Tensor:
 def test_the_converted_model_is_the_one_in_the_file(name: str, bridge: Any, plain: Plain) -> None:
     from transformers import AutoModelForCausalLM
 
-    from metaopt_lens.models._gguf import converted
+    from metaopt_lens.models._gguf_conversion import converted
     from metaopt_lens.models._packaged import packaged_source
 
     with converted(packaged_source(name), dtype=torch.float32, device="cpu") as folder:
@@ -99,11 +99,11 @@ def test_split_against_a_plain_run(plain: Plain, tokens: TokenizedPrompt, split:
 def test_zero_shot_runs_against_plain_runs(plain: Plain, tokens: TokenizedPrompt, split: Decomposition) -> None:
     zero_shot = plain.attention(without_demos(tokens)).z[:, -1]
     assert split.z_zero_shot is not None
-    assert_agree(split.z_zero_shot[0], zero_shot, plain.pass_units)
+    assert_agree(split.z_zero_shot, zero_shot, plain.pass_units)
     with plain.hidden(tokens.query.slice, tokens.demonstrations.slice):
         matched = plain.attention(tokens.ids).z[:, -1]
     assert split.z_position_matched is not None
-    assert_agree(split.z_position_matched[0], matched, plain.pass_units)
+    assert_agree(split.z_position_matched, matched, plain.pass_units)
 
 
 def test_merge_is_the_in_context_run(bridge: Any, plain: Plain, prompt: ICLPrompt, tokens: TokenizedPrompt) -> None:
