@@ -1,4 +1,4 @@
-"""Commands that hold in-context learning against finetuning: ``compare`` and ``analyze``."""
+"""Commands that compare in-context learning with finetuning: ``compare`` and ``analyze``."""
 
 from __future__ import annotations
 
