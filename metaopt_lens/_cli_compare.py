@@ -1,4 +1,4 @@
-"""Commands that hold in-context learning against finetuning: ``compare`` and ``analyze``."""
+"""Commands that compare in-context learning with finetuning: ``compare`` and ``analyze``."""
 
 from __future__ import annotations
 
@@ -70,6 +70,7 @@ def compare(
 
     import torch
 
+    from metaopt_lens.analysis import Convention
     from metaopt_lens.experiments import compare_prompts
     from metaopt_lens.models import load_model
     from metaopt_lens.viz import comparison_data, write_comparison_outputs
@@ -81,7 +82,7 @@ def compare(
         unrelated_texts=texts,
         finetuning={"epochs": epochs, "layer_causal": layer_causal},
         random_weights=random_weights,
-        reference=reference,
+        convention=Convention.PUBLISHED if reference else Convention.DEFAULT,
         batch_size=batch_size,
         seed=seed,
     )
@@ -119,9 +120,11 @@ def analyze(
     seed: Annotated[int, typer.Option(help="Of the random draws and intervals.")] = 0,
 ) -> None:
     """Compute all metrics from the published implementation's recorded activations."""
-    from metaopt_lens.experiments import analyze_records
+    from metaopt_lens.analysis import Convention
+    from metaopt_lens.records import analyze_records
 
-    result = analyze_records(records, reference=reference, seed=seed)
+    convention = Convention.PUBLISHED if reference else Convention.DEFAULT
+    result = analyze_records(records, convention=convention, seed=seed)
     if form is Form.json:
         typer.echo(json.dumps(result.to_dict(), indent=1))
         return

@@ -17,6 +17,7 @@ from metaopt_lens._storage import provenance
 from metaopt_lens.analysis._checks import check_positive
 from metaopt_lens.analysis._comparison import FLIPPED_LABELS, RANDOM_WEIGHTS, RESERVED, Comparison, Statistic
 from metaopt_lens.analysis._controls import finetune_arguments, randomized_copy
+from metaopt_lens.analysis._convention import Convention
 from metaopt_lens.analysis._label_controls import control_answers, moved_labels
 from metaopt_lens.analysis._record import SetRecord, record_set
 from metaopt_lens.analysis._set_statistics import (
@@ -71,7 +72,7 @@ def compare(
     top_k: int | None = None,
     batch_size: int | None = None,
     prepend_bos: bool | None = None,
-    reference: bool = False,
+    convention: Convention = Convention.DEFAULT,
     allow_processed: bool = False,
     allow_other_training: bool = False,
     seed: int = 0,
@@ -110,7 +111,7 @@ def compare(
         subspace_dim: dimension of the singular subspaces.
         n_null_draws: draws of the random and other-query nulls per query.
         top_k: k of the token-level recall (default: 100, or half the tokens of the smallest set if that is less).
-        reference: the published code's choices in SimAOU, SimAM, Kendall and recall.
+        convention: the choices in SimAOU, SimAM, Kendall and recall; `Convention.PUBLISHED` for the published code's.
         allow_processed: accept a model with folded norms or biases.
         allow_other_training: accept updates that were trained on something else than their set's demonstrations.
         seed: of shuffles, random draws and bootstrap.
@@ -145,7 +146,7 @@ def compare(
     for number, group in enumerate(tqdm(sets, desc="comparing", unit="set", disable=None if progress else True)):
         record = record_set(wrapped, group.tokenized, group.update, **recording)
         statistics = set_statistics(
-            wrapped, record, generator, n_draws=n_null_draws, subspace_dim=subspace_dim, reference=reference
+            wrapped, record, generator, n_draws=n_null_draws, subspace_dim=subspace_dim, convention=convention
         )
         for null, (host, other) in _further_records(
             wrapped,
@@ -154,7 +155,7 @@ def compare(
             prepend_bos=prepend_bos,
             **recording,
         ).items():
-            statistics = with_null(statistics, null, similarities(host, other, reference=reference))
+            statistics = with_null(statistics, null, similarities(host, other, convention=convention))
         moved = moved_labels(
             group.prompts,
             shuffled=label_shuffled,
@@ -167,7 +168,7 @@ def compare(
             for drawn in draws:
                 tokenized = [tokenize_for(wrapped, p, prepend_bos=prepend_bos) for p in drawn]
                 other = record_set(wrapped, tokenized, group.update, **recording)
-                found.append(similarities(wrapped, other, reference=reference))
+                found.append(similarities(wrapped, other, convention=convention))
                 if words is not None:
                     for setting, best in control_answers(
                         wrapped,
@@ -192,7 +193,7 @@ def compare(
             generator,
             n_draws=n_null_draws,
             top_k=k,
-            reference=reference,
+            convention=convention,
         )
         norms.append(_norms(record))
         collected.append(statistics)
@@ -223,7 +224,7 @@ def compare(
             "subspace_dim": subspace_dim,
             "n_null_draws": n_null_draws,
             "n_label_draws": n_label_draws,
-            "reference": reference,
+            "convention": convention.name,
             "finetuning": [_settings(group.update) for group in sets],
             "prefix_shared": True,
         },

@@ -10,7 +10,7 @@ from typing import Any
 
 from metaopt_lens._errors import FileFormatError, MetaoptLensError, NonFiniteError, OptionError, PromptError
 from metaopt_lens._storage import provenance, write_text
-from metaopt_lens.analysis import Comparison, compare, unrelated_update
+from metaopt_lens.analysis import Comparison, Convention, compare, unrelated_update
 from metaopt_lens.decomposition import Decomposition, decompose
 from metaopt_lens.experiments._prompt_comparison import default_unrelated_texts
 from metaopt_lens.experiments._prompt_set import PromptSet
@@ -97,7 +97,7 @@ def comparison(config: RunConfig, model: LensModel, prompts: PromptSet, rule: Ru
             n_null_draws=config.n_null_draws,
             batch_size=config.batch_size,
             prepend_bos=config.prepend_bos,
-            reference=config.reference,
+            convention=Convention.PUBLISHED if config.reference else Convention.DEFAULT,
             allow_processed=config.allow_processed,
             seed=seed,
             progress=False,

@@ -21,6 +21,7 @@ from metaopt_lens import Demo, ICLPrompt, MetaoptLensError, decompose
 from metaopt_lens._errors import ModelMismatchError
 from metaopt_lens.analysis import (
     Comparison,
+    Convention,
     compare,
     mean_interval,
     randomized_copy,
@@ -173,11 +174,11 @@ def test_layer_metrics(name: str) -> None:
 
 def test_layer_metrics_by_the_published_codes_choices() -> None:
     name = "bridge:gpt2"
-    found = comparison(name, reference=True)
+    found = comparison(name, convention=Convention.PUBLISHED)
     for row, x in enumerate(oracles(name)):
         value = cos(x.scores("icl"), x.scores("ft")).mean(-1)  # raw scores, not centred
         torch.testing.assert_close(found["SimAM ICL-FT"].values[row, :, 0], value.float(), rtol=0, atol=1e-5)
-    assert found.settings["reference"] is True
+    assert found.settings["convention"] == "published"
     torch.testing.assert_close(found["z total"].values, comparison(name)["z total"].values)
 
 
@@ -206,10 +207,11 @@ def _training_maps(name: str, index: int) -> tuple[list[Tensor], list[Tensor], l
     return icl, ft, lengths
 
 
-@pytest.mark.parametrize("reference", [False, True])
-def test_attention_to_training_tokens(reference: bool) -> None:
+@pytest.mark.parametrize("convention", [Convention.DEFAULT, Convention.PUBLISHED], ids=lambda c: c.name)
+def test_attention_to_training_tokens(convention: Convention) -> None:
     name = "bridge:gpt2"
-    found = comparison(name, reference=reference)
+    published = convention == Convention.PUBLISHED
+    found = comparison(name, convention=convention)
     k = {"token": 6, "example": 1}  # half of the smaller set: 12 tokens, 3 demonstrations
     for index in range(2):
         icl, ft, lengths = _training_maps(name, index)
@@ -217,11 +219,11 @@ def test_attention_to_training_tokens(reference: bool) -> None:
             for layer in range(3):
                 row = 3 * index + query
                 # Words that stand in one place in several demonstrations are tied in layer 0, but for rounding.
-                pair = [(m[layer] if reference else m[layer].round(decimals=9)).softmax(-1) for m in (a, b)]
+                pair = [(m[layer] if published else m[layer].round(decimals=9)).softmax(-1) for m in (a, b)]
                 sums = [torch.stack([part.sum() for part in p.split(lengths)]) for p in pair]
                 for level, (first, second) in (("token", pair), ("example", sums)):
                     tau = stats.kendalltau(first.numpy(), second.numpy()).statistic
-                    noise = 0.05 if reference and layer == 0 else 1e-6
+                    noise = 0.05 if published and layer == 0 else 1e-6
                     value = float(found[f"Kendall, {level} level"].values[row, layer, 0])
                     assert value == pytest.approx(tau, abs=noise)
                     top = [set(np.argsort(-v.numpy())[: k[level]].tolist()) for v in (first, second)]

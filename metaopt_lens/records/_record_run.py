@@ -14,10 +14,10 @@ from torch import Tensor
 from metaopt_lens._errors import OptionError, UnsupportedModelError
 from metaopt_lens.analysis import Comparison, demonstration_queries, usable_factors
 from metaopt_lens.dual import at_least_float32
-from metaopt_lens.experiments._records import DemoRecord, QueryRecord, write_records
 from metaopt_lens.finetuning import WeightUpdate
 from metaopt_lens.models import LensModel, wrap
 from metaopt_lens.prompts import ICLPrompt
+from metaopt_lens.records._query_record import DemoRecord, QueryRecord, write_records
 from metaopt_lens.runs import (
     Keep,
     Run,
