@@ -205,7 +205,7 @@ def silence_heads(z: Tensor, hook: object = None) -> Tensor:
 def test_an_intervention_on_head_outputs_is_refused() -> None:
     """What it leaves is not the sum of parts."""
     model = wrap(shared("bridge:gpt2"))
-    with pytest.raises(UnsupportedModelError, match="of head L0H. is not what its attention pattern"):
+    with pytest.raises(UnsupportedModelError, match=r"of head L0H\d is not what its attention pattern"):
         record(model, prompts_of(model, [TEXTS[0]]), settings=("ft",), update=Silenced("z"))
 
 
