@@ -28,7 +28,7 @@ from metaopt_lens.analysis._set_statistics import (
 )
 from metaopt_lens.finetuning import WeightUpdate, finetune, require_raw_weights
 from metaopt_lens.models import LensModel, wrap
-from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_label, tokenize_prompt
+from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_label
 from metaopt_lens.runs import (
     Scoring,
     candidate_labels,
@@ -38,6 +38,7 @@ from metaopt_lens.runs import (
     read_queries,
     run_shared_prefix,
     scored_tokens,
+    tokenize_for,
 )
 
 
@@ -84,7 +85,8 @@ def compare(
     ``SimAM ICL-FT``, ``SimAM ICL-ZS``, ``SimAM difference``, and, where the update kept its factors, ``Kendall`` and
     ``top-k recall`` of the attention to training tokens (token and example level).
 
-    Nulls (docs/theory.md, section 4): (a) ``random``, (b) ``other query``: another query's finetuning update, (d)
+    Nulls (docs/theory.md, section 4): (a) ``random`` directions (of subspaces: ``random rotation`` of the changes that
+    finetuning made to keys and values), (b) ``other query``: another query's finetuning update, (d)
     ``shuffled labels`` in the demonstrations, (e) any weight update given in `controls` (see `unrelated_update`), (c)
     ``random weights`` with and without trained embeddings, (f) SimAOU's ``analytic`` null. ``flipped labels`` are
     another control: a consistent task, with its label words exchanged. What is answered behind shuffled and flipped
@@ -155,7 +157,7 @@ def compare(
         for control, draws in moved.items():
             found = []
             for drawn in draws:
-                tokenized = [tokenize_prompt(p, wrapped.tokenizer, prepend_bos=prepend_bos) for p in drawn]
+                tokenized = tokenize_for(wrapped, drawn, prepend_bos=prepend_bos)
                 other = record_set(wrapped, tokenized, group.update, **recording)
                 found.append(similarities(wrapped, other, reference=reference))
                 if words is not None:
@@ -233,10 +235,7 @@ def _sets(
 ) -> list[_Set]:
     if not prompts:
         raise PromptError("compare needs at least one prompt.")
-    tokenized = [
-        tokenize_prompt(p, model.tokenizer, prepend_bos=prepend_bos, max_tokens=model.info.n_ctx, require_demos=True)
-        for p in prompts
-    ]
+    tokenized = tokenize_for(model, prompts, prepend_bos=prepend_bos)
     groups = prompt_groups(tokenized)
     for index, group in enumerate(groups):
         if len(group) < 2:

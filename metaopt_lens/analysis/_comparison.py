@@ -36,9 +36,10 @@ Level = Literal["head", "layer"]
 OTHER_QUERY = "other query"
 SHUFFLED_LABELS = "shuffled labels"
 FLIPPED_LABELS = "flipped labels"
+RANDOM_ROTATION = "random rotation"
 RANDOM_WEIGHTS = ("random weights", "random weights, trained embeddings")
 RESERVED = frozenset(
-    {OTHER_QUERY, SHUFFLED_LABELS, FLIPPED_LABELS, "random", "analytic", "chance", *RANDOM_WEIGHTS}
+    {OTHER_QUERY, SHUFFLED_LABELS, FLIPPED_LABELS, RANDOM_ROTATION, "random", "analytic", "chance", *RANDOM_WEIGHTS}
 )  # nulls of our own; any other is a user's control
 _OF_0_1 = frozenset({"shuffled", "label-shuffled"})  # nulls under names that meant something else
 

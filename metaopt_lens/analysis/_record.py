@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,6 +29,7 @@ from metaopt_lens.runs import (
     demo_scores,
     own_scores,
     record_batches,
+    scaled_queries,
     softmax_parts,
 )
 
@@ -46,7 +49,8 @@ class SetRecord:
         hidden_*: attention outputs after W_O and b_O.
         scores_*: scores before the softmax over the query's own tokens, NaN behind a query's end.
         frobenius: cosine of the matrices dW_ICL and dW_FT; subspace_left, subspace_right: mean squared cosine of the
-            principal angles of their leading singular subspaces (NaN where a rank is too small); rank_icl, rank_ft:
+            principal angles of their leading singular subspaces (NaN where a rank is too small), and *_rotated the same
+            after a random rotation of what finetuning changed; rank_icl, rank_ft:
             effective ranks.
         context_scores: scores to the demonstrations' tokens (no separators), summed over heads.
         queries_ft: query vectors of the finetuned run before rotary, times the score scale, heads side by side.
@@ -74,6 +78,8 @@ class SetRecord:
     frobenius: Float[Tensor, "query layer head"]
     subspace_left: Float[Tensor, "query layer head"]
     subspace_right: Float[Tensor, "query layer head"]
+    subspace_left_rotated: Float[Tensor, "query layer head"]
+    subspace_right_rotated: Float[Tensor, "query layer head"]
     rank_icl: Float[Tensor, "query layer head"]
     rank_ft: Float[Tensor, "query layer head"]
     context_scores: Float[Tensor, "query layer src"]
@@ -112,7 +118,7 @@ def record_set(
 
 
 def _kept(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32).cpu()
+    return at_least_float32(tensor.detach()).cpu()
 
 
 def _stack(rows: list[dict[str, Tensor]], longest: int) -> SetRecord:
@@ -136,25 +142,30 @@ def _attention(model: LensModel, runs: Runs, update: WeightUpdate) -> dict[str, 
         row[f"hidden_{name}"] = attention_output(model, run, w_o=w_o, b_o=b_o)
         row[f"scores_{name}"] = own_scores(run)
     row["context_scores"] = demo_scores(runs.icl).sum(-2)
-    assert runs.ft.raw_q is not None
-    scales = torch.tensor([rule.scale for rule in runs.ft.rules], dtype=runs.ft.raw_q.dtype)
-    row["queries_ft"] = (runs.ft.raw_q * scales.to(runs.ft.raw_q.device)[:, None, None]).flatten(-2)
+    row["queries_ft"] = scaled_queries(runs.ft)
     return {name: tensor[-1] for name, tensor in row.items()}
 
 
 def _linear(icl: Run, memory: UpdatedMemory, subspace_dim: int) -> dict[str, Tensor]:
     """The linear form: both updates applied to the in-context query, and the matrices compared."""
     layers = []
+    turned = _rotated(memory, seed=zlib.crc32(str(icl.tokens.ids).encode()))
     for layer, visible in enumerate(icl.visible[:, -1]):
-        first, second = delta_w_icl(icl, layer), delta_w_ft(memory, layer, visible[~icl.in_demos])
+        first, second, null = (
+            delta_w_icl(icl, layer),
+            *(delta_w_ft(m, layer, visible[~icl.in_demos]) for m in (memory, turned)),
+        )
         group = icl.model.n_heads // icl.model.n_kv_heads
         row = {"linear_icl": _applied(first, icl.q[-1, layer]), "linear_ft": _applied(second, icl.q[-1, layer])}
         a, b = Factors(first.A, first.B), Factors(second.A, second.B)
         left, right = _mean_squared_cosines(a, b, subspace_dim)
+        left_rotated, right_rotated = _mean_squared_cosines(a, Factors(null.A, null.B), subspace_dim)
         matrices = {
             "frobenius": frobenius_cosine(a, b),
             "subspace_left": left,
             "subspace_right": right,
+            "subspace_left_rotated": left_rotated,
+            "subspace_right_rotated": right_rotated,
             "rank_icl": effective_rank(a),
             "rank_ft": effective_rank(b),
         }
@@ -164,6 +175,25 @@ def _linear(icl: Run, memory: UpdatedMemory, subspace_dim: int) -> dict[str, Ten
             row[name] = torch.where(changed[:, None] if row[name].ndim > 1 else changed, row[name], torch.nan)
         layers.append(row)
     return {name: torch.stack([row[name] for row in layers]) for name in layers[0]}
+
+
+def _rotated(memory: UpdatedMemory, *, seed: int) -> UpdatedMemory:
+    """The memory with what finetuning changed turned at random, one rotation for each layer and head.
+
+    dW_FT also holds the model's own keys and values, which resemble those of the demonstrations whatever was learned: a
+    random subspace would be too easy a null. A Gaussian update is as likely as any rotation of it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    n_layers, _, n_heads, d_head = memory.k.shape
+
+    def turned(new: Tensor, old: Tensor) -> Tensor:
+        q, r = torch.linalg.qr(torch.randn(n_layers, n_heads, d_head, d_head, generator=generator, dtype=torch.float64))
+        rotation = (q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]).to(new)  # uniform: the signs of R are fixed
+        return old + torch.einsum("lshd,lhde->lshe", new - old, rotation)
+
+    return dataclasses.replace(
+        memory, k_updated=turned(memory.k_updated, memory.k), v_updated=turned(memory.v_updated, memory.v)
+    )
 
 
 def _changed(memory: UpdatedMemory, layer: int, seen: Bool[Tensor, " src"]) -> Bool[Tensor, " kv_head"]:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from metaopt_lens.analysis._comparison import OTHER_QUERY, Statistic
+from metaopt_lens.analysis._comparison import OTHER_QUERY, RANDOM_ROTATION, Statistic
 from metaopt_lens.analysis._nulls import derangement, random_like
 from metaopt_lens.analysis._rank import kendall_tau
 from metaopt_lens.analysis._recall import topk_recall
@@ -20,6 +20,7 @@ from metaopt_lens.analysis._training_attention import finetuning_scores, trainin
 from metaopt_lens.finetuning import StepFactors, WeightUpdate
 from metaopt_lens.models import LensModel
 from metaopt_lens.prompts import TokenizedPrompt
+from metaopt_lens.runs import through_w_o
 
 Values = Float[Tensor, "query layer head"]
 _Pair = Callable[[Tensor, Tensor], Tensor]
@@ -79,10 +80,9 @@ def set_statistics(
             OTHER_QUERY: _other_query(cosine, icl, ft, generator, n_draws),
             "random": _mean_of(lambda a=icl, b=ft: cosine(a, random_like(b, seed=generator)), n_draws),  # type: ignore[misc]
         }
-    # Expectations: of the Frobenius cosine with a random matrix, and of the overlap with a random subspace.
-    nulls["matrices"] = {"random": torch.zeros_like(r.frobenius)}
-    chance = torch.full_like(r.frobenius, subspace_dim / model.info.d_head)
-    nulls |= {name: {"random": chance} for name in ("subspaces left", "subspaces right")}
+    nulls["matrices"] = {"random": torch.zeros_like(r.frobenius)}  # the expectation, with a random matrix
+    nulls["subspaces left"] = {RANDOM_ROTATION: r.subspace_left_rotated}
+    nulls["subspaces right"] = {RANDOM_ROTATION: r.subspace_right_rotated}
     nulls |= _sim_aou_nulls(r, generator, n_draws, reference)
     nulls |= {name: _sim_am_nulls(r, name, generator, n_draws, reference) for name in _MAPS}
     return [
@@ -109,11 +109,9 @@ def with_null(statistics: Sequence[Statistic], label: str, values: dict[str, Val
 def _vectors(model: LensModel, r: SetRecord) -> dict[str, tuple[Tensor, Tensor]]:
     minus = partial(difference, eps=r.rounding)
     total, ft = minus(r.z_icl, r.z_zs), minus(r.z_ft, r.z_zs)
-    w_o = torch.stack([model.w_o(layer).detach().to("cpu", total.dtype) for layer in range(model.info.n_layers)])
-    through = partial(torch.einsum, "qlhd,lhdm->qlhm")
     return {
         "z total": (total, ft),
-        "z total, after W_O": (through(total, w_o), through(ft, w_o)),
+        "z total, after W_O": (through_w_o(model, total), through_w_o(model, ft)),
         "z total, position-matched": (minus(r.z_icl, r.z_zsm), minus(r.z_ftm, r.z_zsm)),
         "z direct": (r.direct, ft),
         "z meta-gradient": (r.meta_gradient, ft),

@@ -14,6 +14,7 @@ from metaopt_lens._errors import UndefinedMetricError
 from metaopt_lens.analysis._comparison import (
     FLIPPED_LABELS,
     OTHER_QUERY,
+    RANDOM_ROTATION,
     RANDOM_WEIGHTS,
     SHUFFLED_LABELS,
     Comparison,
@@ -28,6 +29,7 @@ _QUESTIONS = {
     OTHER_QUERY: ("Is that similarity specific to the query?", "its excess over another query's finetuning update"),
     SHUFFLED_LABELS: ("Does it depend on the demonstrations' labels?", "its excess over randomly shuffled labels"),
     FLIPPED_LABELS: ("Does it depend on which label word stands for what?", "its excess over flipped labels"),
+    RANDOM_ROTATION: ("Is it more than random rotations of the update show?", "its excess over those"),
     "random": ("Is it more than random directions show?", "its excess over random directions"),
     **{
         name: (f"Is it more than a model with {name} shows?", "its excess over that model's") for name in RANDOM_WEIGHTS

@@ -12,11 +12,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metaopt_lens._errors import OptionError, UnsupportedModelError
-from metaopt_lens.analysis import Comparison, SetRecord, demonstration_queries, record_set, usable_factors
+from metaopt_lens.analysis import Comparison, demonstration_queries, usable_factors
+from metaopt_lens.dual import at_least_float32
 from metaopt_lens.experiments._records import DemoRecord, QueryRecord, write_records
 from metaopt_lens.finetuning import WeightUpdate
-from metaopt_lens.models import wrap
-from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_prompt
+from metaopt_lens.models import LensModel, wrap
+from metaopt_lens.prompts import ICLPrompt
+from metaopt_lens.runs import (
+    Keep,
+    Run,
+    attention_output,
+    demo_scores,
+    own_scores,
+    prompt_groups,
+    record_batches,
+    scaled_queries,
+    tokenize_for,
+)
 
 
 def write_run_records(
@@ -58,23 +70,27 @@ def write_run_records(
             "the finetuning pass is recorded demonstration by demonstration: finetune with keep_factors=True, "
             "batch_size=1, epochs=1 and order='given'."
         )
-    tokenized = [
-        tokenize_prompt(p, wrapped.tokenizer, prepend_bos=prepend_bos, max_tokens=info.n_ctx, require_demos=True)
-        for p in prompts
-    ]
-    if len({(t.ids[: t.query.start], t.demos) for t in tokenized}) > 1:
+    tokenized = tokenize_for(wrapped, prompts, prepend_bos=prepend_bos)
+    if len(prompt_groups(tokenized)) > 1:
         raise OptionError("a recording holds one demonstration set: write each set to a folder of its own.")
-    record = record_set(wrapped, tokenized, update, subspace_dim=1, batch_size=batch_size)
+    kinds: dict[str, list[QueryRecord | None]] = {kind: [None] * len(prompts) for kind in ("zs", "icl", "ft")}
+    for indices, batch in record_batches(
+        wrapped,
+        tokenized,
+        settings=("icl", "zs", "ft"),
+        update=update,
+        keep=Keep(raw_q=True),
+        batch_size=batch_size,
+    ):
+        for index, runs in zip(indices, batch, strict=True):
+            for kind, run in runs.items():
+                gold, predicted = labels["gold"][index], labels[kind][index]
+                kinds[kind][index] = _query(wrapped, run, update, gold, predicted)
+    zs, icl, ft = ([record for record in kinds[kind] if record is not None] for kind in ("zs", "icl", "ft"))
     has_start = tokenized[0].bos is not None
     demos = [q.transpose(0, 1) for q in demonstration_queries(wrapped, factors)]  # [layer, src, d_q]
     demos = demos if has_start else [torch.nn.functional.pad(q, (0, 0, 1, 0)) for q in demos]
-    return write_records(
-        directory,
-        zs=_queries(record, "zs", labels),
-        icl=_queries(record, "icl", labels, context=_context(record, tokenized[0])),
-        ftzs=_queries(record, "ft", labels),
-        ft=[DemoRecord(q) for q in demos],
-    )
+    return write_records(directory, zs=zs, icl=icl, ftzs=ft, ft=[DemoRecord(q) for q in demos])
 
 
 def _labels(prompts: Sequence[ICLPrompt], comparison: Comparison) -> dict[str, list[int]]:
@@ -89,28 +105,32 @@ def _labels(prompts: Sequence[ICLPrompt], comparison: Comparison) -> dict[str, l
     return {name: tensor.tolist() for name, tensor in found.items()}
 
 
-def _queries(
-    r: SetRecord, setting: str, labels: dict[str, list[int]], *, context: Tensor | None = None
-) -> list[QueryRecord]:
-    hidden, scores = getattr(r, f"hidden_{setting}"), getattr(r, f"scores_{setting}")
-    return [
-        QueryRecord(
-            attn_out=hidden[i],
-            attn_map=scores[i, ..., :length],
-            gold_label=labels["gold"][i],
-            pred_label=labels[setting][i],
-            attn_map_ctx=None if context is None else context[i],
-            attn_q=r.queries_ft[i] if setting == "ft" else None,
-        )
-        for i, length in enumerate(r.lengths.tolist())
-    ]
+def _query(model: LensModel, run: Run, update: WeightUpdate, gold: int, predicted: int) -> QueryRecord:
+    """One query in one setting, at its last token."""
+    changed = run.setting == "ft"
+    w_o, b_o = (update.w_o, update.b_o) if changed else (None, None)
+    return QueryRecord(
+        attn_out=_recorded(attention_output(model, run, w_o=w_o, b_o=b_o)[-1]),
+        attn_map=_recorded(own_scores(run)[-1]),
+        gold_label=gold,
+        pred_label=predicted,
+        attn_map_ctx=_context(run) if run.setting == "icl" else None,
+        attn_q=_recorded(scaled_queries(run)[-1]) if changed else None,
+    )
 
 
-def _context(r: SetRecord, prompt: TokenizedPrompt) -> Float[Tensor, "query layer context"]:
-    """Scores in the layout ``start token, demonstration, separator, demonstration, separator ...``."""
-    lengths = [label.stop - demo.start for demo, label in zip(prompt.demos, prompt.labels, strict=True)]
-    blank = r.context_scores.new_zeros(*r.context_scores.shape[:2], 1)
+def _context(icl: Run) -> Float[Tensor, "layer context"]:
+    """Scores, summed over heads, in the layout ``start token, demonstration, separator, demonstration ...``."""
+    tokens = icl.tokens
+    lengths = [label.stop - demo.start for demo, label in zip(tokens.demos, tokens.labels, strict=True)]
+    found = _recorded(demo_scores(icl)[-1].sum(-2))
+    blank = found.new_zeros(len(found), 1)
     parts = [blank]
-    for scores in torch.split(r.context_scores, lengths, dim=-1):
+    for scores in torch.split(found, lengths, dim=-1):
         parts += [scores, blank]
     return torch.cat(parts, dim=-1)
+
+
+def _recorded(tensor: Tensor) -> Tensor:
+    """In float32 or float64, on the CPU."""
+    return at_least_float32(tensor.detach()).cpu()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metaopt_lens.finetuning._update import WeightUpdate
 from metaopt_lens.models import AttentionCall, Hook, LensModel, Prefix
-from metaopt_lens.runs import Run, attend_without, hidden_sources, memory_of
+from metaopt_lens.runs import Run, memory_of
 
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
@@ -50,7 +50,7 @@ def updated_memory(model: LensModel, update: WeightUpdate, runs: Sequence[Run]) 
     queries = [run.tokens.ids[run.tokens.query.start :] for run in runs]
 
     def without_demos(call: AttentionCall, n: int) -> Tensor:
-        return attend_without(call, hidden_sources(call, demos), slice(n))[0]
+        return call.rows(slice(n)).attend(call.inside(demos))[0]
 
     own = _twins(model, update, runs[0].prefix, queries, without_demos)
     before: list[UpdatedMemory] = []

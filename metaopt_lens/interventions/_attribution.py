@@ -15,8 +15,8 @@ from metaopt_lens.interventions._knock_out_runs import KnockOutRuns, RowMetric
 from metaopt_lens.interventions._meta_gradient import meta_gradient
 from metaopt_lens.interventions._recovery import split_queries
 from metaopt_lens.models import LensModel, wrap
-from metaopt_lens.prompts import ICLPrompt, tokenize_label, tokenize_prompt
-from metaopt_lens.runs import candidate_labels
+from metaopt_lens.prompts import ICLPrompt, tokenize_label
+from metaopt_lens.runs import candidate_labels, tokenize_for
 
 Metric = str | Callable[[Tensor], Tensor]
 
@@ -118,9 +118,7 @@ def _rows(
     model: LensModel, prompts: Sequence[ICLPrompt], metric: Metric, prepend_bos: bool | None
 ) -> tuple[list[tuple[int, ...]], RowMetric]:
     """Tokens behind the demonstrations, and the metric of their logits."""
-    tokens = [
-        tokenize_prompt(p, model.tokenizer, prepend_bos=prepend_bos, max_tokens=model.info.n_ctx) for p in prompts
-    ]
+    tokens = tokenize_for(model, prompts, prepend_bos=prepend_bos)
     queries = [t.ids[t.query.start :] for t in tokens]
     if not isinstance(metric, str):
         return queries, lambda logits, query: metric(logits[len(queries[query]) - 1])

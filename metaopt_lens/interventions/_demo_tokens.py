@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from metaopt_lens._errors import OptionError, PromptError, SpanError
+from metaopt_lens._errors import OptionError, SpanError
 from metaopt_lens._types import TokenSpan
 from metaopt_lens.models import HostPass, LensModel
-from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_prompt
+from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt
+from metaopt_lens.runs import tokenize_for
 
 
 @dataclass(frozen=True)
@@ -38,18 +39,7 @@ class DemoTokens:
     @classmethod
     def tokenize(cls, prompt: ICLPrompt, model: LensModel, *, prepend_bos: bool | None = None) -> DemoTokens:
         """Those of a prompt as this model's tokenizer reads it."""
-        tokens = tokenize_prompt(
-            prompt,
-            model.tokenizer,
-            prepend_bos=prepend_bos,
-            max_tokens=model.info.n_ctx,
-            require_demos=True,
-        )
-        if max(tokens.ids) >= model.info.d_vocab:
-            raise PromptError(
-                f"the tokenizer gave token id {max(tokens.ids)}, but {model.info.name} knows only "
-                f"{model.info.d_vocab} tokens: it is not this model's tokenizer."
-            )
+        (tokens,) = tokenize_for(model, [prompt], prepend_bos=prepend_bos)
         return cls.of(tokens)
 
     @property

@@ -13,7 +13,8 @@ from torch import Tensor
 from metaopt_lens._errors import HeadError, OptionError, UnsupportedModelError
 from metaopt_lens.dual import implicit_weight_update
 from metaopt_lens.models import Hook, LensModel, MlpSite, ModelInfo, wrap
-from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_prompt
+from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt
+from metaopt_lens.runs import tokenize_for
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -154,9 +155,7 @@ def implicit_update(model: Any, prompt: ICLPrompt | str, *, prepend_bos: bool | 
     wrapped = wrap(model)
     sites = [_sequential_mlp(wrapped, layer) for layer in range(wrapped.info.n_layers)]
     parsed = ICLPrompt.from_string(prompt) if isinstance(prompt, str) else prompt
-    tokens = tokenize_prompt(
-        parsed, wrapped.tokenizer, prepend_bos=prepend_bos, max_tokens=wrapped.info.n_ctx, require_demos=True
-    )
+    (tokens,) = tokenize_for(wrapped, [parsed], prepend_bos=prepend_bos)
     in_context = _run(wrapped, sites, tokens.ids)
     zero_shot = _run(wrapped, sites, tokens.zero_shot().ids)
     lefts: dict[str, list[Tensor]] = {name: [] for name in sites[0].matrices}

@@ -71,7 +71,7 @@ class KnockOut:
             where = self._where(call, tokens.stop)  # [batch, dst]
             # Rows that are not edited keep all sources: D itself must not be left without any.
             rows = where[:, :, None] & hidden[:, None, :]
-            without = call.attend(call.scores().masked_fill(rows[:, None], -torch.inf))
+            without = call.attend(rows[:, None])[0]
             chosen = mask[call.layer].to(call.z.device)
             return torch.where((where[:, :, None] & chosen)[..., None], without, call.z)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metaopt_lens.interventions._meta_gradient import MetaGradient
 from metaopt_lens.models import AttentionCall, Hook, LensModel
-from metaopt_lens.runs import attend_without, choose_batch_size, map_batches
+from metaopt_lens.runs import choose_batch_size, map_batches
 
 # Metric of each row: logits of the row's own tokens, and which query it is.
 RowMetric = Callable[[Tensor, int], Tensor]
@@ -118,7 +118,7 @@ def _without(
 ) -> Float[Tensor, "row dst head d_head"]:
     """z of some rows of the batch with sources of the prefix hidden, q, k and v unchanged."""
     padded = torch.nn.functional.pad(hidden, (0, call.k.shape[1] - hidden.shape[-1])).to(call.z.device)
-    return attend_without(call, padded, rows)[0]
+    return call.rows(rows).attend(padded[:, None, None])[0]
 
 
 def _knocked_out(

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from metaopt_lens.dual import ScoreRule, attention_scores, softmax_with_sink, visible_sources, weighted_values
+from metaopt_lens._types import TokenSpan
+from metaopt_lens.dual import ScoreRule, attend, attention_scores, softmax_with_sink, visible_sources
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,10 +79,30 @@ class AttentionCall:
         itself = itself.triu(self.offset).tril(self.offset)
         return scores.masked_fill((self.padded[:, None, :] & ~itself)[:, None], -torch.inf)
 
-    def attend(self, scores: Float[Tensor, "batch head dst src"]) -> Float[Tensor, "batch dst head d_head"]:
-        """The heads' outputs under these scores, in the dtype of z."""
-        pattern, _ = softmax_with_sink(scores, self.rule.sinks)
-        return weighted_values(pattern, self.v).to(self.z.dtype)
+    def inside(self, span: TokenSpan) -> Bool[Tensor, " src"]:
+        """A span of sources, as a mask over all of them.
+
+        Args:
+            span: sources, counted from the first.
+        """
+        mask = torch.zeros(self.k.shape[1], dtype=torch.bool, device=self.k.device)
+        mask[span.slice] = True
+        return mask
+
+    def attend(
+        self, hidden: Bool[Tensor, "*hidden src"] | None = None
+    ) -> tuple[
+        Float[Tensor, "batch dst head d_head"], Float[Tensor, "batch head dst src"], Float[Tensor, "batch head dst"]
+    ]:
+        """z, pattern and what goes to the sink, with some sources hidden: ``z_without``, q, k and v unchanged.
+
+        Taken from the scores rather than from the pattern: half-precision patterns flush small probabilities to 0.
+
+        Args:
+            hidden: sources to hide, broadcast against ``[batch, head, dst, src]``; None hides nothing.
+        """
+        z, pattern, sink = attend(self.scores(), self.v, sinks=self.rule.sinks, hidden=hidden)
+        return z.to(self.z.dtype), pattern, sink
 
     def rows(self, batch: slice | Int[Tensor, " row"]) -> AttentionCall:
         """Some sequences of the batch.

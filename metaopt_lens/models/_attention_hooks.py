@@ -101,7 +101,7 @@ def _layer_hooks(
             padded=None if here.valid is None else ~here.valid.to(z.device)[:, -k.shape[1] :],
             host_pattern=take("pattern") if reads_pattern else None,
         )
-        corrected = call.attend(call.scores()) if by_slot and here.moved else None
+        corrected = call.attend()[0] if by_slot and here.moved else None
         if corrected is not None:
             call = replace(call, z=corrected)
         edited = None if use is None else use(call)

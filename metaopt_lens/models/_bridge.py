@@ -12,7 +12,7 @@ from metaopt_lens._errors import UnsupportedModelError
 from metaopt_lens.models._bridge_block import BridgeBlock
 from metaopt_lens.models._bridge_passes import cache_of, watching
 from metaopt_lens.models._families import Family, family_of
-from metaopt_lens.models._gguf import quantization_of
+from metaopt_lens.models._gguf_conversion import quantization_of
 from metaopt_lens.models._hooks import StopForward, check_hook_names
 from metaopt_lens.models._info import ModelInfo, dtype_name
 from metaopt_lens.models._output_head import OutputHead

@@ -73,6 +73,7 @@ class ModelInfo:
 
     def __str__(self) -> str:
         weights = f"weights with {' and '.join(self.processing)}" if self.processing else "raw weights"
+        weights += "" if self.quantization == "none" else f" de-quantised from {self.quantization}"
         grouped = f", {self.n_kv_heads} key-value heads" if self.n_kv_heads != self.n_heads else ""
         return (
             f"{self.name!r}: {self.host}, {self.architecture}, {self.n_layers} layers x {self.n_heads} heads"

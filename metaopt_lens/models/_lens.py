@@ -202,6 +202,7 @@ class LensModel:
             Logits, of what `read` names if it is given; None if the pass was ended before.
 
         Raises:
+            OptionError: `start` or `read` does not fit the tokens.
             UnsupportedModelError: the host cannot start at a block.
         """
         return run(

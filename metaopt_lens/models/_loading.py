@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metaopt_lens._errors import FileFormatError, OptionError, UnsupportedModelError
-from metaopt_lens.models._gguf import GgufSource, converted
+from metaopt_lens.models._gguf_conversion import GgufSource, converted
 from metaopt_lens.models._memory import check_memory, count_values
 from metaopt_lens.models._packaged import PACKAGED, packaged_source
 

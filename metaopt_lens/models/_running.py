@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from metaopt_lens._errors import UnsupportedModelError
+from metaopt_lens._errors import OptionError, UnsupportedModelError
 from metaopt_lens.models._hooks import Hook, Late, StopForward, attached, check_hook_names, inference_state
 from metaopt_lens.models._host import Host
 from metaopt_lens.models._partial_passes import Readout, Start, recording_widths, skipping
@@ -53,6 +53,7 @@ def run(
     grad: bool,
 ) -> Tensor | None:
     """See `LensModel.run`."""
+    _check(model, tokens, start, read)
     if start is not None and model.tried.widths is None:
         _try_start(model, tokens, hooks, prefix, start.layer)
     last = model.info.n_layers - 1
@@ -131,6 +132,25 @@ def _try_start(model: LensModel, tokens: Tensor, hooks: Sequence[Hook], prefix: 
             "from a stored residual stream: run it from the tokens."
         )
     model.tried.widths = widths
+
+
+def _check(model: LensModel, tokens: Tensor, start: Start | None, read: Readout | None) -> None:
+    if start is not None:
+        if not 0 <= start.layer < model.info.n_layers:
+            raise OptionError(f"there is no layer {start.layer} to start at: {model.info.n_layers} layers, from 0.")
+        wanted = (*tokens.shape, model.info.d_model)
+        if start.residual.shape != wanted:
+            raise OptionError(
+                f"the residual stream to start from must be {list(wanted)} for these tokens, got "
+                f"{list(start.residual.shape)}."
+            )
+    if read is not None:
+        at, n_rows, n_pos = read.positions, len(tokens), tokens.shape[1]
+        if at.ndim != 2 or len(at) != n_rows or not bool(((at >= 0) & (at < n_pos)).all()):
+            raise OptionError(
+                f"positions to read must be [{n_rows}, n] (a row for each sequence) and from 0 to {n_pos - 1}, got "
+                f"{at.tolist()}."
+            )
 
 
 def _exit(model: LensModel, stream: Tensor, read: Readout | None) -> Tensor:

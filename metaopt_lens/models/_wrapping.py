@@ -61,7 +61,7 @@ def wrap(model: Any) -> LensModel:
         warnings.warn(
             f"{wrapped.info.name} has {' and '.join(wrapped.info.processing)}: the zero-shot and meta-gradient parts "
             "are those of the folded weights. Load with from_pretrained_no_processing (or without "
-            "enable_compatibility_mode) for the original parametrisation.",
+            "enable_compatibility_mode and process_weights) for the original parametrisation.",
             ProcessedWeightsWarning,
             stacklevel=2,
         )

@@ -9,8 +9,6 @@ from metaopt_lens.runs._destinations import prompt_groups as prompt_groups
 from metaopt_lens.runs._destinations import tokenize_for as tokenize_for
 from metaopt_lens.runs._forward import Keep as Keep
 from metaopt_lens.runs._forward import Row as Row
-from metaopt_lens.runs._forward import attend_without as attend_without
-from metaopt_lens.runs._forward import hidden_sources as hidden_sources
 from metaopt_lens.runs._forward import run_rows as run_rows
 from metaopt_lens.runs._forward import run_shared_prefix as run_shared_prefix
 from metaopt_lens.runs._head_order import rank_heads as rank_heads
@@ -18,6 +16,7 @@ from metaopt_lens.runs._outputs import attention_output as attention_output
 from metaopt_lens.runs._outputs import demo_scores as demo_scores
 from metaopt_lens.runs._outputs import output_bias as output_bias
 from metaopt_lens.runs._outputs import own_scores as own_scores
+from metaopt_lens.runs._outputs import scaled_queries as scaled_queries
 from metaopt_lens.runs._outputs import through_w_o as through_w_o
 from metaopt_lens.runs._parts import delta_w_icl as delta_w_icl
 from metaopt_lens.runs._parts import linear_parts as linear_parts

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from metaopt_lens._errors import NonFiniteError
-from metaopt_lens._types import TokenSpan
-from metaopt_lens.dual import ScoreRule, attend, is_finite, momentum_values, softmax_with_sink
+from metaopt_lens.dual import ScoreRule, is_finite, momentum_values, softmax_with_sink
 from metaopt_lens.models import AttentionCall, Hook, LensModel, Prefix, active_momentum
 from metaopt_lens.prompts import TokenizedPrompt
 from metaopt_lens.runs._prompt_run import MATCHED, Run, Setting
@@ -176,8 +175,8 @@ class _Batch:
     def _without_demos(self, call: AttentionCall) -> _Hidden:
         """Attention of the position-matched rows."""
         rows = slice(self._n_seeing, None)
-        hidden = hidden_sources(call, self._rows[-1].tokens.demonstrations)
-        z, pattern, sink = attend_without(call, hidden, rows)
+        hidden = call.inside(self._rows[-1].tokens.demonstrations)
+        z, pattern, sink = call.rows(rows).attend(hidden)
         if self._eta is not None:  # D still takes its places in the moving average
             v = call.v[rows].masked_fill(hidden[:, None, None], 0.0)
             z = z + momentum_values(v, self._eta[call.layer])[:, call.offset :].to(z.dtype)
@@ -224,33 +223,6 @@ def _pattern(call: AttentionCall, rows: slice) -> tuple[Tensor, Tensor]:
         return pattern, torch.zeros_like(pattern[..., 0])
     rebuilt, sink = softmax_with_sink(call.rows(rows).scores(), call.rule.sinks)
     return rebuilt if too_coarse else pattern, sink
-
-
-def hidden_sources(call: AttentionCall, span: TokenSpan) -> Bool[Tensor, " src"]:
-    """A span of source positions, as a mask over all sources of a call.
-
-    Args:
-        call: a layer's attention. span: positions to hide.
-    """
-    hidden = torch.zeros(call.k.shape[1], dtype=torch.bool, device=call.k.device)
-    hidden[span.slice] = True
-    return hidden
-
-
-def attend_without(
-    call: AttentionCall, hidden: Bool[Tensor, "*row src"], rows: slice | Tensor = slice(None)
-) -> tuple[Float[Tensor, "row_ dst head d_head"], Float[Tensor, "row_ head dst src"], Float[Tensor, "row_ head dst"]]:
-    """z, pattern and sink of some rows of a batch with sources hidden, q, k and v unchanged.
-
-    Taken from the scores rather than from the pattern: half-precision patterns flush small probabilities to 0.
-
-    Args:
-        call: a layer's attention. hidden: which sources, the same for all rows or one mask for each. rows: which rows.
-    """
-    if hidden.ndim > 1:
-        hidden = hidden[:, None, None]  # [row, 1, 1, src]
-    z, pattern, sink = attend(call.rows(rows).scores(), call.v[rows], sinks=call.rule.sinks, hidden=hidden)
-    return z.to(call.z.dtype), pattern, sink
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -92,3 +92,14 @@ def _scores(run: Run, layer: int, k: Tensor, src: Int[Tensor, " src"]) -> Float[
     rule = replace(run.rules[layer], window=None)
     dst = torch.tensor(run.destinations, device=k.device)
     return attention_scores(rule, run.q[:, layer], k, dst_positions=dst, src_positions=src).transpose(0, 1)
+
+
+def scaled_queries(run: Run) -> Float[Tensor, "dst layer d_q"]:
+    """Queries before rotary and QK-norm, times the score scale, heads side by side.
+
+    Args:
+        run: recorded with ``Keep(raw_q=True)``.
+    """
+    assert run.raw_q is not None
+    scales = torch.tensor([rule.scale for rule in run.rules], dtype=run.raw_q.dtype, device=run.raw_q.device)
+    return (run.raw_q * scales[:, None, None]).flatten(-2)  # dst layer (head d_head)

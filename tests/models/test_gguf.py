@@ -31,7 +31,7 @@ from metaopt_lens._errors import (
 )
 from metaopt_lens.decomposition import Decomposition
 from metaopt_lens.models import CacheRebuiltWarning, wrap
-from metaopt_lens.models._gguf import GgufSource, check_space, llama3_factors
+from metaopt_lens.models._gguf_conversion import GgufSource, check_space, llama3_factors
 from metaopt_lens.models._gguf_header import read_header
 from metaopt_lens.models._packaged import PACKAGED, packaged_source
 from metaopt_lens.viz import write_page

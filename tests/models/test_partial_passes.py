@@ -11,7 +11,7 @@ from rounding import PASS, SUM, assert_agree, of_pass
 from torch import Tensor
 
 from metaopt_lens import wrap
-from metaopt_lens._errors import UnsupportedModelError
+from metaopt_lens._errors import OptionError, UnsupportedModelError
 from metaopt_lens.models import LensModel, Readout, Start
 
 TOKENS = torch.tensor([[1, 30, 31, 3, 32, 4, 34, 3, 36, 37], [1, 50, 3, 52, 4, 54, 3, 16, 17, 3]])
@@ -189,6 +189,20 @@ def test_a_host_that_remembers_its_lower_blocks_cannot_start_above_them() -> Non
     with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM\) does not compute the same when it starts at"):
         model.run(TOKENS, start=Start(1, residual))
     bridge.reset_hooks()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start": Start(3, torch.zeros(2, 10, 32))}, r"there is no layer 3 to start at: 3 layers, from 0"),
+        ({"start": Start(1, torch.zeros(1, 10, 32))}, r"must be \[2, 10, 32\] for these tokens, got \[1, 10, 32\]"),
+        ({"read": Readout(torch.tensor([[9]]))}, r"must be \[2, n\] \(a row for each sequence\)"),
+        ({"read": Readout(torch.tensor([[9], [10]]))}, r"from 0 to 9, got \[\[9\], \[10\]\]"),
+    ],
+)
+def test_what_does_not_fit_the_tokens_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        fresh("bridge:llama").run(TOKENS, **options)
 
 
 @pytest.mark.parametrize("name", HOST_NAMES)

@@ -21,7 +21,7 @@ from metaopt_lens.cli import app
 from metaopt_lens.finetuning import WeightUpdate, training_examples
 from metaopt_lens.finetuning._losses import layer_causal_losses
 from metaopt_lens.models import wrap
-from metaopt_lens.models._gguf import _cache_folder
+from metaopt_lens.models._gguf_conversion import _cache_folder
 from metaopt_lens.prompts import TokenizedPrompt, tokenize_label
 
 LR = 1e-3
@@ -45,7 +45,7 @@ def logits(model: Any, ids: list[int]) -> Tensor:
 def test_the_converted_model_is_the_one_in_the_file(name: str, bridge: Any, plain: Plain) -> None:
     from transformers import AutoModelForCausalLM
 
-    from metaopt_lens.models._gguf import converted
+    from metaopt_lens.models._gguf_conversion import converted
     from metaopt_lens.models._packaged import packaged_source
 
     with converted(packaged_source(name), dtype=torch.float32, device="cpu") as folder:

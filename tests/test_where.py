@@ -1,0 +1,30 @@
+"""docs/dev/where.md answers every question with a file that is there and a name it defines."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROW = re.compile(r"^\| (?P<question>[^|]+) \| `(?P<file>[\w/]+\.py)`(?: \((?P<names>[^)]+)\))? \|$", re.MULTILINE)
+ROWS = [match.groupdict() for match in ROW.finditer((ROOT / "docs/dev/where.md").read_text(encoding="utf-8"))]
+
+
+def test_every_line_of_the_tables_is_read() -> None:
+    lines = (ROOT / "docs/dev/where.md").read_text(encoding="utf-8").splitlines()
+    assert len(ROWS) == sum(line.startswith("| ") for line in lines) - 2  # two headings
+    assert len(ROWS) > 15
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["question"])
+def test_the_file_defines_the_name(row: dict[str, str | None]) -> None:
+    source = (ROOT / "metaopt_lens" / str(row["file"])).read_text(encoding="utf-8")
+    for name in re.findall(r"`(\w+)`", row["names"] or ""):
+        assert re.search(rf"^(def|class) {name}\b|^{name}\b.*=", source, re.MULTILINE), (row["file"], name)
+
+
+@pytest.mark.parametrize("file", re.findall(r"[ `](\w+/\w+\.py)", (ROOT / "docs/dev/walk.md").read_text("utf-8")))
+def test_the_walk_goes_through_files_that_are_there(file: str) -> None:
+    assert (ROOT / "metaopt_lens" / file).is_file()
