@@ -6,6 +6,8 @@ Names are loaded when first used, so that ``import metaopt_lens`` costs nothing.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from metaopt_lens._plots import load_with as _load_plots_with
+
 if TYPE_CHECKING:
     from metaopt_lens._errors import MetaoptLensError as MetaoptLensError
     from metaopt_lens._types import HeadRef as HeadRef
@@ -57,8 +59,12 @@ _HOME = {
 
 __all__ = [*sorted(_HOME)]
 
+_load_plots_with(lambda: import_module("metaopt_lens.viz"))
+
 
 def __getattr__(name: str) -> Any:
+    if name == "viz":
+        return import_module("metaopt_lens.viz")
     if name not in _HOME:
         raise AttributeError(f"module 'metaopt_lens' has no attribute {name!r}")
     value = getattr(import_module(f"metaopt_lens.{_HOME[name]}"), name)
@@ -67,4 +73,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_HOME, "viz"})

@@ -6,13 +6,16 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from metaopt_lens._plots import draws
 from metaopt_lens.analysis import Comparison, Statistic
 
 _FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 _VALUE, _NULLS = "#1f5fa8", ("#d1495b", "#edae49", "#66a182", "#8d6a9f", "#7f8c8d", "#b08968")
+_ABOVE, _PLOT, _AXIS, _LEGEND_ROW = 64, 230, 44, 19  # heights of the parts of a curve's figure, in pixels
 _DASHES = ("dash", "dot", "dashdot", "longdash", "longdashdot", "solid")
 
 
+@draws(Comparison, "plot")
 def comparison_map(comparison: Comparison, statistic: str = "z total") -> go.Figure:
     """A statistic of every head, its main null and the excess; at layer level curves over depth.
 
@@ -26,7 +29,6 @@ def comparison_map(comparison: Comparison, statistic: str = "z total") -> go.Fig
         font={"family": _FONT, "size": 12, "color": "#1f2933"},
         paper_bgcolor="white",
         plot_bgcolor="#eef1f4",
-        margin={"l": 44, "r": 10, "t": 64, "b": 40},
     )
     return figure
 
@@ -64,7 +66,9 @@ def _head_maps(statistic: Statistic) -> go.Figure:
     figure.update_xaxes(title={"text": "head", "standoff": 4}, showgrid=False, zeroline=False)
     figure.update_yaxes(autorange="reversed", showgrid=False, zeroline=False)
     figure.update_yaxes(title={"text": "layer", "standoff": 4}, col=1)
-    figure.update_layout(height=min(max(130 + 26 * len(value), 220), 720))
+    figure.update_layout(
+        height=min(max(130 + 26 * len(value), 220), 720), margin={"l": 44, "r": 10, "t": _ABOVE, "b": 40}
+    )
     return figure
 
 
@@ -94,9 +98,15 @@ def _layer_curves(comparison: Comparison, statistic: Statistic) -> go.Figure:
         line = {"color": _NULLS[index % len(_NULLS)], "dash": _DASHES[index % len(_DASHES)]}
         figure.add_trace(go.Scatter(x=depth, y=curve, mode="lines", line=line, name=f"{name} null"))
     figure.update_xaxes(title={"text": "layer", "standoff": 4}, dtick=max(1, len(depth) // 12))
+    rows = -(-len(figure.data) // 2)  # the legend's: two columns below a plot of fixed height
+    below = _AXIS + _LEGEND_ROW * rows
     figure.update_layout(
-        height=380,
-        legend={"orientation": "h", "y": -0.22, "font": {"size": 10}},
+        height=_ABOVE + _PLOT + below,
+        margin={"l": 44, "r": 10, "t": _ABOVE, "b": below},
+        legend={
+            **{"orientation": "h", "yref": "paper", "y": -_AXIS / _PLOT, "yanchor": "top", "x": 0},
+            **{"entrywidth": 0.48, "entrywidthmode": "fraction", "font": {"size": 10}},
+        },
         font={"family": _FONT, "size": 12},
         plot_bgcolor="#eef1f4",
     )

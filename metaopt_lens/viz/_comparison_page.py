@@ -15,7 +15,7 @@ from metaopt_lens.analysis import Comparison
 from metaopt_lens.viz._answers import comparison_sentences
 from metaopt_lens.viz._comparison_figures import comparison_map
 from metaopt_lens.viz._comparison_text import comparison_data
-from metaopt_lens.viz._render import render
+from metaopt_lens.viz._render import Measured, render
 
 _MAPS = ("z total", "z total, position-matched", "z direct", "linear", "matrices")
 _CURVES = ("SimAOU", "SimAOU unnormalised", "SimAM ICL-FT", "SimAM difference")
@@ -65,11 +65,25 @@ def comparison_context(comparison: Comparison) -> dict[str, Any]:
 
 
 def _summary(comparison: Comparison) -> pd.DataFrame:
-    """One row per statistic."""
+    """One row per statistic, in as few columns as say everything: nothing is cut off on a screen."""
     frame = comparison.summary()
-    nulls = [c for c in frame.columns if c.startswith("null: ")]
-    columns = ["statistic", "level", "value", "value_low", "value_high", *nulls, "excess", "excess_low", "excess_high"]
-    return frame[[*columns, "significant", "of", "undefined", "values"]].rename(columns={"significant": "stand out"})
+    found = zip(frame["significant"], frame["of"], strict=True)
+    undefined = zip(frame["undefined"], frame["values"], strict=True)
+    columns: dict[str, Any] = {
+        "statistic": frame["statistic"],
+        "level": frame["level"],
+        "value": _measured(frame, "value"),
+        **{null: frame[null] for null in frame.columns if null.startswith("null: ")},
+        "excess": _measured(frame, "excess"),
+        "stand out": ["–" if pd.isna(n) else f"{n} of {of}" for n, of in found],
+        "undefined": [f"{n} of {of}" for n, of in undefined],
+    }
+    return pd.DataFrame(columns)
+
+
+def _measured(frame: pd.DataFrame, name: str) -> list[Measured]:
+    columns = (frame[name], frame[f"{name}_low"], frame[f"{name}_high"])
+    return [Measured(value, low, high) for value, low, high in zip(*columns, strict=True)]
 
 
 def write_comparison_outputs(comparison: Comparison, folder: str | os.PathLike[str]) -> dict[str, Path]:

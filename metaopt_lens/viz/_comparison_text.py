@@ -36,7 +36,9 @@ def comparison_text(comparison: Comparison) -> Table:
 
 
 def _terminal_table(title: str) -> Table:
-    return Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.pad_edge = False
+    return table
 
 
 def frame_text(frame: pd.DataFrame, title: str) -> Table:

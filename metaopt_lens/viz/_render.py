@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -47,24 +48,38 @@ def _environment(package: str) -> Environment:
 
 
 def words(name: object) -> str:
-    """A column or metric by its words instead of its identifier."""
-    return _WORDS.get(str(name), str(name).replace("_", " "))
+    """A column or metric by its words instead of its identifier; the ends of intervals are "from" and "to"."""
+    *first, last = str(name).split("_")
+    return " ".join([*first, {"low": "from", "high": "to"}.get(last, last)])
 
 
-_WORDS = {"low": "from", "high": "to"} | {
-    f"{name}_{end}": f"{name} {word}"
-    for name in ("value", "excess", "difference", "effect")
-    for end, word in (("low", "from"), ("high", "to"))
-}
+@dataclass(frozen=True)
+class Measured:
+    """A table's value with its interval, shown in one cell; NaN where there is none."""
+
+    value: float
+    low: float
+    high: float
 
 
-def _cell(value: Any) -> tuple[str, str]:
+@dataclass(frozen=True)
+class _Cell:
+    order: str
+    text: str
+    interval: str = ""
+
+
+def _cell(value: Any) -> _Cell:
     """What a table's cell sorts by, and what it shows."""
+    if isinstance(value, Measured):
+        inner = _cell(value.value)
+        interval = "no interval" if pd.isna(value.low) else f"{value.low:.3f} to {value.high:.3f}"
+        return _Cell(inner.order, inner.text, interval)
     if pd.isna(value):
-        return "-inf", "–"
+        return _Cell("-inf", "–")
     if isinstance(value, float | np.floating):
-        return repr(float(value)), f"{value:.3f}"
-    return str(value), str(value)
+        return _Cell(repr(float(value)), f"{value:.3f}")
+    return _Cell(str(value), str(value))
 
 
 def _plot(figure: go.Figure, name: str) -> Markup:

@@ -217,6 +217,22 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:28] + "…" + text[-28:]
 
 
+def run_sentences(run: ExperimentResult) -> list[str]:
+    """Accuracies of every rule with their intervals, then notes: a run in short, for the terminal."""
+    table, found = run.table("accuracies"), []
+    for rule in run.config.rules:
+        rows = {row["quantity"]: row for row in table[table["rule"] == rule].to_dict("records")}
+        known = [(name, rows[f"accuracy {name}"]) for name in ("ZS", "ICL", "FT") if f"accuracy {name}" in rows]
+        texts = [f"{name} {row['value']:.3f} {_bracketed(row)}" for name, row in known]
+        if texts:
+            found.append(f"{rule}: accuracy {', '.join(texts)}")
+    return [*found, *(f"note: {note}" for note in run.notes)]
+
+
+def _bracketed(row: dict[Any, Any]) -> str:
+    return "(no interval)" if pd.isna(row["low"]) else f"[{row['low']:.3f}, {row['high']:.3f}]"
+
+
 # ---- all runs -----------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from metaopt_lens._plots import draws
 from metaopt_lens._storage import write_text
 from metaopt_lens._types import HeadRef
 from metaopt_lens.decomposition import Decomposition
@@ -43,6 +44,7 @@ class View:
         return write_text(path, render("view.html.j2", heading=self.title, view=self.html))
 
 
+@draws(Decomposition, "attention_view")
 def attention_view(result: Decomposition, heads: Sequence[str | HeadRef] | None = None) -> View:
     """Attention of chosen heads over the tokens, one row per demonstration with what it gets in sum.
 
