@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from metaopt_lens._errors import FileFormatError, OptionError, UndefinedMetricError
+from metaopt_lens._plots import draw
 from metaopt_lens._storage import load_result, save_result
 from metaopt_lens.analysis._interval import (
     MIN_SETS_TO_TEST,
@@ -304,9 +305,7 @@ class Comparison:
 
     def plot(self, statistic: str = "z total") -> Any:
         """A plotly figure: layer x head map of a statistic, its main null next to it."""
-        from metaopt_lens.viz import comparison_map
-
-        return comparison_map(self, statistic)
+        return draw(self, "plot", statistic)
 
     # ---- storing ------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metaopt_lens._errors import ModelMismatchError, OptionError, SpanError
+from metaopt_lens._plots import draw
 from metaopt_lens._types import HeadRef, TokenSpan
 from metaopt_lens.decomposition._decomposition_file import decomposition_fields, save_decomposition
 from metaopt_lens.decomposition._decomposition_frame import decomposition_frame
@@ -298,15 +299,11 @@ class Decomposition:
 
     def plot(self, value: str = "mass") -> Any:
         """A plotly layer x head map of a column of `to_frame` (mass, norms, fidelity, ...)."""
-        from metaopt_lens.viz import head_map
-
-        return head_map(self, value)
+        return draw(self, "plot", value)
 
     def attention_view(self, heads: Sequence[str | HeadRef | tuple[int, int]] | None = None) -> Any:
         """circuitsvis: attention of chosen heads over the tokens, demonstrations marked (default: the strongest)."""
-        from metaopt_lens.viz import attention_view
-
-        return attention_view(self, heads)
+        return draw(self, "attention_view", heads)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write ``path.safetensors`` and ``path.json``; returns the latter."""
