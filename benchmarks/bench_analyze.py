@@ -11,7 +11,6 @@ The targets are meant for the full size: at small sizes the imports weigh more.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import resource
@@ -31,7 +30,7 @@ def make_recording(directory: Path, n_queries: int, n_demos: int) -> None:
     """Random records of a 1.3B model, updates correlated so that no metric is trivial."""
     import torch
 
-    from metaopt_lens.experiments import DemoRecord, QueryRecord, write_records
+    from metaopt_lens.records import DemoRecord, QueryRecord, write_records
 
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(14, 30, (n_queries,), generator=generator).tolist()
@@ -125,9 +124,10 @@ def straightforward(directory: Path) -> dict[str, Any]:
 
 def ours(directory: Path) -> dict[str, Any]:
     """The library's."""
-    from metaopt_lens.experiments import analyze_records
+    from metaopt_lens.analysis import Convention
+    from metaopt_lens.records import analyze_records
 
-    blocks = analyze_records(directory, reference=True).to_dict()
+    blocks = analyze_records(directory, convention=Convention.PUBLISHED).to_dict()
     published = blocks["dai2022"]["all"] | blocks["deutch2024"]["all"] | blocks["dai2022"]["training_attention"]
     return {name: values for name, values in published.items() if isinstance(values, list)}
 
@@ -145,10 +145,13 @@ def measure(name: str, directory: Path) -> tuple[float, int, dict[str, Any]]:
 
 def run(name: str, directory: Path) -> None:
     """In the fresh process: work, then print result and peak memory."""
+    from joblib.externals.loky import get_reusable_executor
+
     result = {"straightforward": straightforward, "ours": ours}[name](directory)
+    get_reusable_executor().shutdown(wait=True)  # a process counts once it has ended
     unit = 1 if sys.platform == "darwin" else 1024
     own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    n_workers = 1 if importlib.util.find_spec("simdjson") else min(os.cpu_count() or 1, 4)
+    n_workers = min(os.cpu_count() or 1, 2)
     # the largest of the parsing processes, as if all had been as large at the same moment
     peak = own.ru_maxrss + children.ru_maxrss * n_workers
     cpu = own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime

@@ -3,10 +3,7 @@
 Names are loaded when first used, so that ``import metaopt_lens`` costs nothing.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-from metaopt_lens._plots import load_with as _load_plots_with
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from metaopt_lens._errors import MetaoptLensError as MetaoptLensError
@@ -59,18 +56,20 @@ _HOME = {
 
 __all__ = [*sorted(_HOME)]
 
-_load_plots_with(lambda: import_module("metaopt_lens.viz"))
 
+def __getattr__(name: str) -> object:
+    from importlib import import_module, metadata
 
-def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return metadata.version("metaopt-lens")
     if name == "viz":
         return import_module("metaopt_lens.viz")
     if name not in _HOME:
         raise AttributeError(f"module 'metaopt_lens' has no attribute {name!r}")
-    value = getattr(import_module(f"metaopt_lens.{_HOME[name]}"), name)
+    value: object = getattr(import_module(f"metaopt_lens.{_HOME[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME, "viz"})
+    return sorted({*_HOME, "__version__", "viz"})

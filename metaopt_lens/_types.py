@@ -21,6 +21,7 @@ Axis names, one meaning each throughout the package:
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from metaopt_lens._errors import HeadError, SpanError
@@ -42,6 +43,19 @@ class HeadRef:
         if match is None:
             raise HeadError(f"cannot read {text!r} as a head: write layer and head as in 'L3H7'.")
         return cls(int(match[1]), int(match[2]))
+
+    @classmethod
+    def of(cls, head: str | HeadRef | Sequence[int]) -> HeadRef:
+        """A head in any of its forms: itself, ``"L3H7"`` or ``(3, 7)``; raises `HeadError` for anything else."""
+        match head:
+            case HeadRef():
+                return head
+            case str():
+                return cls.parse(head)
+            case (int(layer), int(number)):
+                return cls(layer, number)
+            case _:
+                raise HeadError(f"cannot read {head!r} as a head: write 'L3H7' or (3, 7), layer and head.")
 
     def check(self, n_layers: int, n_heads: int) -> HeadRef:
         """Return self, or raise `HeadError` naming the valid ranges."""

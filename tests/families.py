@@ -150,8 +150,11 @@ def make_bridge(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float3
     return bridge_of(make_hf(family, seed=seed, dtype=dtype, **overrides))
 
 
-def bridge_of(hf_model: Any, own_tokenizer: Any = None) -> Any:
-    """A TransformerBridge over this transformers model (or TransformerLens's own), built without any hub."""
+def bridge_of(hf_model: Any, own_tokenizer: Any = None, *, bos: bool | None = True) -> Any:
+    """A TransformerBridge over this transformers model (or TransformerLens's own), built without any hub.
+
+    Prompts begin with BOS whatever the architecture's own default (`bos` None), so that all hosts read the same ids.
+    """
     from transformer_lens.model_bridge import TransformerBridge
 
     if not hasattr(hf_model, "config"):
@@ -166,6 +169,8 @@ def bridge_of(hf_model: Any, own_tokenizer: Any = None) -> Any:
             dtype=hf_model.dtype,
             device="cpu",
         )
+    if bos is not None:
+        bridge.cfg.default_prepend_bos = bos
     return bridge.eval()
 
 

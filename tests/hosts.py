@@ -25,8 +25,9 @@ from families import (
 )
 from torch import Tensor
 
-from metaopt_lens import Demo, ICLPrompt, Template
-from metaopt_lens.prompts import TokenizedPrompt, tokenize_prompt
+from metaopt_lens import Demo, ICLPrompt, Template, wrap
+from metaopt_lens.prompts import TokenizedPrompt
+from metaopt_lens.runs import tokenize_for
 
 NATIVE_NAMES = [f"native:{kind}" for kind in NATIVE]
 HOST_NAMES = [
@@ -102,7 +103,7 @@ def prompt(
 
 
 def tokenized(model: Any, text: ICLPrompt) -> TokenizedPrompt:
-    return tokenize_prompt(text, model.tokenizer)
+    return tokenize_for(wrap(model), text)
 
 
 def sizes(model: Any) -> tuple[int, int]:

@@ -12,8 +12,8 @@ import torch
 from typer.testing import CliRunner
 
 from metaopt_lens.cli import app
-from metaopt_lens.experiments import DemoRecord, QueryRecord, write_records
 from metaopt_lens.models.tiny import sample_episodes
+from metaopt_lens.records import DemoRecord, QueryRecord, write_records
 
 GOLDEN = Path(__file__).parent / "golden" / "dai2022"
 

@@ -10,6 +10,7 @@ from metaopt_lens.analysis._controls import flip_labels as flip_labels
 from metaopt_lens.analysis._controls import randomized_copy as randomized_copy
 from metaopt_lens.analysis._controls import shuffle_labels as shuffle_labels
 from metaopt_lens.analysis._controls import unrelated_update as unrelated_update
+from metaopt_lens.analysis._convention import Convention as Convention
 from metaopt_lens.analysis._interval import Interval as Interval
 from metaopt_lens.analysis._interval import mean_interval as mean_interval
 from metaopt_lens.analysis._interval import scope as scope

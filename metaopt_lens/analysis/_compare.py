@@ -17,6 +17,7 @@ from metaopt_lens._storage import provenance
 from metaopt_lens.analysis._checks import check_positive
 from metaopt_lens.analysis._comparison import FLIPPED_LABELS, RANDOM_WEIGHTS, RESERVED, Comparison, Statistic
 from metaopt_lens.analysis._controls import finetune_arguments, randomized_copy
+from metaopt_lens.analysis._convention import Convention
 from metaopt_lens.analysis._label_controls import control_answers, moved_labels
 from metaopt_lens.analysis._record import SetRecord, record_set
 from metaopt_lens.analysis._set_statistics import (
@@ -26,9 +27,9 @@ from metaopt_lens.analysis._set_statistics import (
     usable_factors,
     with_null,
 )
-from metaopt_lens.finetuning import WeightUpdate, finetune, require_raw_weights
+from metaopt_lens.finetuning import WeightUpdate, demonstration_ids, finetune, require_raw_weights
 from metaopt_lens.models import LensModel, wrap
-from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_label
+from metaopt_lens.prompts import ICLPrompt, PromptLike, TokenizedPrompt, as_prompts, tokenize_label
 from metaopt_lens.runs import (
     Scoring,
     candidate_labels,
@@ -36,6 +37,7 @@ from metaopt_lens.runs import (
     check_candidates,
     prompt_groups,
     read_queries,
+    refuse_acting,
     run_shared_prefix,
     scored_tokens,
     tokenize_for,
@@ -55,7 +57,7 @@ class _Set:
 
 def compare(
     model: Any,
-    prompts: Sequence[ICLPrompt],
+    prompts: PromptLike | Sequence[PromptLike],
     update: WeightUpdate | Sequence[WeightUpdate],
     *,
     controls: Mapping[str, WeightUpdate | Sequence[WeightUpdate]] | None = None,
@@ -70,8 +72,9 @@ def compare(
     top_k: int | None = None,
     batch_size: int | None = None,
     prepend_bos: bool | None = None,
-    reference: bool = False,
+    convention: Convention = Convention.DEFAULT,
     allow_processed: bool = False,
+    allow_other_training: bool = False,
     seed: int = 0,
     progress: bool = True,
 ) -> Comparison:
@@ -85,8 +88,8 @@ def compare(
     ``SimAM ICL-FT``, ``SimAM ICL-ZS``, ``SimAM difference``, and, where the update kept its factors, ``Kendall`` and
     ``top-k recall`` of the attention to training tokens (token and example level).
 
-    Nulls (docs/theory.md, section 4): (a) ``random`` directions (of subspaces: ``random rotation`` of the changes that
-    finetuning made to keys and values), (b) ``other query``: another query's finetuning update, (d)
+    Nulls (docs/theory.md, section 4): (a) ``random`` directions (of subspaces: ``rotated``, the changes that
+    finetuning made to keys and values, turned at random), (b) ``other query``: another query's finetuning update, (d)
     ``shuffled labels`` in the demonstrations, (e) any weight update given in `controls` (see `unrelated_update`), (c)
     ``random weights`` with and without trained embeddings, (f) SimAOU's ``analytic`` null. ``flipped labels`` are
     another control: a consistent task, with its label words exchanged. What is answered behind shuffled and flipped
@@ -94,7 +97,8 @@ def compare(
 
     Args:
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model; never modified.
-        prompts: queries with their demonstrations; prompts with the same demonstrations form a set.
+        prompts: queries with their demonstrations, in the forms `decompose` takes; prompts with the same
+            demonstrations form a set.
         update: what finetuning did: one per demonstration set, in order of their first prompt (one alone for one set).
         controls: further updates by name, shaped like `update`, whose similarity to the ICL update is a null.
         label_shuffled: also run the demonstrations with shuffled labels (see `shuffle_labels`).
@@ -107,8 +111,9 @@ def compare(
         subspace_dim: dimension of the singular subspaces.
         n_null_draws: draws of the random and other-query nulls per query.
         top_k: k of the token-level recall (default: 100, or half the tokens of the smallest set if that is less).
-        reference: the published code's choices in SimAOU, SimAM, Kendall and recall.
+        convention: the choices in SimAOU, SimAM, Kendall and recall; `Convention.PUBLISHED` for the published code's.
         allow_processed: accept a model with folded norms or biases.
+        allow_other_training: accept updates that were trained on something else than their set's demonstrations.
         seed: of shuffles, random draws and bootstrap.
 
     Returns:
@@ -119,12 +124,16 @@ def compare(
             candidate.
         OptionError: as many updates as demonstration sets are needed; `top_k` beyond the tokens there are; a control
             with the name of another null.
-        ModelMismatchError: an update of another model, or processed weights without `allow_processed`.
+        ModelMismatchError: an update of another model, processed weights without `allow_processed`, or an update that
+            was trained on other tokens than its set's demonstrations without `allow_other_training`.
         NonFiniteError: NaN or infinity in the activations.
     """
     wrapped = wrap(model)
+    refuse_acting(wrapped, "compare")
+    prompts = as_prompts(prompts)
     require_raw_weights(wrapped, allow_processed=allow_processed)
     sets = _sets(wrapped, prompts, update, dict(controls or {}), prepend_bos)
+    sets = _check_training(sets, allow_other=allow_other_training)
     words = _candidates(wrapped, sets, prompts, candidates, scoring)
     k = _top_k(sets, top_k)
     check_positive(n_null_draws=n_null_draws, n_label_draws=n_label_draws, subspace_dim=subspace_dim)
@@ -137,7 +146,7 @@ def compare(
     for number, group in enumerate(tqdm(sets, desc="comparing", unit="set", disable=None if progress else True)):
         record = record_set(wrapped, group.tokenized, group.update, **recording)
         statistics = set_statistics(
-            wrapped, record, generator, n_draws=n_null_draws, subspace_dim=subspace_dim, reference=reference
+            wrapped, record, generator, n_draws=n_null_draws, subspace_dim=subspace_dim, convention=convention
         )
         for null, (host, other) in _further_records(
             wrapped,
@@ -146,7 +155,7 @@ def compare(
             prepend_bos=prepend_bos,
             **recording,
         ).items():
-            statistics = with_null(statistics, null, similarities(host, other, reference=reference))
+            statistics = with_null(statistics, null, similarities(host, other, convention=convention))
         moved = moved_labels(
             group.prompts,
             shuffled=label_shuffled,
@@ -157,9 +166,9 @@ def compare(
         for control, draws in moved.items():
             found = []
             for drawn in draws:
-                tokenized = tokenize_for(wrapped, drawn, prepend_bos=prepend_bos)
+                tokenized = [tokenize_for(wrapped, p, prepend_bos=prepend_bos) for p in drawn]
                 other = record_set(wrapped, tokenized, group.update, **recording)
-                found.append(similarities(wrapped, other, reference=reference))
+                found.append(similarities(wrapped, other, convention=convention))
                 if words is not None:
                     for setting, best in control_answers(
                         wrapped,
@@ -184,7 +193,7 @@ def compare(
             generator,
             n_draws=n_null_draws,
             top_k=k,
-            reference=reference,
+            convention=convention,
         )
         norms.append(_norms(record))
         collected.append(statistics)
@@ -215,7 +224,7 @@ def compare(
             "subspace_dim": subspace_dim,
             "n_null_draws": n_null_draws,
             "n_label_draws": n_label_draws,
-            "reference": reference,
+            "convention": convention.name,
             "finetuning": [_settings(group.update) for group in sets],
             "prefix_shared": True,
         },
@@ -233,9 +242,7 @@ def _sets(
     controls: dict[str, WeightUpdate | Sequence[WeightUpdate]],
     prepend_bos: bool | None,
 ) -> list[_Set]:
-    if not prompts:
-        raise PromptError("compare needs at least one prompt.")
-    tokenized = tokenize_for(model, prompts, prepend_bos=prepend_bos)
+    tokenized = [tokenize_for(model, p, prepend_bos=prepend_bos, require_demos=True) for p in prompts]
     groups = prompt_groups(tokenized)
     for index, group in enumerate(groups):
         if len(group) < 2:
@@ -273,6 +280,39 @@ def _per_set(value: WeightUpdate | Sequence[WeightUpdate], n_sets: int, what: st
             f"sets' first prompts; got {len(found)}."
         )
     return found
+
+
+def _check_training(sets: list[_Set], *, allow_other: bool) -> list[_Set]:
+    """Every update must have learned its own set's demonstrations; one that does not say what it learned passes.
+
+    With `allow_other` others pass without their factors: attention to training tokens is that to the demonstrations.
+    """
+    wanted = [demonstration_ids(group.tokenized[0]) for group in sets]
+    checked = []
+    for index, group in enumerate(sets):
+        found = group.update.trained_on
+        if found is None or found == wanted[index]:
+            checked.append(group)
+        elif allow_other:
+            checked.append(dataclasses.replace(group, update=dataclasses.replace(group.update, factors=None)))
+        else:
+            if found in wanted:
+                what = (
+                    f"on those of set {wanted.index(found)}: give the updates in the order of the sets' first prompts"
+                )
+            elif _without_first(wanted[index]) == found or _without_first(found) == wanted[index]:
+                what = "on the same with another choice of BOS: give both the same prepend_bos"
+            else:
+                what = "on other tokens: finetune on the set's own prompt, or pass allow_other_training=True"
+            raise ModelMismatchError(
+                f"the update of set {index} was not trained on the demonstrations of set {index} (first query "
+                f"{group.prompts[0].query!r}), but {what}."
+            )
+    return checked
+
+
+def _without_first(sequences: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    return tuple(ids[1:] for ids in sequences)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ Level = Literal["head", "layer"]
 OTHER_QUERY = "other query"
 SHUFFLED_LABELS = "shuffled labels"
 FLIPPED_LABELS = "flipped labels"
-RANDOM_ROTATION = "random rotation"
+RANDOM_ROTATION = "rotated"
 RANDOM_WEIGHTS = ("random weights", "random weights, trained embeddings")
 RESERVED = frozenset(
     {OTHER_QUERY, SHUFFLED_LABELS, FLIPPED_LABELS, RANDOM_ROTATION, "random", "analytic", "chance", *RANDOM_WEIGHTS}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metaopt_lens._errors import OptionError
 from metaopt_lens.analysis._checks import Seed, as_generator, check_finite, check_positive, check_same_shape
+from metaopt_lens.analysis._convention import Convention
 from metaopt_lens.analysis._similarity import cosine
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
@@ -51,16 +52,19 @@ class NullDraws:
 
 
 def random_like(
-    vectors: Float[Tensor, "*item d_model"], *, seed: Seed, reference: bool = False
+    vectors: Float[Tensor, "*item d_model"], *, seed: Seed, convention: Convention = Convention.DEFAULT
 ) -> Float[Tensor, "*item d_model"]:
     """Random vectors in place of the given ones, in float64.
 
-    By default zero-mean, isotropic, and each of the norm of the vector it replaces; with ``reference=True``
-    uniform on [0, 1) in every coordinate, as the published baseline: all-positive, so any two of them have
-    cosine near 3/4.
+    By default zero-mean, isotropic, and each of the norm of the vector that it replaces.
+
+    Args:
+        vectors: what is replaced, along the last axis.
+        seed: or the generator to draw from.
+        convention: its `random_matches` is used.
     """
     generator = as_generator(seed)
-    if reference:
+    if not convention.random_matches:
         return torch.rand(vectors.shape, generator=generator, dtype=torch.float64).to(vectors.device)
     draw = torch.randn(vectors.shape, generator=generator, dtype=torch.float64).to(vectors.device)
     matched: Tensor = draw * (vectors.double().norm(dim=-1, keepdim=True) / draw.norm(dim=-1, keepdim=True))
@@ -73,20 +77,26 @@ def random_null(
     *,
     n_draws: int,
     seed: Seed,
-    reference: bool = False,
+    convention: Convention = Convention.DEFAULT,
     similarity: Similarity | None = None,
 ) -> NullDraws:
-    """Similarity of `first` with random vectors in place of `second` (see `random_like` for `reference`).
+    """Similarity of `first` with random vectors in place of `second`.
 
-    `similarity` maps two such tensors to one number per query and layer; the cosine if not given.
+    Args:
+        first: vectors along the last axis.
+        second: what is replaced.
+        n_draws: how often.
+        seed: or the generator to draw from.
+        convention: of the cosine, and of the random vectors (see `random_like`).
+        similarity: maps two such tensors to one number per query and layer; the cosine if not given.
     """
     check_same_shape(first=first, second=second)
     check_finite(first=first, second=second)
     check_positive(n_draws=n_draws)
     generator = as_generator(seed)
-    similar = similarity or partial(cosine, reference=reference)
-    draws = [similar(first, random_like(second, seed=generator, reference=reference)) for _ in range(n_draws)]
-    return NullDraws(torch.stack(draws), "random uniform [0, 1)" if reference else "random")
+    similar = similarity or partial(cosine, convention=convention)
+    draws = [similar(first, random_like(second, seed=generator, convention=convention)) for _ in range(n_draws)]
+    return NullDraws(torch.stack(draws), "random" if convention.random_matches else "random uniform [0, 1)")
 
 
 def other_query_null(

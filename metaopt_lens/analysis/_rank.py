@@ -17,19 +17,17 @@ _Ints = NDArray[np.int64]
 _Floats = NDArray[np.float64]
 
 
-def kendall_tau(
-    first: Float[Tensor, "query *item src"],
-    second: Float[Tensor, "query *item src"],
-    *,
-    reference: bool = False,
-) -> QueryStatistic:
+def kendall_tau(first: Float[Tensor, "query *item src"], second: Float[Tensor, "query *item src"]) -> QueryStatistic:
     """Kendall's tau-b (corrected for ties) along the last axis, one number per query (and layer).
 
-    Equal to ``scipy.stats.kendalltau`` on every pair, which is what the published code calls: nothing is left
-    to choose, and `reference` changes nothing. Where a vector is constant tau-b is undefined; scipy gives NaN
-    there, and so does the published mean over the queries, while ``.mean()`` leaves the pair out.
+    Equal to ``scipy.stats.kendalltau`` on every pair, which is what the published code calls. Where a vector is
+    constant tau-b is undefined; scipy gives NaN there, and so does the published mean over the queries, while
+    ``.mean()`` leaves the pair out.
+
+    Args:
+        first: scores or weights along the last axis.
+        second: as many others.
     """
-    del reference
     check_same_shape(first=first, second=second)
     check_finite(first=first, second=second)
     n = first.shape[-1]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metaopt_lens._errors import OptionError, UndefinedMetricError
 from metaopt_lens.analysis._checks import check_finite, check_positive, check_same_shape
+from metaopt_lens.analysis._convention import Convention
 from metaopt_lens.analysis._statistic import QueryStatistic
 
 
@@ -95,27 +96,26 @@ def rec2ftp(
     zs_correct: Bool[Tensor, " query"],
     icl_correct: Bool[Tensor, " query"],
     ft_correct: Bool[Tensor, " query"],
-    *,
-    reference: bool = False,
 ) -> Rec2FTP:
     """Rec2FTP, with the base rate without which it cannot be read.
 
-    The published code divides by zero and stops where finetuning corrected nothing, and gives no base rate.
-    By default the result then has ``value`` None and says why in ``undefined``; ``reference=True`` stops too,
-    with `UndefinedMetricError`.
+    Where finetuning corrected nothing, the result has ``value`` None and says why in ``undefined``. The published code
+    divides by zero and stops there, as `Rec2FTP.require` does.
+
+    Args:
+        zs_correct: which queries are right zero-shot.
+        icl_correct: in context.
+        ft_correct: finetuned.
     """
     check_same_shape(zs_correct=zs_correct, icl_correct=icl_correct, ft_correct=ft_correct)
     wrong = ~zs_correct
-    result = Rec2FTP(
+    return Rec2FTP(
         both=int((wrong & ft_correct & icl_correct).sum()),
         ft=int((wrong & ft_correct).sum()),
         icl=int((wrong & icl_correct).sum()),
         zs_wrong=int(wrong.sum()),
         n_queries=len(zs_correct),
     )
-    if reference:
-        result.require()
-    return result
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,11 @@ class TopKRecall:
         per_query: one number per query (and layer).
         k: how many entries count as top.
         n: how many there are to choose from.
-        reference: whether the published code's choices were used.
     """
 
     per_query: QueryStatistic
     k: int
     n: int
-    reference: bool
 
     @property
     def chance(self) -> float:
@@ -145,14 +143,20 @@ def topk_recall(
     second: Float[Tensor, "query *item src"],
     *,
     k: int,
-    reference: bool = False,
+    convention: Convention = Convention.DEFAULT,
 ) -> TopKRecall:
     """Recall of the top k of `second` by the top k of `first`, at token or at example level.
 
-    Default and reference differ only where ties lie across the k-th place: the published code keeps whatever
-    numpy's unstable argsort puts first (``reference=True``), the default is the expected recall when ties are
-    broken at random in each vector. The published random baseline draws indices with replacement;
-    ``chance`` is its expectation.
+    The published random baseline draws indices with replacement; ``chance`` is its expectation.
+
+    Args:
+        first: scores or weights along the last axis.
+        second: as many others.
+        k: how many entries count as top.
+        convention: its `shares_ties` is used.
+
+    Raises:
+        OptionError: fewer than k entries.
     """
     check_same_shape(first=first, second=second)
     check_finite(first=first, second=second)
@@ -163,9 +167,9 @@ def topk_recall(
             f"top-{k} recall needs at least {k} entries, but there are only {n}: "
             f"choose k <= {n}, or use more demonstrations."
         )
-    member = _published_membership if reference else _membership
+    member = _membership if convention.shares_ties else _published_membership
     values = (member(first, k) * member(second, k)).sum(-1) / k
-    return TopKRecall(QueryStatistic(values, "never"), k=k, n=n, reference=reference)
+    return TopKRecall(QueryStatistic(values, "never"), k=k, n=n)
 
 
 def _membership(x: Tensor, k: int) -> Tensor:

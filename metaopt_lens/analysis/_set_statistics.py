@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from metaopt_lens.analysis._comparison import OTHER_QUERY, RANDOM_ROTATION, Statistic
+from metaopt_lens.analysis._convention import Convention
 from metaopt_lens.analysis._nulls import derangement, random_like
 from metaopt_lens.analysis._rank import kendall_tau
 from metaopt_lens.analysis._recall import topk_recall
@@ -54,13 +55,13 @@ _MAPS = {
 }
 
 
-def similarities(model: LensModel, r: SetRecord, *, reference: bool) -> dict[str, Values]:
+def similarities(model: LensModel, r: SetRecord, *, convention: Convention) -> dict[str, Values]:
     """Every similarity of in-context and finetuning updates in a record, by name; layer level has one head."""
     found = {name: cosine(icl, ft) for name, (icl, ft) in _vectors(model, r).items()}
     found |= {"matrices": r.frobenius, "subspaces left": r.subspace_left, "subspaces right": r.subspace_right}
-    aou = sim_aou(r.hidden_icl, r.hidden_zs, r.hidden_ft, eps=r.rounding, reference=reference)
+    aou = sim_aou(r.hidden_icl, r.hidden_zs, r.hidden_ft, eps=r.rounding, convention=convention)
     found |= {"SimAOU": aou.normalised.values[..., None], "SimAOU unnormalised": aou.plain.values[..., None]}
-    found |= {name: _sim_am(r, name, reference)[..., None] for name in _MAPS}
+    found |= {name: _sim_am(r, name, convention)[..., None] for name in _MAPS}
     return found
 
 
@@ -71,7 +72,7 @@ def set_statistics(
     *,
     n_draws: int,
     subspace_dim: int,
-    reference: bool,
+    convention: Convention,
 ) -> list[Statistic]:
     """All statistics of a set, with the nulls that need no further run."""
     nulls: dict[str, dict[str, Tensor]] = {}
@@ -83,8 +84,8 @@ def set_statistics(
     nulls["matrices"] = {"random": torch.zeros_like(r.frobenius)}  # the expectation, with a random matrix
     nulls["subspaces left"] = {RANDOM_ROTATION: r.subspace_left_rotated}
     nulls["subspaces right"] = {RANDOM_ROTATION: r.subspace_right_rotated}
-    nulls |= _sim_aou_nulls(r, generator, n_draws, reference)
-    nulls |= {name: _sim_am_nulls(r, name, generator, n_draws, reference) for name in _MAPS}
+    nulls |= _sim_aou_nulls(r, generator, n_draws, convention)
+    nulls |= {name: _sim_am_nulls(r, name, generator, n_draws, convention) for name in _MAPS}
     return [
         Statistic(
             name=name,
@@ -94,7 +95,7 @@ def set_statistics(
             values=values.float(),
             nulls={null: tensor.float() for null, tensor in nulls[name].items()},
         )
-        for name, values in similarities(model, r, reference=reference).items()
+        for name, values in similarities(model, r, convention=convention).items()
     ]
 
 
@@ -130,29 +131,29 @@ def _other_query(similarity: _Pair, icl: Tensor, ft: Tensor, generator: torch.Ge
 
 
 def _sim_aou_nulls(
-    r: SetRecord, generator: torch.Generator, n_draws: int, reference: bool
+    r: SetRecord, generator: torch.Generator, n_draws: int, convention: Convention
 ) -> dict[str, dict[str, Tensor]]:
     update = r.hidden_ft - r.hidden_zs
 
     def moved(change: Tensor, *, plain: bool) -> Tensor:
         """Another update, put on the query's own baseline."""
-        aou = sim_aou(r.hidden_icl, r.hidden_zs, r.hidden_zs + change, eps=r.rounding, reference=reference)
+        aou = sim_aou(r.hidden_icl, r.hidden_zs, r.hidden_zs + change, eps=r.rounding, convention=convention)
         return (aou.plain if plain else aou.normalised).values[..., None]
 
     def other_query(*, plain: bool) -> Tensor:
         return _mean_of(lambda: moved(update[derangement(len(update), seed=generator)], plain=plain), n_draws)
 
     def random() -> Tensor:
-        return moved(random_like(update, seed=generator, reference=reference), plain=True)
+        return moved(random_like(update, seed=generator, convention=convention), plain=True)
 
-    analytic = sim_aou(r.hidden_icl, r.hidden_zs, r.hidden_ft, reference=reference).null.values[..., None]
+    analytic = sim_aou(r.hidden_icl, r.hidden_zs, r.hidden_ft, convention=convention).null.values[..., None]
     return {
         "SimAOU": {"analytic": analytic, OTHER_QUERY: other_query(plain=False)},
         "SimAOU unnormalised": {OTHER_QUERY: other_query(plain=True), "random": _mean_of(random, n_draws)},
     }
 
 
-def _sim_am(r: SetRecord, name: str, reference: bool, other: Tensor | None = None) -> Tensor:
+def _sim_am(r: SetRecord, name: str, convention: Convention, other: Tensor | None = None) -> Tensor:
     """One form of SimAM per query and layer, `other` in place of its second map if given."""
     first, second, base = _MAPS[name]
     maps = {setting: torch.nan_to_num(getattr(r, f"scores_{setting}")) for setting in ("icl", "zs", "ft")}
@@ -162,12 +163,12 @@ def _sim_am(r: SetRecord, name: str, reference: bool, other: Tensor | None = Non
         lengths=r.lengths,
         eps=r.rounding,
         baseline=None if base is None else maps[base],
-        reference=reference,
+        convention=convention,
     ).per_query.values
 
 
 def _sim_am_nulls(
-    r: SetRecord, name: str, generator: torch.Generator, n_draws: int, reference: bool
+    r: SetRecord, name: str, generator: torch.Generator, n_draws: int, convention: Convention
 ) -> dict[str, Tensor]:
     _, second, base = _MAPS[name]
     mask = ~torch.isnan(r.scores_icl)
@@ -176,12 +177,12 @@ def _sim_am_nulls(
 
     def random() -> Tensor:
         drawn = random_like(map_ - baseline, seed=generator) * mask
-        return _sim_am(r, name, reference, (baseline + drawn).to(map_.dtype))
+        return _sim_am(r, name, convention, (baseline + drawn).to(map_.dtype))
 
     def other_query() -> Tensor:
         """Only a query of the same length can stand in; one that has none is left out."""
         partner = _same_length_partner(r.lengths, generator)
-        values = _sim_am(r, name, reference, baseline + (map_ - baseline)[partner])
+        values = _sim_am(r, name, convention, baseline + (map_ - baseline)[partner])
         values[partner == torch.arange(len(partner))] = torch.nan
         return values
 
@@ -229,7 +230,7 @@ def training_attention_statistics(
     *,
     n_draws: int,
     top_k: dict[str, int],
-    reference: bool,
+    convention: Convention,
 ) -> list[Statistic]:
     """Kendall's tau and top-k recall of the attention to training tokens, where finetuning kept its queries."""
     factors = usable_factors(update)
@@ -238,19 +239,19 @@ def training_attention_statistics(
     bos = 0 if prompt.bos is None else len(prompt.bos)
     tokens = [queries[bos:] for queries in demonstration_queries(model, factors)]
     scores = r.context_scores.double(), finetuning_scores(torch.cat(tokens), r.queries_ft)
-    if not reference:
+    if convention.ignores_rounding:
         scores = _merge_ties(scores[0], r.context_scores.dtype), _merge_ties(scores[1], r.queries_ft.dtype)
     lengths = torch.tensor([len(t) for t in tokens])
-    maps = training_attention(*scores, lengths, reference=reference)
+    maps = training_attention(*scores, lengths, convention=convention)
     found = []
     for level, icl, ft in (("token", maps.icl_token, maps.ft_token), ("example", maps.icl_example, maps.ft_example)):
         k = top_k[level]
 
         def tau(a: Tensor, b: Tensor) -> Tensor:
-            return kendall_tau(a, b, reference=reference).values[..., None]
+            return kendall_tau(a, b).values[..., None]
 
         def recall(a: Tensor, b: Tensor, k: int = k) -> Tensor:
-            return topk_recall(a, b, k=k, reference=reference).per_query.values[..., None]
+            return topk_recall(a, b, k=k, convention=convention).per_query.values[..., None]
 
         for name, description, similarity, chance in (
             (

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from metaopt_lens._errors import OptionError
 from metaopt_lens.analysis._checks import check_finite, check_same_shape
+from metaopt_lens.analysis._convention import Convention
 from metaopt_lens.analysis._statistic import QueryStatistic
 
-_TINY = 1e-20  # what the published code adds to every norm and denominator
 _ZERO_UPDATE = "one of the two updates is zero, or not above rounding, and has no direction"
 _ROUNDING = 1e3  # rounding units a difference must exceed ...
 _LARGEST = 1 / 32  # ... but never more than this share of what is subtracted (half precision)
@@ -30,13 +30,11 @@ class SimAOU:
         normalised: every hidden state scaled to unit length before the differences (the published form).
         plain: differences of the hidden states as they are.
         null: what `normalised` is on average if the two updates have nothing to do with each other.
-        reference: whether the published code's choices were used.
     """
 
     normalised: QueryStatistic
     plain: QueryStatistic
     null: QueryStatistic
-    reference: bool
 
 
 @dataclass(frozen=True)
@@ -45,15 +43,9 @@ class SimAM:
 
     Attributes:
         per_head: one number per query, layer and head.
-        difference: whether a baseline map was subtracted from both.
-        centred: whether each map's mean over the tokens was subtracted first.
-        reference: whether the published code's choices were used.
     """
 
     per_head: QueryStatistic
-    difference: bool
-    centred: bool
-    reference: bool
 
     @property
     def per_query(self) -> QueryStatistic:
@@ -62,16 +54,22 @@ class SimAM:
 
 
 def cosine(
-    first: Float[Tensor, "*item d_model"], second: Float[Tensor, "*item d_model"], *, reference: bool = False
+    first: Float[Tensor, "*item d_model"],
+    second: Float[Tensor, "*item d_model"],
+    *,
+    convention: Convention = Convention.DEFAULT,
 ) -> Float[Tensor, "*item"]:
-    """Cosine along the last axis in float64; NaN where a vector is zero.
+    """Cosine along the last axis in float64; NaN where a vector is zero, unless the convention damps.
 
-    ``reference=True`` adds 1e-20 to the denominator as the published code does, so a zero vector gives 0.
+    Args:
+        first: vectors along the last axis.
+        second: as many others.
+        convention: its `damping` is added to the product of the norms.
     """
     first, second = first.double(), second.double()
     dot = torch.einsum("...d,...d->...", first, second)
     norms = first.norm(dim=-1) * second.norm(dim=-1)
-    similarity: Tensor = dot / (norms + _TINY if reference else norms)
+    similarity: Tensor = dot / (norms + convention.damping)
     return similarity
 
 
@@ -104,11 +102,18 @@ def difference(
     return torch.where(large, found, torch.nan)
 
 
-def unit(hidden: Float[Tensor, "*item d_model"], *, reference: bool = False) -> Float[Tensor, "*item d_model"]:
-    """Vectors scaled to unit length, in float64: NaN for a zero vector, or 0 with ``reference=True``."""
+def unit(
+    hidden: Float[Tensor, "*item d_model"], *, convention: Convention = Convention.DEFAULT
+) -> Float[Tensor, "*item d_model"]:
+    """Vectors scaled to unit length, in float64: NaN for a zero vector, or 0 where the convention damps.
+
+    Args:
+        hidden: vectors along the last axis.
+        convention: its `damping` is added to every norm.
+    """
     hidden = hidden.double()
     norm = hidden.norm(dim=-1, keepdim=True)
-    scaled: Tensor = hidden / (norm + _TINY if reference else norm)
+    scaled: Tensor = hidden / (norm + convention.damping)
     return scaled
 
 
@@ -118,29 +123,33 @@ def sim_aou(
     ft: Float[Tensor, "query *item d_model"],
     *,
     eps: float | None = None,
-    reference: bool = False,
+    convention: Convention = Convention.DEFAULT,
 ) -> SimAOU:
     """SimAOU from the attention outputs of the in-context, zero-shot and finetuned runs.
 
-    Default and reference differ in one thing: ``reference=True`` adds 1e-20 to norms and denominators, so an
-    update of exactly zero counts as similarity 0 and stays in the mean, and one of rounding counts as it is; by
-    default both are undefined and left out (see `difference`, also for `eps`). (Deutch et al. bound the norms
-    below by 1e-12 and 1e-8, which changes only how far a near-zero update is damped.) The published code reports the
-    unit-normalised form alone; here the plain form and the normalised form's analytic null come with it.
+    An update that is zero, or rounding, is undefined by default; `Convention.PUBLISHED` counts it. (Deutch et al. bound
+    the norms below by 1e-12 and 1e-8, which changes only how far a near-zero update is damped.) The published code
+    reports the unit-normalised form alone; here the plain form and the normalised form's analytic null come with it.
+
+    Args:
+        icl: attention outputs of the in-context run.
+        zs: of the zero-shot run, which is subtracted from both others.
+        ft: of the finetuned zero-shot run.
+        eps: rounding unit of the recorded numbers; by default that of `zs`'s dtype (see `difference`).
+        convention: its `damping` and `ignores_rounding` are used.
     """
     check_same_shape(icl=icl, zs=zs, ft=ft)
     check_finite(icl=icl, zs=zs, ft=ft)
     eps = torch.finfo(zs.dtype).eps if eps is None else eps
     icl, zs, ft = icl.double(), zs.double(), ft.double()
-    minus = torch.sub if reference else partial(difference, eps=eps)
-    units = [unit(h, reference=reference) for h in (icl, zs, ft)]
-    normalised = cosine(minus(units[0], units[1]), minus(units[2], units[1]), reference=reference)
-    plain = cosine(minus(icl, zs), minus(ft, zs), reference=reference)
+    minus = partial(difference, eps=eps) if convention.ignores_rounding else torch.sub
+    units = [unit(h, convention=convention) for h in (icl, zs, ft)]
+    normalised = cosine(minus(units[0], units[1]), minus(units[2], units[1]), convention=convention)
+    plain = cosine(minus(icl, zs), minus(ft, zs), convention=convention)
     return SimAOU(
         normalised=QueryStatistic(normalised, _ZERO_UPDATE),
         plain=QueryStatistic(plain, _ZERO_UPDATE),
         null=QueryStatistic(sim_aou_null(icl, zs, ft), "a hidden state is exactly zero"),
-        reference=reference,
     )
 
 
@@ -166,9 +175,8 @@ def sim_am(
     *,
     lengths: Int[Tensor, " query"] | None = None,
     baseline: Float[Tensor, "query layer head pos"] | None = None,
-    centre: bool | None = None,
     eps: float | None = None,
-    reference: bool = False,
+    convention: Convention = Convention.DEFAULT,
 ) -> SimAM:
     """SimAM from attention scores before the softmax, over the query's own tokens.
 
@@ -176,22 +184,16 @@ def sim_am(
     is the difference mode of the critique. With `lengths`, only the first ``lengths[i]`` entries of query i
     count and the filling behind them may be anything, NaN included.
 
-    Default and reference differ in three things. The softmax ignores a constant added to all of a head's scores
-    (a key bias adds one), the cosine of raw scores does not: by default each map's mean over the tokens is
-    taken off first (``centre=True``), with ``reference=True`` it is not. And a map that is exactly zero gives
-    similarity 0 in the reference (1e-20 in the denominator), but is undefined and left out by default. And what is no
-    larger than rounding after a subtraction (see `difference`) is undefined by default. In layer 0 of a model with
-    relative positions the query's own scores do not depend on the demonstrations at all: the difference mode has
-    nothing to compare there.
+    In layer 0 of a model with relative positions the query's own scores do not depend on the demonstrations at all: the
+    difference mode has nothing to compare there, and is undefined by default.
 
     Args:
         first: attention map of the one setting.
         second: attention map of the other.
         lengths: tokens of each query; all of them if not given.
         baseline: subtracted from both maps.
-        centre: whether each map's mean is taken off.
         eps: rounding unit of the recorded scores; by default that of their dtype.
-        reference: the published code's choices.
+        convention: its `centres_maps`, `damping` and `ignores_rounding` are used.
     """
     check_same_shape(first=first, second=second, **({} if baseline is None else {"baseline": baseline}))
     mask = _token_mask(first, lengths)
@@ -199,7 +201,6 @@ def sim_am(
     check_finite(**dict(zip(("first", "second", "baseline"), maps, strict=False)))
     tolerance = rounding_tolerance(torch.finfo(first.dtype).eps if eps is None else eps)
     a, b, *subtracted = (m.double() for m in maps)
-    centre = (not reference) if centre is None else centre
     count = mask.sum(-1, keepdim=True)
 
     def compared(raw: Tensor) -> Tensor:
@@ -207,16 +208,16 @@ def sim_am(
         map_, size = raw, raw.norm(dim=-1, keepdim=True)
         for zero in subtracted:
             map_, size = map_ - zero, torch.maximum(size, zero.norm(dim=-1, keepdim=True))
-        if centre:
+        if convention.centres_maps:
             map_ = (map_ - map_.sum(-1, keepdim=True) / count) * mask
-        if reference or map_ is raw:
+        if not convention.ignores_rounding or map_ is raw:
             return map_
         return torch.where(map_.norm(dim=-1, keepdim=True) > tolerance * size, map_, torch.nan)
 
     a, b = compared(a), compared(b)
-    because = "an attention map is " + ("constant" if centre else "zero") + " over the query's tokens, up to rounding"
-    values = QueryStatistic(cosine(a, b, reference=reference), because)
-    return SimAM(per_head=values, difference=baseline is not None, centred=centre, reference=reference)
+    empty = "constant" if convention.centres_maps else "zero"
+    because = f"an attention map is {empty} over the query's tokens, up to rounding"
+    return SimAM(QueryStatistic(cosine(a, b, convention=convention), because))
 
 
 def _token_mask(scores: Tensor, lengths: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from metaopt_lens._errors import OptionError
 from metaopt_lens.analysis._checks import check_finite, check_same_shape
+from metaopt_lens.analysis._convention import Convention
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,18 @@ def training_attention(
     ft_scores: Float[Tensor, "query layer src"],
     demo_lengths: Int[Tensor, " demo"],
     *,
-    reference: bool = False,
+    convention: Convention = Convention.DEFAULT,
 ) -> TrainingAttention:
     """Turn scores into maps by one softmax over all demonstration tokens together.
 
-    Default and reference differ in one thing: ``reference=True`` gives the float64 softmax weights, of which
-    those more than 745 below the largest score underflow to 0 and become tied; the default gives their
-    logarithms, which rank the same and cannot underflow.
+    Args:
+        icl_scores: scores to the demonstrations' tokens in context, summed over heads.
+        ft_scores: the counterpart in finetuning (see `finetuning_scores`).
+        demo_lengths: tokens of each demonstration, without start token and separator.
+        convention: its `ranks_logarithms` is used: whether the maps hold the weights, or their logarithms.
+
+    Raises:
+        OptionError: lengths that do not add up to the tokens.
     """
     check_same_shape(icl_scores=icl_scores, ft_scores=ft_scores)
     check_finite(icl_scores=icl_scores, ft_scores=ft_scores)
@@ -87,12 +93,9 @@ def training_attention(
             f"demo_lengths must be positive and add up to the {icl_scores.shape[-1]} tokens of the scores, "
             f"got {demo_lengths.tolist()} (sum {n_tokens}): leave out start tokens and separators."
         )
-    logs = [scores.double().log_softmax(-1) for scores in (icl_scores, ft_scores)]
+    logarithmic = convention.ranks_logarithms
+    weigh, add = (torch.log_softmax, torch.logsumexp) if logarithmic else (torch.softmax, torch.sum)
+    icl, ft = (weigh(scores.double(), -1) for scores in (icl_scores, ft_scores))
     sizes = demo_lengths.tolist()
-    if reference:
-        icl, ft = (scores.double().softmax(-1) for scores in (icl_scores, ft_scores))
-        icl_ex, ft_ex = (torch.stack([p.sum(-1) for p in torch.split(w, sizes, -1)], -1) for w in (icl, ft))
-    else:
-        icl, ft = logs
-        icl_ex, ft_ex = (torch.stack([p.logsumexp(-1) for p in torch.split(w, sizes, -1)], -1) for w in logs)
-    return TrainingAttention(icl, ft, icl_ex, ft_ex, logarithmic=not reference)
+    icl_ex, ft_ex = (torch.stack([add(part, -1) for part in torch.split(w, sizes, -1)], -1) for w in (icl, ft))
+    return TrainingAttention(icl, ft, icl_ex, ft_ex, logarithmic=logarithmic)

@@ -58,7 +58,7 @@ def decompose(
     ] = None,
     prepend_bos: Annotated[
         bool | None,
-        typer.Option("--prepend-bos/--no-prepend-bos", help="Put BOS first (default: as TransformerLens does)."),
+        typer.Option("--prepend-bos/--no-prepend-bos", help="Put BOS first; by default as the model does."),
     ] = None,
     top: options.Top = 20,
     no_cache: options.NoCache = False,
@@ -139,6 +139,7 @@ def compare(
     loaded_prompts = load_prompts(prompts)  # before the model, which takes longer
     texts = None if unrelated is None else options.lines(unrelated)
 
+    from metaopt_lens.analysis import Convention
     from metaopt_lens.experiments import compare_prompts
     from metaopt_lens.viz import comparison_data, write_comparison_outputs
 
@@ -149,7 +150,7 @@ def compare(
         unrelated_texts=texts,
         finetuning={"epochs": epochs, "layer_causal": layer_causal},
         random_weights=random_weights,
-        reference=reference,
+        convention=Convention.PUBLISHED if reference else Convention.DEFAULT,
         batch_size=batch_size,
         seed=seed,
     )

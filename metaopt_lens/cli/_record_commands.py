@@ -19,9 +19,11 @@ def analyze(
     seed: options.Seed = 0,
 ) -> None:
     """Compute all metrics from the published implementation's recorded activations."""
-    from metaopt_lens.experiments import analyze_records
+    from metaopt_lens.analysis import Convention
+    from metaopt_lens.records import analyze_records
 
-    result = analyze_records(records, reference=reference, seed=seed)
+    convention = Convention.PUBLISHED if reference else Convention.DEFAULT
+    result = analyze_records(records, convention=convention, seed=seed)
     if form is options.Format.json:
         show_json(result.to_dict())
         return

@@ -6,15 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, overload
 
-from metaopt_lens._errors import OptionError, PromptError
+from metaopt_lens._errors import OptionError
 from metaopt_lens._storage import provenance
 from metaopt_lens.decomposition._decomposition import Decomposition
 from metaopt_lens.decomposition._decomposition_set import DecompositionSet
 from metaopt_lens.models import LensModel, MomentumTerm, active_momentum, wrap
-from metaopt_lens.prompts import ICLPrompt
-from metaopt_lens.runs import Position, Setting, record, tokenize_for
+from metaopt_lens.prompts import PromptLike, as_prompts, is_single
+from metaopt_lens.runs import Position, Setting, record, refuse_acting, tokenize_for
 
-PromptLike = str | ICLPrompt
 ZeroShotRuns = Literal["both", "plain", "none"]
 _SETTINGS: dict[str, tuple[Setting, ...]] = {
     "both": ("icl", "zs", "zs_matched"),
@@ -53,7 +52,7 @@ def decompose(
 
 def decompose(
     model: Any,
-    prompt: PromptLike | Sequence[PromptLike],
+    prompt: Any,
     *,
     position: Position = "last",
     zero_shot_runs: ZeroShotRuns = "both",
@@ -69,13 +68,14 @@ def decompose(
 
     Args:
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model. It is not modified.
-        prompt: an `ICLPrompt`, or text read by `ICLPrompt.from_string`; a list of them gives a `DecompositionSet`.
+        prompt: an `ICLPrompt`, text read by `ICLPrompt.from_string`, or a dict with the keys of the JSON prompt files
+            (see `load_prompts`); a list of them (or a dict with "queries") gives a `DecompositionSet`.
             Prompts with the same demonstrations share their pass.
         position: which token of the query to read: ``"last"`` (the one that predicts the label), ``"all"``, or an
             index into the whole prompt (negative counts from its end).
         zero_shot_runs: ``"both"`` also runs the prompt without demonstrations, plainly and position-matched;
             ``"plain"`` only plainly (then indirect and position effect are one number); ``"none"`` neither.
-        prepend_bos: put BOS first; by default if the tokenizer has one.
+        prepend_bos: put BOS first; None for the model's default (`TokenizedPrompt.bos_note` says which).
         momentum: run with this `MomentumAttention` too. Its part of z is then a third one, and split over the
             demonstrations: `Decomposition.momentum` and `momentum_meta_gradient`. Momentum attention that is on already
             (``with intervene(model, ...)``) is seen by itself.
@@ -89,18 +89,17 @@ def decompose(
         PromptError: no demonstrations, an empty piece, no tokenizer, a word the tokenizer does not know.
         ContextWindowError: the prompt is longer than the context window.
         SpanError: `position` is not in the query.
-        UnsupportedModelError: the architecture cannot be split.
+        OptionError: a meta-gradient or a knock-out is applied to the model.
+        UnsupportedModelError: the architecture cannot be split, or a hook changes z, so that its parts do not add up
+            to it (hooks on queries, keys and values, and weight updates, are fine).
         NonFiniteError: NaN or infinity in the activations; names the first layer.
     """
     if zero_shot_runs not in _SETTINGS:
         raise OptionError(f"zero_shot_runs must be 'both', 'plain' or 'none', got {zero_shot_runs!r}.")
     wrapped = wrap(model)
-    single = isinstance(prompt, str | ICLPrompt)
-    prompts = [prompt] if isinstance(prompt, str | ICLPrompt) else list(prompt)
-    if not prompts:
-        raise PromptError("no prompts: give at least one.")
-    parsed = [ICLPrompt.from_string(p) if isinstance(p, str) else p for p in prompts]
-    tokens = tokenize_for(wrapped, parsed, prepend_bos=prepend_bos)
+    refuse_acting(wrapped, "decompose")
+    parsed = as_prompts(prompt)
+    tokens = [tokenize_for(wrapped, p, prepend_bos=prepend_bos, require_demos=True) for p in parsed]
     with _momentum_on(wrapped, momentum):
         recorded = record(
             wrapped, tokens, settings=_SETTINGS[zero_shot_runs], position=position, batch_size=batch_size, grad=grad
@@ -110,7 +109,7 @@ def decompose(
         Decomposition(text, runs, keep_position_axis=position == "all", provenance=info, source=wrapped)
         for text, runs in zip(parsed, recorded, strict=True)
     ]
-    return results[0] if single else DecompositionSet(tuple(results))
+    return results[0] if is_single(prompt) else DecompositionSet(tuple(results))
 
 
 @contextmanager

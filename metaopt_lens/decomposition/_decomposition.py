@@ -301,7 +301,7 @@ class Decomposition:
         """A plotly layer x head map of a column of `to_frame` (mass, norms, fidelity, ...)."""
         return draw(self, "plot", value)
 
-    def attention_view(self, heads: Sequence[str | HeadRef] | None = None) -> Any:
+    def attention_view(self, heads: Sequence[str | HeadRef | tuple[int, int]] | None = None) -> Any:
         """circuitsvis: attention of chosen heads over the tokens, demonstrations marked (default: the strongest)."""
         return draw(self, "attention_view", heads)
 

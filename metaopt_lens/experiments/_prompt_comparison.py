@@ -12,7 +12,8 @@ from metaopt_lens.analysis import Comparison, compare, unrelated_update
 from metaopt_lens.finetuning import LearningRateChoice, WeightUpdate, choose_learning_rate, finetune
 from metaopt_lens.models import LensModel, wrap
 from metaopt_lens.models.tiny import CATEGORIES, CATEGORY_OF, Episode
-from metaopt_lens.prompts import ICLPrompt, tokenize_prompt
+from metaopt_lens.prompts import ICLPrompt
+from metaopt_lens.runs import tokenize_for
 
 # Our own plain sentences, about nothing a usual task is about.
 UNRELATED_TEXTS = (
@@ -106,7 +107,7 @@ def default_unrelated_texts(model: LensModel, prompt: ICLPrompt) -> list[str]:
     """Our own sentences, or words of the demonstrations in random order where the tokenizer does not know those."""
     try:
         for text in UNRELATED_TEXTS:
-            tokenize_prompt(ICLPrompt((), text), model.tokenizer)
+            tokenize_for(model, ICLPrompt((), text), check_window=False)
     except PromptError:
         words = sorted({word for demo in prompt.demos for word in demo.input.split()})
         rng = random.Random(0)

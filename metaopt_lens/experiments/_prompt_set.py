@@ -11,8 +11,8 @@ from typing import Any
 from metaopt_lens._errors import ContextWindowError, DataError
 from metaopt_lens.experiments._run_config import RunConfig
 from metaopt_lens.models import LensModel
-from metaopt_lens.prompts import Demo, ICLPrompt, Template, tokenize_label, tokenize_prompt
-from metaopt_lens.runs import check_candidates
+from metaopt_lens.prompts import Demo, ICLPrompt, Template, tokenize_label
+from metaopt_lens.runs import check_candidates, tokenize_for
 from metaopt_lens.tasks import Row, Task, TaskRows, select_demos
 
 
@@ -176,11 +176,8 @@ def _fitting(
             f"context window of {model.info.name} leaves room for {room}: shorten it or leave it out."
         )
     pairs = [Demo(row.input, row.label) for row in demos]
-    whole = tokenize_prompt(
-        ICLPrompt(pairs, queries[0].input, task.template, task.instruction),
-        model.tokenizer,
-        prepend_bos=config.prepend_bos,
-    )
+    prompt = ICLPrompt(pairs, queries[0].input, task.template, task.instruction)
+    whole = tokenize_for(model, prompt, prepend_bos=config.prepend_bos, check_window=False)
     start = whole.demonstrations.start
     fit = sum(span.stop - start + longest <= room for span in whole.demos)
     if fit == 0:
@@ -196,7 +193,7 @@ def _fitting(
 def _length(text: str, task: Task, model: LensModel, config: RunConfig) -> int:
     """Tokens of the zero-shot prompt."""
     prompt = ICLPrompt((), text, task.template, task.instruction)
-    return tokenize_prompt(prompt, model.tokenizer, prepend_bos=config.prepend_bos).n_tokens
+    return tokenize_for(model, prompt, prepend_bos=config.prepend_bos, check_window=False).n_tokens
 
 
 def _held_out(

@@ -1,4 +1,4 @@
-"""Numbers of arXiv:2212.10559 (final version) and arXiv:2311.07772 to hold a run of the same model and task against.
+"""Numbers of arXiv:2212.10559 (final version) and arXiv:2311.07772, to be compared with a run on the same task.
 
 Models: Fairseq dense GPT 1.3B and 2.7B. Learning rates and seeds were chosen there by the best validation accuracy.
 """

@@ -58,8 +58,9 @@ class RunConfig:
         attribution: also measure what every head's meta-gradient does to the answers, on the first
             `attribution_queries` queries; attribution_metric: see `head_effects` (``"auto"``: the logit difference
             where the label words differ in their first token, else the log-probability).
-        n_null_draws, subspace_dim, reference: see `compare`.
-        prepend_bos: None for the tokenizer's habit.
+        n_null_draws, subspace_dim: see `compare`.
+        reference: the published code's choices in the metrics (`Convention.PUBLISHED`).
+        prepend_bos: put BOS first; None for the model's default.
         dtype: floating-point type of the weights; revision: of a model on the hub.
         batch_size: sequences run together; fixed, since sums in another order differ in their last digits.
         save_updates: store the weight updates as well.

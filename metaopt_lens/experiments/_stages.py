@@ -10,14 +10,14 @@ from typing import Any
 
 from metaopt_lens._errors import FileFormatError, MetaoptLensError, NonFiniteError, OptionError, PromptError
 from metaopt_lens._storage import provenance, write_text
-from metaopt_lens.analysis import Comparison, compare, unrelated_update
+from metaopt_lens.analysis import Comparison, Convention, compare, unrelated_update
 from metaopt_lens.decomposition import Decomposition, decompose
 from metaopt_lens.experiments._prompt_comparison import default_unrelated_texts
 from metaopt_lens.experiments._prompt_set import PromptSet
 from metaopt_lens.experiments._run_config import Rule, RunConfig
 from metaopt_lens.finetuning import LearningRateChoice, WeightUpdate, choose_learning_rate, finetune
 from metaopt_lens.models import LensModel
-from metaopt_lens.prompts import tokenize_prompt
+from metaopt_lens.runs import tokenize_for
 
 Save = Callable[[Path], None]
 
@@ -97,7 +97,7 @@ def comparison(config: RunConfig, model: LensModel, prompts: PromptSet, rule: Ru
             n_null_draws=config.n_null_draws,
             batch_size=config.batch_size,
             prepend_bos=config.prepend_bos,
-            reference=config.reference,
+            convention=Convention.PUBLISHED if config.reference else Convention.DEFAULT,
             allow_processed=config.allow_processed,
             seed=seed,
             progress=False,
@@ -160,7 +160,7 @@ _EXAMPLE_BYTES = 64 * 2**20  # keys and values of a long prompt in a large model
 def example(config: RunConfig, model: LensModel, prompts: PromptSet) -> Save:
     """The piece ``example``: the first prompt decomposed, for the report's views; nothing if it is too large."""
     first = prompts.prompts[0]
-    n_tokens = tokenize_prompt(first, model.tokenizer, prepend_bos=config.prepend_bos).n_tokens
+    n_tokens = tokenize_for(model, first, prepend_bos=config.prepend_bos).n_tokens
     info = model.info
     size = 2 * 4 * info.n_layers * n_tokens * info.n_kv_heads * info.d_head
     if size > _EXAMPLE_BYTES:

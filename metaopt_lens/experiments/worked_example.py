@@ -244,7 +244,15 @@ def _interval(comparison: Comparison, statistic: Statistic, values: torch.Tensor
 
 
 def _markdown(frame: pd.DataFrame) -> str:
-    rows = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row] for row in frame.itertuples(index=False)]
+    """A table; what is undefined, or an interval there is none of, says ``none``."""
+    import pandas as pd
+
+    def cell(value: Any) -> str:
+        if pd.isna(value):
+            return "none"
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    rows = [[cell(value) for value in row] for row in frame.itertuples(index=False)]
     lines = [list(map(str, frame.columns)), ["---"] * len(frame.columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -1,6 +1,7 @@
 """Explicit finetuning on a frozen base: updates dW_K, dW_V, ... as values made of hooks (docs/theory.md, section 3)."""
 
 from metaopt_lens.finetuning._examples import TrainingExample as TrainingExample
+from metaopt_lens.finetuning._examples import demonstration_ids as demonstration_ids
 from metaopt_lens.finetuning._examples import training_examples as training_examples
 from metaopt_lens.finetuning._finetune import finetune as finetune
 from metaopt_lens.finetuning._finetune import require_raw_weights as require_raw_weights

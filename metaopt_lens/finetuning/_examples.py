@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from metaopt_lens._errors import ContextWindowError, PromptError
 from metaopt_lens.finetuning._settings import Loss
 from metaopt_lens.models import LensModel
-from metaopt_lens.prompts import Demo, ICLPrompt, Template, tokenize_prompt
+from metaopt_lens.prompts import Demo, ICLPrompt, Template, TokenizedPrompt
+from metaopt_lens.runs import tokenize_for
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,13 @@ def training_examples(
             raise PromptError("finetuning needs at least one demonstration.")
         # Any query will do: only the demonstrations' ids are taken.
         prompt = ICLPrompt(pairs, pairs[0][0], template or Template())
-    tokenized = tokenize_prompt(prompt, model.tokenizer, prepend_bos=prepend_bos, require_demos=True)
-    bos = () if tokenized.bos is None else tokenized.ids[tokenized.bos.slice]
+    tokenized = tokenize_for(model, prompt, prepend_bos=prepend_bos, require_demos=True, check_window=False)
+    n_bos = 0 if tokenized.bos is None else len(tokenized.bos)
     examples = []
-    for index, (demo, label) in enumerate(zip(tokenized.demos, tokenized.labels, strict=True)):
-        ids = bos + tokenized.ids[demo.start : label.stop]
-        first = len(bos) + label.start - demo.start if loss == "label" else 1
+    for index, (ids, demo, label) in enumerate(
+        zip(demonstration_ids(tokenized), tokenized.demos, tokenized.labels, strict=True)
+    ):
+        first = n_bos + label.start - demo.start if loss == "label" else 1
         targets = tuple(range(max(first, 1), len(ids)))
         if not targets:
             raise PromptError(f"demonstration {index} has a single token and no BOS: there is nothing to predict.")
@@ -57,6 +59,15 @@ def training_examples(
             )
         examples.append(TrainingExample(ids, targets))
     return examples
+
+
+def demonstration_ids(tokenized: TokenizedPrompt) -> tuple[tuple[int, ...], ...]:
+    """Ids of every demonstration as it is trained on: behind BOS, where the prompt has it, without its separator."""
+    bos = () if tokenized.bos is None else tokenized.ids[tokenized.bos.slice]
+    return tuple(
+        bos + tokenized.ids[demo.start : label.stop]
+        for demo, label in zip(tokenized.demos, tokenized.labels, strict=True)
+    )
 
 
 def text_examples(model: LensModel, texts: Sequence[str], *, prepend_bos: bool | None = None) -> list[TrainingExample]:
@@ -70,9 +81,8 @@ def text_examples(model: LensModel, texts: Sequence[str], *, prepend_bos: bool |
         raise PromptError("finetuning needs at least one text.")
     examples = []
     for index, text in enumerate(texts):
-        tokenized = tokenize_prompt(
-            ICLPrompt((), text, Template(input="{input}")), model.tokenizer, prepend_bos=prepend_bos
-        )
+        prompt = ICLPrompt((), text, Template(input="{input}"))
+        tokenized = tokenize_for(model, prompt, prepend_bos=prepend_bos, check_window=False)
         if tokenized.n_tokens < 2:
             raise PromptError(f"text {index} has a single token: there is nothing to predict.")
         model.check_window(tokenized.n_tokens, f"text {index}")

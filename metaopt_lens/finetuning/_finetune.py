@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from metaopt_lens._errors import ModelMismatchError, NonFiniteError, OptionError, PromptError
+from metaopt_lens._errors import ModelMismatchError, NonFiniteError, OptionError
 from metaopt_lens.dual import is_finite
 from metaopt_lens.finetuning._examples import TrainingExample, text_examples, training_examples
 from metaopt_lens.finetuning._losses import layer_causal_losses, ordinary_loss
@@ -17,12 +17,12 @@ from metaopt_lens.finetuning._settings import FinetuneSettings, Loss, Order, Pro
 from metaopt_lens.finetuning._tape import Tape
 from metaopt_lens.finetuning._update import StepFactors, WeightUpdate, change_hooks
 from metaopt_lens.models import Hook, LensModel, wrap
-from metaopt_lens.prompts import Demo, ICLPrompt, Template
+from metaopt_lens.prompts import Demo, ICLPrompt, PromptLike, Template, as_prompt
 
 
 def finetune(
     model: Any,
-    demos: ICLPrompt | Sequence[Demo | tuple[str, str]] | Sequence[str],
+    demos: PromptLike | Sequence[Demo | tuple[str, str]] | Sequence[str],
     *,
     lr: float,
     epochs: int = 1,
@@ -49,7 +49,8 @@ def finetune(
 
     Args:
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model; never modified.
-        demos: demonstrations, an `ICLPrompt` (its demonstrations and template are taken), or plain texts.
+        demos: demonstrations, a prompt (in the forms `decompose` takes; its demonstrations and template are taken), or
+            a list of plain texts.
         template: the text around input and label; the prompt's own for an `ICLPrompt`.
         keep_factors: also keep every step's inputs, error signals and queries (memory: steps x layers x tokens).
         allow_processed: accept a model with folded norms or biases, whose update is another one.
@@ -123,6 +124,7 @@ def finetune(
         losses=tuple(losses),
         settings=settings,
         factors=tuple(factors) if keep_factors else None,
+        trained_on=tuple(example.ids for example in examples),
     )
 
 
@@ -138,8 +140,8 @@ def require_raw_weights(model: LensModel, *, allow_processed: bool) -> None:
 def _examples(
     model: LensModel, demos: Any, *, template: Template | None, loss: Loss, prepend_bos: bool | None
 ) -> list[TrainingExample]:
-    if isinstance(demos, str):
-        raise PromptError("finetune needs demonstrations, an ICLPrompt or a list of texts, got one string.")
+    if isinstance(demos, str | Mapping):
+        demos = as_prompt(demos)
     if not isinstance(demos, ICLPrompt) and demos and all(isinstance(d, str) for d in demos):
         return text_examples(model, demos, prepend_bos=prepend_bos)
     return training_examples(model, demos, template=template, loss=loss, prepend_bos=prepend_bos)

@@ -11,8 +11,8 @@ import torch
 from metaopt_lens._errors import NonFiniteError, OptionError, PromptError
 from metaopt_lens.finetuning._finetune import finetune
 from metaopt_lens.models import LensModel, wrap
-from metaopt_lens.prompts import Demo, ICLPrompt, Template, tokenize_label, tokenize_prompt
-from metaopt_lens.runs import check_candidates, score_candidates
+from metaopt_lens.prompts import Demo, ICLPrompt, Template, tokenize_label
+from metaopt_lens.runs import check_candidates, score_candidates, tokenize_for
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,6 +54,7 @@ def choose_learning_rate(
     metric: Literal["accuracy", "loss"] = "accuracy",
     candidates: Sequence[str] | None = None,
     template: Template | None = None,
+    prepend_bos: bool | None = None,
     **settings: Any,
 ) -> LearningRateChoice:
     """Finetune with every rate and keep the one that predicts held-out demonstrations best, zero-shot.
@@ -63,6 +64,9 @@ def choose_learning_rate(
     Args:
         demos: what to finetune on; held_out: what to judge on (not among `demos`).
         candidates: the label words; by default all labels that occur.
+        template: the text around input and label; the prompt's own for an `ICLPrompt`, whose instruction stands before
+            the held-out queries too.
+        prepend_bos: train and judge with BOS first; None for the model's default.
         settings: further arguments of `finetune`.
 
     Raises:
@@ -76,6 +80,7 @@ def choose_learning_rate(
         raise OptionError(f"metric must be 'accuracy' or 'loss', got {metric!r}.")
     wrapped = wrap(model)
     form = demos.template if isinstance(demos, ICLPrompt) else template or Template()
+    instruction = demos.instruction if isinstance(demos, ICLPrompt) else None
     train = [_pair(d) for d in (demos.demos if isinstance(demos, ICLPrompt) else demos)]
     test = [_pair(d) for d in held_out]
     if not test:
@@ -87,12 +92,17 @@ def choose_learning_rate(
     if missing:
         raise PromptError(f"the held-out label {missing[0]!r} is not among the candidates {list(words)}.")
     gold = torch.tensor([words.index(label) for _, label in test])
-    queries = [tokenize_prompt(ICLPrompt((), text, form), wrapped.tokenizer).ids for text, _ in test]
+    # Trained and judged on the same prompt: its template, its instruction, and BOS or not.
+    prompts = [ICLPrompt((), text, form, instruction) for text, _ in test]
+    queries = [tokenize_for(wrapped, prompt, prepend_bos=prepend_bos).ids for prompt in prompts]
+    training = demos if isinstance(demos, ICLPrompt) else train
     base_accuracy, base_loss = _judge(wrapped, queries, ids, gold)
     accuracy, loss = [], []
     for rate in rates:
         try:
-            update = finetune(wrapped, train, lr=rate, template=form, progress=False, **settings)
+            update = finetune(
+                wrapped, training, lr=rate, template=form, prepend_bos=prepend_bos, progress=False, **settings
+            )
         except NonFiniteError:
             found = (float("nan"), float("nan"))
         else:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class UpdatedMemory:
     """Keys and values of Z = S and Q before and after a weight update, at the in-context positions.
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 KIND = "weight update"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepFactors:
     """What one step's gradient is made of: ``grad dW_K = sum_i x_i (x) e_i`` with ``e_i = dL/dk_i`` (before rotary
     and QK-norm), the explicit counterpart of keys and values in dW_ICL.
@@ -48,7 +48,7 @@ class StepFactors:
     n_tokens: tuple[int, ...]
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class WeightUpdate:
     """The result of explicit finetuning: what was added to the projections of every layer.
 
@@ -63,6 +63,8 @@ class WeightUpdate:
         losses: loss of every step, before the step.
         settings: how it was made; None for sums.
         factors: per-step factors, where asked for.
+        trained_on: token ids of every sequence it was trained on, in the order given; None if that is not known (a sum
+            of updates of different data, a file of 0.1).
     """
 
     model: ModelInfo
@@ -77,6 +79,7 @@ class WeightUpdate:
     losses: tuple[float, ...] = ()
     settings: FinetuneSettings | None = None
     factors: tuple[StepFactors, ...] | None = None
+    trained_on: tuple[tuple[int, ...], ...] | None = None
 
     # ---- algebra ------------------------------------------------------------------------------------------------
 
@@ -105,7 +108,8 @@ class WeightUpdate:
             name: mine[name] + theirs[name] if name in mine and name in theirs else mine.get(name, theirs.get(name))
             for name in {**mine, **theirs}
         }
-        return WeightUpdate(self.model, **summed)  # type: ignore[arg-type]
+        same_data = self.trained_on if self.trained_on == other.trained_on else None
+        return WeightUpdate(self.model, **summed, trained_on=same_data)  # type: ignore[arg-type]
 
     def __sub__(self, other: WeightUpdate) -> WeightUpdate:
         return self + -other
@@ -119,13 +123,13 @@ class WeightUpdate:
         squares = [t.double().square().flatten(1).sum(1) for t in self.tensors().values()]
         return torch.stack(squares).sum(0).sqrt()
 
-    def select(self, heads: Sequence[str | HeadRef]) -> WeightUpdate:
+    def select(self, heads: Sequence[str | HeadRef | tuple[int, int]]) -> WeightUpdate:
         """The update of some heads only; 0 for the others.
 
         Raises:
             HeadError: no heads, an unknown head, or only some of the heads that share a key-value head.
         """
-        refs = [h if isinstance(h, HeadRef) else HeadRef.parse(h) for h in heads]
+        refs = [HeadRef.of(h) for h in heads]
         if not refs:
             raise HeadError("select needs at least one head.")
         info = self.model
@@ -215,6 +219,7 @@ class WeightUpdate:
             "model": dataclasses.asdict(self.model),
             "losses": list(self.losses),
             "settings": None if self.settings is None else dataclasses.asdict(self.settings),
+            "trained_on": self.trained_on,
         }
         return save_result(path, kind=KIND, tensors=self.tensors(), meta=meta)
 
@@ -228,7 +233,7 @@ class WeightUpdate:
         tensors, meta = load_result(path, kind=KIND)
         try:
             info = ModelInfo(**(meta["model"] | {"processing": tuple(meta["model"]["processing"])}))
-            settings = meta["settings"]
+            settings, trained_on = meta["settings"], meta.get("trained_on")
             if settings is not None:
                 order = settings["order"]
                 settings |= {
@@ -240,6 +245,7 @@ class WeightUpdate:
                 **tensors,  # type: ignore[arg-type]
                 losses=tuple(meta["losses"]),
                 settings=None if settings is None else FinetuneSettings(**settings),
+                trained_on=None if trained_on is None else tuple(tuple(ids) for ids in trained_on),
             )
         except (KeyError, TypeError, OptionError) as error:
             raise FileFormatError(f"{path} is not a complete {KIND}: {error!r}.") from None

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from metaopt_lens.interventions._meta_gradient import MetaGradient
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AppliedMetaGradient:
     """Within ``intervene``, zero-shot tokens stand where they do in context, and chosen heads see the demonstrations.
 

@@ -15,15 +15,15 @@ from metaopt_lens.interventions._knock_out_runs import KnockOutRuns, RowMetric
 from metaopt_lens.interventions._meta_gradient import meta_gradient
 from metaopt_lens.interventions._recovery import split_queries
 from metaopt_lens.models import LensModel, wrap
-from metaopt_lens.prompts import ICLPrompt, tokenize_label
-from metaopt_lens.runs import candidate_labels, tokenize_for
+from metaopt_lens.prompts import ICLPrompt, PromptLike, as_prompts, tokenize_label
+from metaopt_lens.runs import candidate_labels, refuse_acting, tokenize_for
 
 Metric = str | Callable[[Tensor], Tensor]
 
 
 def head_effects(
     model: Any,
-    prompts: Sequence[ICLPrompt],
+    prompts: PromptLike | Sequence[PromptLike],
     *,
     metric: Metric = "logit_difference",
     per_demo: bool = False,
@@ -41,7 +41,7 @@ def head_effects(
 
     Args:
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model. It is not modified.
-        prompts: queries behind the same demonstrations, each with its label.
+        prompts: queries behind the same demonstrations, each with its label, in the forms `decompose` takes.
         metric: ``"logit_difference"``, the label's first token against the mean of the other candidates';
             ``"label_log_prob"``, mean log-probability of the label's tokens; ``"loss"``, its negative; or a function
             of the logits that follow the query, ``[d_vocab]``, that gives a number.
@@ -54,8 +54,8 @@ def head_effects(
         ContextWindowError: a prompt is longer than the context window.
     """
     wrapped = wrap(model)
-    if not prompts:
-        raise PromptError("no prompts: give at least one.")
+    refuse_acting(wrapped, "head_effects")
+    prompts = as_prompts(prompts)
     mg = meta_gradient(wrapped, prompts[0], prepend_bos=prepend_bos)
     for prompt in prompts:
         mg.check_prompt(prompt)
@@ -118,7 +118,7 @@ def _rows(
     model: LensModel, prompts: Sequence[ICLPrompt], metric: Metric, prepend_bos: bool | None
 ) -> tuple[list[tuple[int, ...]], RowMetric]:
     """Tokens behind the demonstrations, and the metric of their logits."""
-    tokens = tokenize_for(model, prompts, prepend_bos=prepend_bos)
+    tokens = [tokenize_for(model, p, prepend_bos=prepend_bos, require_demos=True) for p in prompts]
     queries = [t.ids[t.query.start :] for t in tokens]
     if not isinstance(metric, str):
         return queries, lambda logits, query: metric(logits[len(queries[query]) - 1])

@@ -39,8 +39,7 @@ class DemoTokens:
     @classmethod
     def tokenize(cls, prompt: ICLPrompt, model: LensModel, *, prepend_bos: bool | None = None) -> DemoTokens:
         """Those of a prompt as this model's tokenizer reads it."""
-        (tokens,) = tokenize_for(model, [prompt], prepend_bos=prepend_bos)
-        return cls.of(tokens)
+        return cls.of(tokenize_for(model, prompt, prepend_bos=prepend_bos, require_demos=True))
 
     @property
     def stop(self) -> int:

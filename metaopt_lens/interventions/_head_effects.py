@@ -51,7 +51,7 @@ class ICLHeads:
     recovery: Recovery
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class HeadEffects:
     """Effect of every head's meta-gradient on a metric: with it minus without it.
 

@@ -12,11 +12,13 @@ from metaopt_lens._errors import HeadError
 from metaopt_lens._types import HeadRef
 from metaopt_lens.models import ModelInfo
 
-Heads = Sequence[str | HeadRef] | str | None
+Heads = Sequence[str | HeadRef | tuple[int, int]] | str | None
 
 
 def head_mask(
-    info: ModelInfo, heads: Iterable[str | HeadRef] | str | None = None, layers: Iterable[int] | None = None
+    info: ModelInfo,
+    heads: Iterable[str | HeadRef | tuple[int, int]] | str | None = None,
+    layers: Iterable[int] | None = None,
 ) -> Bool[Tensor, "layer head"]:
     """The heads named that lie in the layers named; None names all.
 
@@ -28,7 +30,7 @@ def head_mask(
         mask[:] = True
     else:
         for head in [heads] if isinstance(heads, str) else heads:
-            ref = head if isinstance(head, HeadRef) else HeadRef.parse(head)
+            ref = HeadRef.of(head)
             ref.check(info.n_layers, info.n_heads)
             mask[ref.layer, ref.head] = True
     if layers is not None:

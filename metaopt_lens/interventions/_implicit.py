@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImplicitUpdate:
     """Per block, dW and db that make the MLP without context compute what it computes in context, at the last token.
 
@@ -99,7 +99,7 @@ class ImplicitUpdate:
         return f"ImplicitUpdate of {self.model.name}: rank-one dW of the input{gate} matrices, norms by layer {sizes}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AppliedImplicitUpdate:
     """One block's implicit update as an intervention."""
 
@@ -146,7 +146,7 @@ def implicit_update(model: Any, prompt: ICLPrompt | str, *, prepend_bos: bool | 
     Args:
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model with pre-norm blocks and plain or gated MLPs.
         prompt: an `ICLPrompt`, or text read by `ICLPrompt.from_string`.
-        prepend_bos: put BOS first; by default if the tokenizer has one.
+        prepend_bos: put BOS first; None for the model's default.
 
     Raises:
         UnsupportedModelError: parallel, attention-only, mixture-of-experts or post-norm blocks; names which.
@@ -155,7 +155,7 @@ def implicit_update(model: Any, prompt: ICLPrompt | str, *, prepend_bos: bool | 
     wrapped = wrap(model)
     sites = [_sequential_mlp(wrapped, layer) for layer in range(wrapped.info.n_layers)]
     parsed = ICLPrompt.from_string(prompt) if isinstance(prompt, str) else prompt
-    (tokens,) = tokenize_for(wrapped, [parsed], prepend_bos=prepend_bos)
+    tokens = tokenize_for(wrapped, parsed, prepend_bos=prepend_bos, require_demos=True)
     in_context = _run(wrapped, sites, tokens.ids)
     zero_shot = _run(wrapped, sites, tokens.zero_shot().ids)
     lefts: dict[str, list[Tensor]] = {name: [] for name in sites[0].matrices}

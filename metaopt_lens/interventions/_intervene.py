@@ -13,12 +13,14 @@ from metaopt_lens.interventions._meta_gradient import MetaGradient
 from metaopt_lens.interventions._momentum import MomentumAttention, momentum_hooks
 from metaopt_lens.interventions._momentum_share import with_meta_gradient, without_knocked_out
 from metaopt_lens.models import Hook, Intervention, join_etas, wrap
+from metaopt_lens.runs import acting
 
 _READ_ATTENTION = (AppliedMetaGradient, MetaGradient, KnockOut)
+_NAMES = {AppliedMetaGradient: "a meta-gradient", MetaGradient: "a meta-gradient", KnockOut: "a knock-out"}
 
 
 @contextmanager
-def intervene(model: Any, *interventions: Intervention, **options: Any) -> Iterator[Any]:
+def intervene(model: Any, *interventions: Any, **options: Any) -> Iterator[Any]:
     """Within the block every forward pass of `model` has the interventions in it; afterwards it is what it was.
 
     They act in the order given, after hooks the model already had; meta-gradients and knock-outs act after the others,
@@ -32,12 +34,19 @@ def intervene(model: Any, *interventions: Intervention, **options: Any) -> Itera
         options: `form`, `heads`, `strength`, `scale` of the one meta-gradient given; see `MetaGradient.apply`.
 
     Raises:
-        OptionError: nothing to intervene with, several meta-gradients at once, options without a meta-gradient, two
-            momentum attentions on one head, or a meta-gradient or knock-out under momentum that is on already.
+        OptionError: nothing to intervene with, something that is no intervention, several meta-gradients at once,
+            options without a meta-gradient, two momentum attentions on one head, or a meta-gradient or knock-out under
+            momentum that is on already.
         ModelMismatchError: an intervention was made for another model.
     """
     if not interventions:
         raise OptionError("intervene needs at least one intervention.")
+    for intervention in interventions:
+        if not isinstance(intervention, Intervention):
+            raise OptionError(
+                f"{type(intervention).__name__} is no intervention: give weight updates, meta-gradients, knock-outs or "
+                "momentum attention (anything with hooks(model))."
+            )
     if options:
         if not any(isinstance(i, MetaGradient) for i in interventions):
             raise OptionError(
@@ -62,5 +71,6 @@ def intervene(model: Any, *interventions: Intervention, **options: Any) -> Itera
         corrections = [with_meta_gradient(i, eta) for i in applied if isinstance(i, AppliedMetaGradient)]
         corrections += [without_knocked_out(wrapped, i, eta) for i in others if isinstance(i, KnockOut)]
         hooks += momentum_hooks(wrapped, eta, corrections)
+    hooks += acting(wrapped, [_NAMES[type(i)] for i in others if isinstance(i, _READ_ATTENTION)])
     with wrapped.hooked(hooks):
         yield model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +10,11 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from metaopt_lens._errors import OptionError
-from metaopt_lens._types import HeadRef
 from metaopt_lens.interventions._demo_tokens import DemoTokens
-from metaopt_lens.interventions._heads import head_mask
+from metaopt_lens.interventions._heads import Heads, head_mask
 from metaopt_lens.interventions._meta_gradient import MetaGradient
 from metaopt_lens.models import AttentionCall, Hook, HostPass, LensModel, refuse_momentum
-from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt
+from metaopt_lens.prompts import ICLPrompt, PromptLike, TokenizedPrompt, as_prompt
 
 
 @dataclass(frozen=True)
@@ -27,20 +26,26 @@ class KnockOut:
     demonstration it is leaving that one out by masking: later demonstrations keep what they read from it.
 
     Attributes:
-        prompt: what the run begins with: a prompt (its query does not matter) or a meta-gradient.
+        prompt: what the run begins with: a prompt (in the forms `decompose` takes; its query does not matter) or a
+            meta-gradient.
         heads: heads to knock out, as in ``["L3H7"]``; None for all. layers: only in these layers.
         demos: which demonstrations to hide, counted from 0; None for all.
         positions: where: ``"query"`` (every token after the demonstrations), ``"last"`` (the last token of the pass),
             or indices counted from the query's first token.
     """
 
-    prompt: ICLPrompt | TokenizedPrompt | MetaGradient
-    heads: Sequence[str | HeadRef] | str | None = None
+    prompt: PromptLike | TokenizedPrompt | MetaGradient
+    heads: Heads = None
     layers: Sequence[int] | None = None
     demos: Sequence[int] | None = None
     positions: str | Sequence[int] = "query"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str | ICLPrompt | Mapping | TokenizedPrompt | MetaGradient):
+            raise OptionError(
+                f"KnockOut needs what the run begins with before its heads: KnockOut(prompt, {self.prompt!r}), with a "
+                "prompt or a meta-gradient."
+            )
         if isinstance(self.positions, str):
             if self.positions not in {"query", "last"}:
                 raise OptionError(f"positions must be 'query', 'last' or token indices, got {self.positions!r}.")
@@ -84,7 +89,7 @@ class KnockOut:
             return self.prompt.tokens
         if isinstance(self.prompt, TokenizedPrompt):
             return DemoTokens.of(self.prompt)
-        return DemoTokens.tokenize(self.prompt, model)
+        return DemoTokens.tokenize(as_prompt(self.prompt), model)
 
     def _where(self, call: AttentionCall, stop: int) -> Bool[Tensor, "batch dst"]:
         in_query = call.dst_positions >= stop

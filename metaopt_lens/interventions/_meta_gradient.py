@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,18 +21,21 @@ from metaopt_lens.interventions._apply import AppliedMetaGradient
 from metaopt_lens.interventions._demo_tokens import DemoTokens
 from metaopt_lens.interventions._heads import Heads, head_mask
 from metaopt_lens.models import Hook, LensModel, ModelInfo, Prefix, wrap
-from metaopt_lens.prompts import Demo, ICLPrompt, Template
-from metaopt_lens.runs import memory_of, run_shared_prefix
+from metaopt_lens.prompts import Demo, ICLPrompt, PromptLike, Template, as_prompt
+from metaopt_lens.runs import memory_of, refuse_acting, run_shared_prefix
 
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
 
 KIND = "meta-gradient"
 
+# Of every parameter: its name and two sums.
+Fingerprint = tuple[tuple[str, float, float], ...]
+
 
 def meta_gradient(
     model: Any,
-    demos: Sequence[Demo | tuple[str, str]] | ICLPrompt,
+    demos: Sequence[Demo | tuple[str, str]] | PromptLike,
     *,
     template: Template | None = None,
     instruction: str | None = None,
@@ -44,19 +48,21 @@ def meta_gradient(
 
     Args:
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model. It is not modified.
-        demos: demonstrations, or a prompt whose demonstrations, template and instruction are taken (its query is not).
+        demos: demonstrations, or a prompt (in the forms `decompose` takes) whose demonstrations, template and
+            instruction are taken (its query is not).
         template: the text around inputs and labels. instruction: text before the demonstrations.
-        prepend_bos: put BOS first; by default if the tokenizer has one.
+        prepend_bos: put BOS first; None for the model's default.
 
     Raises:
         PromptError: no demonstrations, or text that the tokenizer does not know.
         ContextWindowError: the demonstrations do not fit the context window.
     """
     wrapped = wrap(model)
-    if isinstance(demos, ICLPrompt):
+    refuse_acting(wrapped, "meta_gradient")
+    if isinstance(demos, str | ICLPrompt | Mapping):
         if template is not None or instruction is not None:
             raise OptionError("the prompt brings its own template and instruction: do not give them again.")
-        prompt = demos
+        prompt = as_prompt(demos)
     else:
         if not demos:
             raise PromptError("no demonstrations: a meta-gradient needs at least one.")
@@ -82,7 +88,7 @@ def meta_gradient(
     )
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MetaGradient:
     """What the demonstrations put into the heads: their keys and values, factored, to be merged with a zero-shot run.
 
@@ -96,7 +102,7 @@ class MetaGradient:
         host_k: keys as the host's cache holds them, where that is something else.
         heads: which heads it acts on. chosen: which demonstrations are in it.
         strength: factor on the change of z it makes.
-        fingerprint: tells models of equal sizes apart.
+        fingerprint: of every weight of the model, so that it is not applied to one with other weights.
     """
 
     model: ModelInfo
@@ -109,7 +115,7 @@ class MetaGradient:
     host_k: Float[Tensor, "layer src kv_head d_head"] | None
     heads: Bool[Tensor, "layer head"]
     chosen: tuple[int, ...]
-    fingerprint: tuple[float, ...]
+    fingerprint: Fingerprint
     strength: float = 1.0
 
     # ---- algebra ------------------------------------------------------------------------------------------------
@@ -177,9 +183,9 @@ class MetaGradient:
         selected = self.select(heads).scaled(strength)
         return AppliedMetaGradient(meta_gradient=selected, form=form, scale=scale)
 
-    def hooks(self, model: LensModel) -> list[Hook]:
-        """Hooks of the exact merge; see `apply`."""
-        return self.apply().hooks(model)
+    def hooks(self, model: Any) -> list[Hook]:
+        """Hooks of the exact merge on a host or a wrapped model; see `apply`."""
+        return self.apply().hooks(wrap(model))
 
     @property
     def prefix(self) -> Prefix:
@@ -221,10 +227,10 @@ class MetaGradient:
                     f"this meta-gradient was made with {self.model.name} ({field} = {mine}); "
                     f"{model.info.name} has {field} = {theirs}. Make a new one with meta_gradient(model, ...)."
                 )
-        now = _fingerprint(model)
-        if any(abs(a - b) > 1e-6 * max(abs(a), 1.0) for a, b in zip(self.fingerprint, now, strict=True)):
+        differs = _difference(self.fingerprint, _fingerprint(model))
+        if differs is not None:
             raise ModelMismatchError(
-                f"this meta-gradient was made with other weights than those of {model.info.name}: "
+                f"this meta-gradient was made with other weights than those of {model.info.name} ({differs} differs): "
                 "make a new one with meta_gradient(model, ...)."
             )
 
@@ -243,7 +249,7 @@ class MetaGradient:
             "tokens": dataclasses.asdict(self.tokens),
             "chosen": list(self.chosen),
             "strength": self.strength,
-            "fingerprint": list(self.fingerprint),
+            "fingerprint": [list(entry) for entry in self.fingerprint],
         }
         return save_result(path, kind=KIND, tensors=tensors, meta=meta)
 
@@ -255,6 +261,12 @@ class MetaGradient:
             FileFormatError: a file is missing, damaged, or holds something else.
         """
         tensors, meta = load_result(path, kind=KIND)
+        fingerprint = meta.get("fingerprint", [])
+        if any(isinstance(entry, float) for entry in fingerprint):
+            raise FileFormatError(
+                f"{path} was saved by metaopt-lens 0.1, whose fingerprint covers the output projections only: whether "
+                "keys and values are this model's cannot be told. Make a new one with meta_gradient(model, ...)."
+            )
         try:
             tokens = meta["tokens"]
             return cls(
@@ -272,10 +284,10 @@ class MetaGradient:
                 host_k=tensors.get("host_k"),
                 heads=tensors["heads"],
                 chosen=tuple(meta["chosen"]),
-                fingerprint=tuple(meta["fingerprint"]),
+                fingerprint=tuple((name, total, squares) for name, total, squares in fingerprint),
                 strength=meta["strength"],
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise FileFormatError(f"{path} is not a complete {KIND}: {error!r}.") from None
 
     def __repr__(self) -> str:
@@ -292,9 +304,25 @@ def _stack(layers: Sequence[Tensor]) -> Tensor:
     return torch.stack([layer.detach().to(layers[0].device) for layer in layers])
 
 
-def _fingerprint(model: LensModel) -> tuple[float, ...]:
-    """Two numbers of every layer's W_O, in float64: enough to tell two models apart."""
-    weights = [model.w_o(layer).detach() for layer in range(model.info.n_layers)]
-    some = [w.flatten()[::7].double().square().sum() for w in weights]
-    whole = [w.sum(dtype=torch.float64) for w in weights]
-    return tuple(float(value) for pair in zip(whole, some, strict=True) for value in pair)
+def _fingerprint(model: LensModel) -> Fingerprint:
+    """Of every parameter its name, its sum, and a sum of squares with weights that tell places apart; in float64."""
+    found: dict[str, Tensor] = {}
+    for root in model.adapter.roots:
+        found |= dict(root.named_parameters())
+    sums = []
+    for name, parameter in sorted(found.items()):
+        flat = parameter.detach().flatten()
+        some = flat[::7].double()
+        places = torch.arange(1, len(some) + 1, dtype=torch.float64, device=some.device)
+        sums.append((name, flat.sum(dtype=torch.float64), (some.square() * places).sum() / max(len(some), 1)))
+    return tuple((name, float(total), float(squares)) for name, total, squares in sums)
+
+
+def _difference(mine: Fingerprint, theirs: Fingerprint) -> str | None:
+    """The first parameter that is not the same, to the rounding of sums in another order; None if all are."""
+    for (name, *values), (other, *others) in zip_longest(mine, theirs, fillvalue=("", 0.0, 0.0)):
+        if name != other:
+            return name or other
+        if any(abs(a - b) > 1e-9 * max(abs(a), 1.0) for a, b in zip(values, others, strict=True)):
+            return name
+    return None

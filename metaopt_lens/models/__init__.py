@@ -4,6 +4,7 @@ from metaopt_lens.models._attention_call import AttentionCall as AttentionCall
 from metaopt_lens.models._gguf_conversion import CacheRebuiltWarning as CacheRebuiltWarning
 from metaopt_lens.models._hooks import Hook as Hook
 from metaopt_lens.models._hooks import Late as Late
+from metaopt_lens.models._hooks import functions_at as functions_at
 from metaopt_lens.models._info import ModelInfo as ModelInfo
 from metaopt_lens.models._intervention import Intervention as Intervention
 from metaopt_lens.models._lens import LensModel as LensModel

@@ -1,6 +1,10 @@
 """In-context prompts: demonstrations, templates, token spans, prompt files."""
 
 from metaopt_lens.prompts._files import load_prompts as load_prompts
+from metaopt_lens.prompts._likes import PromptLike as PromptLike
+from metaopt_lens.prompts._likes import as_prompt as as_prompt
+from metaopt_lens.prompts._likes import as_prompts as as_prompts
+from metaopt_lens.prompts._likes import is_single as is_single
 from metaopt_lens.prompts._prompt import Demo as Demo
 from metaopt_lens.prompts._prompt import ICLPrompt as ICLPrompt
 from metaopt_lens.prompts._prompt import Piece as Piece

@@ -60,16 +60,16 @@ def _read_json(file: Path, text: str) -> Iterator[list[ICLPrompt]]:
         return
     found = _parse(file, text, first_line=1)
     if not isinstance(found, list):
-        yield _prompts(str(file), found)
+        yield prompts_of(str(file), found)
         return
     for number, item in enumerate(found, start=1):
-        yield _prompts(f"{file}, item {number}", item)
+        yield prompts_of(f"{file}, item {number}", item)
 
 
 def _read_json_lines(file: Path, text: str) -> Iterator[list[ICLPrompt]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield _prompts(f"{file}, line {number}", _parse(file, line, first_line=number))
+            yield prompts_of(f"{file}, line {number}", _parse(file, line, first_line=number))
 
 
 def _parse(file: Path, text: str, *, first_line: int) -> Any:
@@ -89,7 +89,8 @@ def _located(where: str, make: Callable[[], _T]) -> _T:
         raise FileFormatError(f"{where}: {error}") from error
 
 
-def _prompts(where: str, item: Any) -> list[ICLPrompt]:
+def prompts_of(where: str, item: Any) -> list[ICLPrompt]:
+    """The prompts of one JSON object; `FileFormatError` begins with `where`."""
     if not isinstance(item, dict):
         raise FileFormatError(f"{where}: a prompt is a JSON object, got {_kind(item)}.")
     _check_keys(where, item, _KEYS, "a prompt")
@@ -135,19 +136,21 @@ def _prompts(where: str, item: Any) -> list[ICLPrompt]:
 
 def _demos(where: str, item: dict[str, Any]) -> list[Demo]:
     found = item.get("demos", [])
-    if not isinstance(found, list):
+    if not isinstance(found, list | tuple):
         raise FileFormatError(f'{where}: "demos" must be a list, got {_kind(found)}.')
     demos = []
     for number, demo in enumerate(found):
         match demo:
             case {"input": str(text), "label": str(word), **rest} if not rest:
                 demos.append(Demo(text, word))
+            case Demo(text, word):
+                demos.append(Demo(text, word))
             case [str(text), str(word)]:
                 demos.append(Demo(text, word))
             case _:
                 raise FileFormatError(
                     f'{where}: demonstration {number} must be {{"input": ..., "label": ...}} or [input, '
-                    f"label] with strings, got {json.dumps(demo, ensure_ascii=False)}."
+                    f"label] with strings, got {json.dumps(demo, ensure_ascii=False, default=repr)}."
                 )
     return demos
 
@@ -155,6 +158,8 @@ def _demos(where: str, item: dict[str, Any]) -> list[Demo]:
 def _template(where: str, found: Any) -> Template:
     if found is None:
         return Template()
+    if isinstance(found, Template):
+        return found
     if not isinstance(found, dict):
         raise FileFormatError(f'{where}: "template" must be an object, got {_kind(found)}.')
     _check_keys(where, found, _TEMPLATE_KEYS, "a template")
@@ -181,8 +186,8 @@ def _words(where: str, item: dict[str, Any], key: str) -> list[str] | None:
     found = item.get(key)
     if found is None and key not in item:
         return None
-    if isinstance(found, list) and all(isinstance(word, str) for word in found):
-        return found
+    if isinstance(found, list | tuple) and all(isinstance(word, str) for word in found):
+        return list(found)
     raise FileFormatError(f'{where}: "{key}" must be a list of strings, got {_kind(found)}.')
 
 

@@ -45,7 +45,7 @@ def tokenize_prompt(
     Args:
         prompt: the prompt.
         tokenizer: a Hugging Face tokenizer, such as `model.tokenizer`.
-        prepend_bos: None prepends BOS if the tokenizer has one.
+        prepend_bos: None prepends BOS if the tokenizer has one; a model's own default is known to `tokenize_for`.
         max_tokens: the model's context window; a longer prompt raises `ContextWindowError`.
         require_demos: refuse a prompt without demonstrations.
         allow_unk: accept text for which the tokenizer has only its unknown token.
@@ -167,7 +167,7 @@ class _PieceEncoder:
             unknown = next((word for word in text.split() if self._unk in self.whole(word)), text.strip())
             raise PromptError(
                 f"the tokenizer does not know {unknown!r} (it becomes the unknown token "
-                f"{self.readable(self._unk)!r}): use another word, or pass allow_unk=True."
+                f"{self.readable(self._unk)!r}): use another word, or a model whose tokenizer knows it."
             )
         return ids
 

@@ -17,6 +17,8 @@ class TokenizedPrompt:
     for reading: a token that is no whole character is given in the tokenizer's own spelling.
     `matches_whole_string` says whether tokenising the whole text at once gives the same ids;
     `zero_shot_matches_whole_string` says it for the prompt that `zero_shot` returns.
+    `bos_note` says whether BOS stands first and who decided it; `warning` that the model's own tokenizer call gives
+    other ids, and why (None where it gives the same).
     """
 
     ids: tuple[int, ...]
@@ -29,6 +31,8 @@ class TokenizedPrompt:
     query: TokenSpan
     matches_whole_string: bool
     zero_shot_matches_whole_string: bool
+    bos_note: str = ""
+    warning: str | None = None
 
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.ids):
@@ -89,4 +93,6 @@ class TokenizedPrompt:
             query=TokenSpan(self.query.start - removed, self.query.stop - removed),
             matches_whole_string=self.zero_shot_matches_whole_string,
             zero_shot_matches_whole_string=self.zero_shot_matches_whole_string,
+            bos_note=self.bos_note,
+            warning=self.warning,
         )

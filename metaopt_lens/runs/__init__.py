@@ -6,11 +6,12 @@ from metaopt_lens.runs._batching import map_batches as map_batches
 from metaopt_lens.runs._destinations import Position as Position
 from metaopt_lens.runs._destinations import destinations_of as destinations_of
 from metaopt_lens.runs._destinations import prompt_groups as prompt_groups
-from metaopt_lens.runs._destinations import tokenize_for as tokenize_for
 from metaopt_lens.runs._forward import Keep as Keep
 from metaopt_lens.runs._forward import Row as Row
 from metaopt_lens.runs._forward import run_rows as run_rows
 from metaopt_lens.runs._forward import run_shared_prefix as run_shared_prefix
+from metaopt_lens.runs._guard import acting as acting
+from metaopt_lens.runs._guard import refuse_acting as refuse_acting
 from metaopt_lens.runs._head_order import rank_heads as rank_heads
 from metaopt_lens.runs._outputs import attention_output as attention_output
 from metaopt_lens.runs._outputs import demo_scores as demo_scores
@@ -49,3 +50,4 @@ from metaopt_lens.runs._scoring import check_candidates as check_candidates
 from metaopt_lens.runs._scoring import read_queries as read_queries
 from metaopt_lens.runs._scoring import score_candidates as score_candidates
 from metaopt_lens.runs._scoring import scored_tokens as scored_tokens
+from metaopt_lens.runs._tokens import tokenize_for as tokenize_for

@@ -1,48 +1,14 @@
-"""From prompts to what is run: tokens the model knows, destinations, groups that share their demonstrations."""
+"""What is run of a prompt: destinations, and groups that share their demonstrations."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from metaopt_lens._errors import OptionError, PromptError, SpanError
-from metaopt_lens.models import LensModel
-from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, tokenize_prompt
+from metaopt_lens._errors import OptionError, SpanError
+from metaopt_lens.prompts import TokenizedPrompt
 
 Position = int | Literal["last", "all"]
-
-
-def tokenize_for(
-    model: LensModel,
-    prompts: Sequence[ICLPrompt],
-    *,
-    prepend_bos: bool | None = None,
-    require_demos: bool = True,
-) -> list[TokenizedPrompt]:
-    """Prompts as this model's tokenizer reads them.
-
-    Args:
-        model: a wrapped model. prompts: prompts as text.
-        prepend_bos: put BOS first; by default if the tokenizer has one.
-        require_demos: refuse prompts without demonstrations.
-
-    Raises:
-        PromptError: no demonstrations, an unknown word, or a tokenizer that is not this model's.
-        ContextWindowError: a prompt is longer than the context window.
-    """
-    found = [
-        tokenize_prompt(
-            p, model.tokenizer, prepend_bos=prepend_bos, max_tokens=model.info.n_ctx, require_demos=require_demos
-        )
-        for p in prompts
-    ]
-    highest = max((max(t.ids) for t in found), default=0)
-    if highest >= model.info.d_vocab:
-        raise PromptError(
-            f"the tokenizer gave token id {highest}, but {model.info.name} knows only {model.info.d_vocab} tokens: "
-            "it is not this model's tokenizer."
-        )
-    return found
 
 
 def destinations_of(tokens: TokenizedPrompt, position: Position) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from metaopt_lens._errors import NonFiniteError
 from metaopt_lens.dual import ScoreRule, is_finite, momentum_values, softmax_with_sink
 from metaopt_lens.models import AttentionCall, Hook, LensModel, Prefix, active_momentum
 from metaopt_lens.prompts import TokenizedPrompt
+from metaopt_lens.runs._guard import excess_over_parts, require_parts
 from metaopt_lens.runs._prompt_run import MATCHED, Run, Setting
 
 
@@ -86,6 +87,7 @@ def run_rows(
 
     Raises:
         NonFiniteError: activations at the destinations are NaN or infinite; names the first such layer.
+        UnsupportedModelError: z is not the sum of its parts (a hook changes it); names the head.
     """
     batch = _Batch(model, prefix, rows, keep)
     hooks: list[Hook] = []
@@ -105,6 +107,7 @@ class _Batch:
         self._eta = active_momentum(model)
         self._rules: list[ScoreRule] = []
         self._seen: list[dict[str, dict[int, Tensor]]] = [{} for _ in rows]
+        self._excess: list[list[Tensor]] = [[] for _ in rows]  # per layer: how far heads are from their parts
 
     @property
     def ids(self) -> Int[Tensor, "batch pos"]:
@@ -135,6 +138,8 @@ class _Batch:
         for layer in range(self._model.info.n_layers):
             named = {"queries": "q", "keys": "own_k", "values": "own_v", "outputs": "z"}
             _require_finite(self._model, layer, **{what: found[key][layer] for what, key in named.items()})
+            if self._excess[row]:
+                require_parts(self._model, layer, self._excess[row][layer])
         tensors: dict[str, Any] = {
             name: _stack([layers[i] for i in sorted(layers)], 0 if name.startswith("own") else 1)
             for name, layers in found.items()
@@ -163,6 +168,8 @@ class _Batch:
             n_src = item.tokens.n_tokens
             at, own = self._at(row, z.device), slice(self._offset, n_src)
             weights, to_sink = (pattern[row], sink[row]) if row < n else (hidden.pattern[row - n], hidden.sink[row - n])
+            if row < n:
+                self._excess[row].append(self._off_its_parts(call, row, at, weights[:, at, :n_src]))
             # Copies (indexing with `at` makes one), so that nothing keeps the whole batch's tensors alive.
             self._seen_at(row, "q", call.layer, call.q[row, at])
             self._seen_at(row, "z", call.layer, z[row, at])
@@ -171,6 +178,14 @@ class _Batch:
             self._seen_at(row, "own_k", call.layer, call.k[row, own].clone())
             self._seen_at(row, "own_v", call.layer, call.v[row, own].clone())
         return None if n == len(self._rows) else z
+
+    def _off_its_parts(
+        self, call: AttentionCall, row: int, at: Int[Tensor, " dst"], pattern: Float[Tensor, "head dst src"]
+    ) -> Float[Tensor, " head"]:
+        """How far z is from its parts. Position-matched rows are made of scores: then the pattern is checked too."""
+        eta = None if self._eta is None else self._eta[call.layer]
+        matched = self._n_seeing < len(self._rows)
+        return excess_over_parts(call, row, at, pattern, eta, with_pattern=matched)
 
     def _without_demos(self, call: AttentionCall) -> _Hidden:
         """Attention of the position-matched rows."""

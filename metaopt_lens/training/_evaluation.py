@@ -11,8 +11,8 @@ import torch
 
 from metaopt_lens._errors import PromptError
 from metaopt_lens.models.tiny import accuracy, sample_episodes
-from metaopt_lens.prompts import load_prompts, tokenize_prompt
-from metaopt_lens.runs import candidate_labels, predict_labels
+from metaopt_lens.prompts import load_prompts
+from metaopt_lens.runs import candidate_labels, predict_labels, tokenize_for
 from metaopt_lens.training._corpora import Corpus, SyntheticCorpus
 from metaopt_lens.training._language_model import LanguageModel
 from metaopt_lens.training._training_config import EvaluationSettings, TrainingConfig
@@ -103,7 +103,7 @@ def _from_file(lm: LanguageModel, path: str, n_demos: int, n_prompts: int) -> fl
                 f"{path}: the prompt {prompt.query!r} has {len(prompt.demos)} demonstrations, not {n_demos}."
             )
         cut = dataclasses.replace(prompt, demos=prompt.demos[:n_demos], candidates=candidate_labels(prompt))
-        tokenized = tokenize_prompt(cut, lm.model.tokenizer, max_tokens=lm.model.info.n_ctx)
+        tokenized = tokenize_for(lm.model, cut)
         right += predict_labels(lm.model, cut, tokenized).in_context_answer == prompt.label
         seen += 1
     return right / seen

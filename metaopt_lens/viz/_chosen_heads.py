@@ -13,7 +13,7 @@ N_STRONGEST = 4
 
 
 def choose_heads(
-    result: Decomposition | DecompositionSet, heads: Sequence[str | HeadRef] | None = None
+    result: Decomposition | DecompositionSet, heads: Sequence[str | HeadRef | tuple[int, int]] | None = None
 ) -> list[HeadRef]:
     """The heads asked for, checked, without repeats; by default the first four of `heads()`.
 
@@ -27,5 +27,5 @@ def choose_heads(
     wanted = [heads] if isinstance(heads, str) else list(heads)
     if not wanted:
         raise OptionError("no heads to show: name at least one, as in ['L3H7'], or leave it out for the strongest.")
-    refs = [h if isinstance(h, HeadRef) else HeadRef.parse(h) for h in wanted]
+    refs = [HeadRef.of(h) for h in wanted]
     return list(dict.fromkeys(ref.check(first.model.n_layers, first.model.n_heads) for ref in refs))

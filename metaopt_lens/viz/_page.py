@@ -39,7 +39,7 @@ _MANY_DEMOS, _SHORT_DEMO = 6, 68
 def write_page(
     result: Decomposition | DecompositionSet,
     path: str | os.PathLike[str],
-    heads: Sequence[str | HeadRef] | None = None,
+    heads: Sequence[str | HeadRef | tuple[int, int]] | None = None,
     title: str | None = None,
     *,
     predictions: Sequence[LabelPrediction | None] | None = None,
@@ -144,7 +144,7 @@ def _prompt(item: Decomposition, answer: LabelPrediction | None, refs: list[Head
         "n_demos": len(tokenized.demos),
         "n_demo_tokens": len(tokenized.demonstrations),
         "n_query_tokens": len(tokenized.query),
-        "has_bos": tokenized.bos is not None,
+        "notes": [note for note in (tokenized.bos_note, tokenized.warning) if note],
         "position": None if item.keep_position_axis else item.positions[0],
         "token": tokenized.tokens[item.positions[0]].strip() or "␣",
         "pieces": [(*row[:3], _stripped(row[3])) for row in rows],

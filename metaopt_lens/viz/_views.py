@@ -45,7 +45,7 @@ class View:
 
 
 @draws(Decomposition, "attention_view")
-def attention_view(result: Decomposition, heads: Sequence[str | HeadRef] | None = None) -> View:
+def attention_view(result: Decomposition, heads: Sequence[str | HeadRef | tuple[int, int]] | None = None) -> View:
     """Attention of chosen heads over the tokens, one row per demonstration with what it gets in sum.
 
     A decomposition holds the attention of its destinations only (the last token, or all of the query), so that
@@ -72,7 +72,7 @@ def attention_view(result: Decomposition, heads: Sequence[str | HeadRef] | None 
 
 def token_view(
     result: Decomposition,
-    heads: Sequence[str | HeadRef] | None = None,
+    heads: Sequence[str | HeadRef | tuple[int, int]] | None = None,
     *,
     form: Literal["softmax", "linear"] = "softmax",
 ) -> View:

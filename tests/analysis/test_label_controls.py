@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections import Counter
 from functools import cache
 
@@ -15,7 +16,7 @@ from metaopt_lens.analysis import Comparison, compare, flip_labels, mean_interva
 from metaopt_lens.experiments._join import join_comparisons
 from metaopt_lens.experiments.worked_example import draw_prompts
 from metaopt_lens.finetuning import finetune
-from metaopt_lens.models.tiny import accuracy, sample_episodes
+from metaopt_lens.models.tiny import CATEGORIES, LABELS, Episode, accuracy
 
 DEMOS = [("w30", "w32"), ("w34", "w36"), ("w38", "w32"), ("w42", "w36"), ("w43", "w32"), ("w44", "w36")]
 
@@ -58,26 +59,42 @@ def test_a_single_label_can_be_neither_shuffled_nor_flipped() -> None:
         flip_labels(prompt, seed=0)
 
 
+def balanced(n_categories: int, n_queries: int, seed: int) -> list[ICLPrompt]:
+    """Queries behind as many demonstrations of every label, about 16: only then is 1 / n_categories chance.
+
+    Where labels are not balanced, a model without a binding answers the more frequent label, and the nouns that are
+    left to be asked belong to the less frequent one more often.
+    """
+    rng = random.Random(seed)
+    categories, labels = rng.sample(list(CATEGORIES), n_categories), rng.sample(LABELS, n_categories)
+    nouns = [rng.sample(CATEGORIES[category], len(CATEGORIES[category])) for category in categories]
+    each = 16 // n_categories
+    demos = [(noun, label) for words, label in zip(nouns, labels, strict=True) for noun in words[:each]]
+    rng.shuffle(demos)
+    asked = [(nouns[i % n_categories][each + i // n_categories], labels[i % n_categories]) for i in range(n_queries)]
+    return [ICLPrompt(demos, noun, label=label, candidates=labels) for noun, label in asked]
+
+
 @pytest.mark.parametrize("n_categories", [2, 3, 4])
 def test_the_bundled_model_is_at_chance_behind_shuffled_labels_and_follows_flipped_ones(n_categories: int) -> None:
     """The permutation of 0.1, which moved as many labels as it could, is answered against the gold label: 0 to 6 %."""
     model, n = load_tiny(), 400
-    episodes = sample_episodes(n=n, n_demos=16, n_categories=n_categories, seed=90)
-    prompts = [ICLPrompt(e.demos, e.query, label=e.answer, candidates=e.candidates) for e in episodes]
+    prompts = [balanced(n_categories, 1, seed)[0] for seed in range(n)]
 
-    def share(moved: list[ICLPrompt], answers: list[str]) -> float:
-        changed = [
-            dataclasses.replace(e, demos=tuple((d.input, d.label) for d in p.demos), answer=answer)
-            for e, p, answer in zip(episodes, moved, answers, strict=True)
+    def share(moved: list[ICLPrompt], answers: list[str | None]) -> float:
+        episodes = [
+            Episode(tuple((d.input, d.label) for d in p.demos), p.query, answer or "", p.candidates or ())
+            for p, answer in zip(moved, answers, strict=True)
         ]
-        return accuracy(model, changed)["candidates"]
+        return accuracy(model, episodes)["candidates"]
 
-    gold = [e.answer for e in episodes]
+    gold = [p.label for p in prompts]
+    assert share(prompts, gold) >= 0.9
     shuffled = share([shuffle_labels(p, seed=i) for i, p in enumerate(prompts)], gold)
     chance = 1 / n_categories
     assert abs(shuffled - chance) < 3.3 * (chance * (1 - chance) / n) ** 0.5
     flipped = [flip_labels(p, seed=i) for i, p in enumerate(prompts)]
-    assert share(flipped, [p.label or "" for p in flipped]) >= 0.9
+    assert share(flipped, [p.label for p in flipped]) >= 0.9
     assert share(flipped, gold) <= 0.1
 
 
@@ -85,8 +102,7 @@ def test_the_bundled_model_is_at_chance_behind_shuffled_labels_and_follows_flipp
 def tiny_comparison() -> Comparison:
     """Six sets of two categories: what compare records about the controls."""
     model = load_tiny()
-    sets = [group for group in draw_prompts(18, 4, n_demos=16, seed=1) if len(group[0].candidates or ()) == 2]
-    assert len(sets) == 6
+    sets = [balanced(2, 4, seed) for seed in range(6)]
     updates = [finetune(model, group[0], lr=0.05, progress=False) for group in sets]
     prompts = [p for group in sets for p in group]
     return compare(model, prompts, updates, n_null_draws=1, n_label_draws=2, progress=False)

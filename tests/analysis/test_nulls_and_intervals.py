@@ -11,6 +11,7 @@ from scipy.stats import false_discovery_control
 
 from metaopt_lens._errors import OptionError
 from metaopt_lens.analysis import (
+    Convention,
     QueryStatistic,
     adjust_p_values,
     cosine,
@@ -33,7 +34,7 @@ def test_random_vectors_are_centred_and_of_the_given_norm():
     draw = random_like(like, seed=0)
     torch.testing.assert_close(draw.norm(dim=-1), like.norm(dim=-1))
     assert draw.mean().abs() < 4 * draw.std() / math.sqrt(draw.numel())
-    published = random_like(like, seed=0, reference=True)
+    published = random_like(like, seed=0, convention=Convention.PUBLISHED)
     assert published.min() >= 0
     assert published.max() < 1
     assert published.mean() == pytest.approx(0.5, abs=0.02)
@@ -43,7 +44,7 @@ def test_random_null_is_centred_but_the_published_one_is_not():
     first = randn(200, 2, 64)
     shared = first + 1.0  # updates with a common positive direction
     ours = random_null(shared, first, n_draws=5, seed=1)
-    published = random_null(shared, first, n_draws=5, seed=1, reference=True)
+    published = random_null(shared, first, n_draws=5, seed=1, convention=Convention.PUBLISHED)
     assert ours.values.shape == (5, 200, 2)
     assert ours.mean().abs().max() < 0.02
     assert published.mean().min() > 0.4

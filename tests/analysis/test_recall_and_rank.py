@@ -10,6 +10,7 @@ from scipy.stats import kendalltau
 
 from metaopt_lens._errors import NonFiniteError, OptionError, UndefinedMetricError
 from metaopt_lens.analysis import (
+    Convention,
     context_columns,
     finetuning_scores,
     kendall_tau,
@@ -42,8 +43,6 @@ def test_rec2ftp_undefined_is_neither_zero_nor_nan():
     assert result.undefined == "finetuning corrected none of the 3 queries that were wrong zero-shot"
     with pytest.raises(UndefinedMetricError, match=r"Rec2FTP is undefined: finetuning corrected none .*3 queries"):
         result.require()
-    with pytest.raises(UndefinedMetricError, match="Rec2FTP is undefined"):
-        rec2ftp(wrong, right, wrong, reference=True)
     assert rec2ftp(right, right, right).base_rate is None
 
 
@@ -93,8 +92,8 @@ def test_kendall_undefined():
 
 def test_topk_recall_by_sets():
     x, y = (torch.randn(6, 2, 40, generator=generator(s)) for s in (1, 2))
-    for reference in (True, False):
-        got = topk_recall(x, y, k=7, reference=reference).per_query.values
+    for convention in (Convention.PUBLISHED, Convention.DEFAULT):
+        got = topk_recall(x, y, k=7, convention=convention).per_query.values
         for i in range(6):
             for j in range(2):
                 top = [set(np.argsort(-v[i, j].numpy())[:7].tolist()) for v in (x, y)]
@@ -109,7 +108,7 @@ def test_topk_recall_with_ties_does_not_depend_on_their_order():
     assert result.per_query.values.item() == pytest.approx((1 + 1 / 3) / 2)
     order = torch.tensor([3, 0, 4, 2, 1])
     assert topk_recall(x[:, order], y[:, order], k=2).per_query.values.item() == pytest.approx(2 / 3)
-    assert topk_recall(x, y, k=2, reference=True).per_query.values.item() in (0.5, 1.0)
+    assert topk_recall(x, y, k=2, convention=Convention.PUBLISHED).per_query.values.item() in (0.5, 1.0)
 
 
 def test_chance_is_what_random_vectors_give():
@@ -126,7 +125,9 @@ def test_training_attention_levels():
         torch.randn(2, 3, 6, generator=generator(2)).double(),
     )
     lengths = torch.tensor([1, 3, 2])
-    weights, logs = (training_attention(*scores, lengths, reference=r) for r in (True, False))
+    weights, logs = (
+        training_attention(*scores, lengths, convention=c) for c in (Convention.PUBLISHED, Convention.DEFAULT)
+    )
     assert logs.logarithmic
     torch.testing.assert_close(weights.icl_token.sum(-1), torch.ones(2, 3, dtype=torch.float64))
     torch.testing.assert_close(weights.icl_example[..., 1], weights.icl_token[..., 1:4].sum(-1))
@@ -134,12 +135,15 @@ def test_training_attention_levels():
     torch.testing.assert_close(logs.ft_example.exp(), weights.ft_example)
 
 
-def test_underflow_makes_ties_only_in_the_reference():
+def test_underflow_makes_ties_only_in_the_published_weights():
     scores = torch.tensor([[[0.0, -800, -900, -1000]]])
     lengths = torch.tensor([1, 1, 1, 1])
     taus = [
         kendall_tau(maps.icl_example, maps.ft_example).values.item()
-        for maps in (training_attention(scores, scores / 10, lengths, reference=r) for r in (True, False))
+        for maps in (
+            training_attention(scores, scores / 10, lengths, convention=c)
+            for c in (Convention.PUBLISHED, Convention.DEFAULT)
+        )
     ]
     assert taus[1] == 1
     assert taus[0] == pytest.approx(math.sqrt(0.5))  # three of the four weights are exactly 0 and tied

@@ -1,13 +1,14 @@
 """SimAOU, its null, and SimAM: laws and error messages."""
 
 import math
+from dataclasses import replace
 
 import jaxtyping
 import pytest
 import torch
 
 from metaopt_lens._errors import NonFiniteError, OptionError, UndefinedMetricError
-from metaopt_lens.analysis import QueryStatistic, cosine, sim_am, sim_aou, sim_aou_null
+from metaopt_lens.analysis import Convention, QueryStatistic, cosine, sim_am, sim_aou, sim_aou_null
 
 
 def randn(*shape, seed=0):
@@ -18,7 +19,7 @@ def test_cosine_is_the_textbook_one():
     a, b = randn(5, 3, 7), randn(5, 3, 7, seed=1)
     torch.testing.assert_close(cosine(a, b), torch.nn.functional.cosine_similarity(a, b, dim=-1))
     assert cosine(torch.zeros(1, 4), torch.ones(1, 4)).isnan().all()
-    assert cosine(torch.zeros(1, 4), torch.ones(1, 4), reference=True).item() == 0
+    assert cosine(torch.zeros(1, 4), torch.ones(1, 4), convention=Convention.PUBLISHED).item() == 0
 
 
 def test_sim_aou_brute_force():
@@ -86,9 +87,10 @@ def test_sim_am_by_loop_with_filling():
     for i, n in enumerate(lengths):
         for m in maps:
             m[i, ..., n:] = torch.nan
-    raw = sim_am(maps[0], maps[1], lengths=lengths, centre=False).per_head.values
+    uncentred = replace(Convention.DEFAULT, centres_maps=False)
+    raw = sim_am(maps[0], maps[1], lengths=lengths, convention=uncentred).per_head.values
     centred = sim_am(maps[0], maps[1], lengths=lengths).per_head.values
-    difference = sim_am(maps[0], maps[1], baseline=maps[2], lengths=lengths, centre=False).per_head.values
+    difference = sim_am(maps[0], maps[1], baseline=maps[2], lengths=lengths, convention=uncentred).per_head.values
     for i, n in enumerate(lengths):
         a, b, z = (m[i, 1, 2, :n] for m in maps)
         for got, x, y in ((raw, a, b), (centred, a - a.mean(), b - b.mean()), (difference, a - z, b - z)):
@@ -99,18 +101,19 @@ def test_sim_am_by_loop_with_filling():
 def test_default_sim_am_ignores_what_the_softmax_ignores():
     a, b, shift = randn(3, 2, 4, 5), randn(3, 2, 4, 5, seed=1), randn(3, 2, 4, 1, seed=2)
     torch.testing.assert_close(sim_am(a + 9 * shift, b).per_head.values, sim_am(a, b).per_head.values)
-    gap = sim_am(a + 9 * shift, b, reference=True).per_head.values - sim_am(a, b, reference=True).per_head.values
+    moved, still = (sim_am(m, b, convention=Convention.PUBLISHED).per_head.values for m in (a + 9 * shift, a))
+    gap = moved - still
     assert gap.abs().max() > 0.1
 
 
-def test_constant_map_is_undefined_by_default_and_zero_in_the_reference():
+def test_constant_map_is_undefined_by_default_and_zero_in_the_published_code():
     a, b = randn(2, 1, 2, 4), randn(2, 1, 2, 4, seed=1)
     a[0, 0, 0] = 0.1
     default = sim_am(a, b)
     assert default.per_head.defined[:, 0].tolist() == [[False, True], [True, True]]
     torch.testing.assert_close(default.per_query.values[0, 0], default.per_head.values[0, 0, 1])
     a[0, 0, 0] = 0
-    assert sim_am(a, b, reference=True).per_head.values[0, 0, 0] == 0
+    assert sim_am(a, b, convention=Convention.PUBLISHED).per_head.values[0, 0, 0] == 0
     with pytest.raises(UndefinedMetricError, match=r"1 of 4 values are undefined: an attention map is constant"):
         default.per_head.require()
 

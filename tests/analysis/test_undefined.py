@@ -13,6 +13,7 @@ from scipy import stats
 from metaopt_lens import ICLPrompt, MetaoptLensError
 from metaopt_lens.analysis import (
     Comparison,
+    Convention,
     compare,
     cosine,
     difference,
@@ -77,10 +78,10 @@ def test_the_published_conventions_count_what_is_undefined_by_default() -> None:
     zs, ft = (torch.randn(5, 2, 8, generator=generator) for _ in range(2))
     icl = zs * (1 + 1e-7)
     assert sim_aou(icl, zs, ft).plain.values.isnan().all()
-    assert sim_aou(icl, zs, ft, reference=True).plain.values.isfinite().all()
+    assert sim_aou(icl, zs, ft, convention=Convention.PUBLISHED).plain.values.isfinite().all()
     maps = [m[:, :, None] for m in (icl, ft, zs)]
     assert sim_am(maps[0], maps[1], baseline=maps[2]).per_head.values.isnan().all()
-    raw = sim_am(maps[0], maps[1], baseline=maps[2], reference=True).per_head.values
+    raw = sim_am(maps[0], maps[1], baseline=maps[2], convention=Convention.PUBLISHED).per_head.values
     torch.testing.assert_close(raw[:, :, 0], cosine(icl.double() - zs.double(), ft.double() - zs.double()))
 
 

@@ -110,7 +110,7 @@ def test_rank_is_at_most_twice_the_tokens_of_z(instruction: str | None, query: s
 
 def test_the_bound_is_reached_by_a_query_of_two_tokens_without_anything_before_it() -> None:
     model = wrap(shared("bridge:gpt2", F64))
-    tokens = tokenize_for(model, [prompt(1, query="w16 :", instruction=None)], prepend_bos=False)
+    tokens = [tokenize_for(model, prompt(1, query="w16 :", instruction=None), prepend_bos=False)]
     assert (len(tokens[0].prefix), len(tokens[0].query)) == (0, 2)
     (runs,) = record(model, tokens, settings=("icl",))
     memory = updated_memory(model, update_of("bridge:gpt2"), [runs.icl])[0]

@@ -378,7 +378,7 @@ def test_words_that_are_no_settings(field: str, value: Any, message: str) -> Non
     ("demos", "message"),
     [
         ([], "at least one demonstration"),
-        ("w30 : w31", "got one string"),
+        ("w30 : w31", "no demonstration: it is the single block"),
         ([(" ", "w3")], "the input of demonstration 0 is empty"),
         ([("w30 " * 70, "w31")], r"demonstration 0 has 73 tokens, but the context window of .* is 64"),
         (["w30 " * 70], r"text 0 has 71 tokens, but the context window of .* is 64"),

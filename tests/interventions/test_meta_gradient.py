@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import types
 from functools import cache
 from pathlib import Path
@@ -450,3 +451,42 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
         without = logits(model, [full])[0, -1].float()
     assert torch.isfinite(without).all()
     assert (without - expected).abs().max() > 5 * (merged.float() - expected).abs().max()
+
+
+# ---- fingerprints of all weights ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bridge:gpt2", "bridge:llama", *HOOKED_NAMES[:1]])
+def test_a_single_changed_weight_of_any_matrix_is_seen(name: str) -> None:
+    """0.1 looked at W_O only: other keys or values went unnoticed, logits off by 0.8."""
+    mg = meta_gradient(shared(name), prompt())
+    model = build(name)
+    mg.check_model(wrap(model))  # the same weights, built again
+    for parameter in model.parameters():
+        before = parameter.detach().clone()
+        with torch.no_grad():
+            parameter[(0,) * (parameter.ndim - 1)][1] += 0.5
+            wrapped = wrap(model)
+            with pytest.raises(MetaoptLensError, match=r"made with other weights .* differs"):
+                mg.check_model(wrapped)
+            parameter.copy_(before)
+
+
+def test_swapped_rows_of_the_value_projection_are_seen() -> None:
+    mg, model = meta_gradient(shared("bridge:llama"), prompt()), build("bridge:llama")
+    weight = dict(model.named_parameters())
+    name = next(n for n in sorted(weight) if "v_proj" in n and n.endswith("weight"))
+    with torch.no_grad():
+        weight[name].copy_(weight[name].flip(0).clone())
+    with pytest.raises(MetaoptLensError, match=f"{name.split('.')[-2]}.* differs"):
+        mg.check_model(wrap(model))
+
+
+def test_a_file_of_version_0_1_is_refused_with_the_reason(tmp_path: Path) -> None:
+    made("bridge:gpt2").save(tmp_path / "mg")
+    file = tmp_path / "mg.json"
+    meta = json.loads(file.read_text())
+    meta["fingerprint"] = [0.25, 1.5] * 3  # two numbers a layer, as 0.1 wrote them
+    file.write_text(json.dumps(meta))
+    with pytest.raises(MetaoptLensError, match=r"saved by metaopt-lens 0\.1.*output projections only.*new one"):
+        MetaGradient.load(tmp_path / "mg")

@@ -11,7 +11,7 @@ from hosts import HOST_NAMES, shared
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from metaopt_lens import wrap
-from metaopt_lens.models import families
+from metaopt_lens.models import _families as families
 from metaopt_lens.models._families import family_of
 from metaopt_lens.models._rotation import PLAIN, ROTATED
 

@@ -20,6 +20,7 @@ from gguf_files import TOKENS, small_llama, tensors_of, write_gguf
 from rounding import PASS, assert_agree
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from metaopt_lens import ICLPrompt, decompose, load_model
 from metaopt_lens._errors import (
@@ -29,6 +30,7 @@ from metaopt_lens._errors import (
     OutputError,
     UnsupportedModelError,
 )
+from metaopt_lens.cli import app
 from metaopt_lens.decomposition import Decomposition
 from metaopt_lens.models import CacheRebuiltWarning, wrap
 from metaopt_lens.models._gguf_conversion import GgufSource, check_space, llama3_factors
@@ -159,6 +161,22 @@ def test_without_cache_nothing_is_kept(file: Path, cache: Path) -> None:
     assert not cache.exists()
     assert_agree(logits(model), logits(small_llama()), PASS)  # after the temporary folder is gone
     assert decompose(model, PROMPT).model.quantization == "F32 GGUF"
+
+
+@pytest.mark.parametrize("command", ["decompose", "run"])
+def test_no_cache_on_the_command_line(file: Path, tmp_path: Path, cache: Path, command: str) -> None:
+    lines = [{"sentence": f"an {i}", "label": i % 2, "split": "train" if i < 8 else "validation"} for i in range(12)]
+    (tmp_path / "sst2.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (tmp_path / "p.txt").write_text("an : x\nb : y\nan :", encoding="utf-8")
+    options = {
+        "decompose": ["--prompt", tmp_path / "p.txt"],
+        "run": "--task sst2 --shots 1 --seeds 1 --queries 2 --lr 0.01 --rules gd --no-random-weights --no-attribution "
+        f"--variant one-line --data {tmp_path / 'sst2.jsonl'} --out {tmp_path / 'run'}".split(),
+    }[command]
+    arguments = [command, "--model", file, "--device", "cpu", "--no-cache", *options]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    assert not cache.exists()
 
 
 def test_the_cache_can_be_named(file: Path, tmp_path: Path, cache: Path) -> None:

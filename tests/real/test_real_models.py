@@ -99,11 +99,11 @@ def test_split_against_a_plain_run(plain: Plain, tokens: TokenizedPrompt, split:
 def test_zero_shot_runs_against_plain_runs(plain: Plain, tokens: TokenizedPrompt, split: Decomposition) -> None:
     zero_shot = plain.attention(without_demos(tokens)).z[:, -1]
     assert split.z_zero_shot is not None
-    assert_agree(split.z_zero_shot[0], zero_shot, plain.pass_units)
+    assert_agree(split.z_zero_shot, zero_shot, plain.pass_units)
     with plain.hidden(tokens.query.slice, tokens.demonstrations.slice):
         matched = plain.attention(tokens.ids).z[:, -1]
     assert split.z_position_matched is not None
-    assert_agree(split.z_position_matched[0], matched, plain.pass_units)
+    assert_agree(split.z_position_matched, matched, plain.pass_units)
 
 
 def test_merge_is_the_in_context_run(bridge: Any, plain: Plain, prompt: ICLPrompt, tokens: TokenizedPrompt) -> None:
@@ -340,10 +340,21 @@ def test_run_and_report(name: str, bridge: Any, tmp_path: Path) -> None:
         for demo in reviews(start + n).demos[start:]
     ]
     (tmp_path / "sst2.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    sizes = ["--shots", "4", "--seeds", "1", "--queries", "4", "--lr", "1e-3", "--rules", "gd"]
-    small = ["--no-random-weights", "--no-attribution", "--data", tmp_path / "sst2.jsonl"]
+    settings = {
+        "model": name,
+        "task": "sst2",
+        "shots": 3,
+        "seeds": 1,
+        "queries": 2,
+        "lr": LR,
+        "rules": ["gd"],
+        "n_null_draws": 1,
+    }
+    left_out = {"random_weights": False, "attribution": False, "unrelated": False}
+    (tmp_path / "run.json").write_text(json.dumps({**settings, **left_out}), encoding="utf-8")
     out = tmp_path / "run"
-    shown = invoke("run", "--model", name, "--task", "sst2", "--device", "cpu", *sizes, *small, "--out", out)
+    data = ["--data", tmp_path / "sst2.jsonl"]
+    shown = invoke("run", "--config", tmp_path / "run.json", *data, "--device", "cpu", "--out", out)
     assert re.search(r"gd: accuracy ZS [01]\.\d+ .*, ICL [01]\.\d+ .*, FT [01]\.\d+", shown)
     info = wrap(bridge).info
     stored = json.loads((out / "model.json").read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ from rounding import PASS, STEP, SUM, assert_agree
 from torch import Tensor
 
 from metaopt_lens import WeightUpdate, finetune, wrap
-from metaopt_lens._errors import NonFiniteError, OptionError, PromptError
+from metaopt_lens._errors import NonFiniteError, OptionError, PromptError, UnsupportedModelError
 from metaopt_lens.models import Hook, LensModel
 from metaopt_lens.prompts import TokenizedPrompt
 from metaopt_lens.runs import Keep, Run, record, record_batches, run_shared_prefix, softmax_parts, tokenize_for
@@ -34,7 +34,7 @@ TENSORS = ("q", "z", "pattern", "sink", "own_k", "own_v")
 
 
 def prompts_of(model: LensModel, texts: Sequence[Any] = TEXTS) -> list[TokenizedPrompt]:
-    return tokenize_for(model, texts)
+    return [tokenize_for(model, text, require_demos=True) for text in texts]
 
 
 @cache
@@ -166,18 +166,19 @@ def test_the_shared_prefix_is_what_a_shorter_one_begins_with_and_nothing_for_not
     assert prefix.truncate(0) is None
 
 
-def silence(z: Tensor, hook: object = None) -> Tensor:
-    """Head 1 puts out nothing."""
-    z = z.clone()
-    z[:, :, 1] = 0.0
-    return z
+def silence(values: Tensor, hook: object = None) -> Tensor:
+    """Half of every value, or of every head's output, is nothing."""
+    return torch.cat([values[..., :4], torch.zeros_like(values[..., 4:])], dim=-1)
 
 
 class Silenced:
-    """An intervention: head 1 of layer 0 puts out nothing."""
+    """An intervention: half of what the heads of layer 0 read (`at` v) or put out (`at` z) is nothing."""
+
+    def __init__(self, at: str) -> None:
+        self.at = at
 
     def hooks(self, model: LensModel) -> list[Hook]:
-        return [(model.hook_name("z", 0), silence)]
+        return [(model.hook_name(self.at, 0), silence)]
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -185,13 +186,27 @@ def test_any_intervention_changes_the_pass_and_is_seen_by_the_run(name: str) -> 
     """Later layers see what the edit made of z, as in the host with the same edit."""
     model = shared(name)
     (tokens,) = prompts_of(wrap(model), [TEXTS[0]])
-    (runs,) = record(wrap(model), [tokens], settings=("zs", "ft"), update=Silenced(), position="all")
-    assert not runs.ft.z[:, 0, 1].any()
-    assert_agree(runs.ft.z[:, 0, [0, 2, 3]], runs.zs.z[:, 0, [0, 2, 3]], STEP)
+    changed = Silenced("v")
+    (runs,) = record(wrap(model), [tokens], settings=("zs", "ft"), update=changed, position="all")
+    assert not runs.ft.z[:, 0, :, 4:].any()
+    assert_agree(runs.ft.z[:, 0, :, :4], runs.zs.z[:, 0, :, :4], STEP)
     assert (runs.ft.z[:, 1] - runs.zs.z[:, 1]).abs().max() > 1e-4
     zero_shot = runs.ft.tokens
-    oracle = host_z(model, zero_shot.ids, edits=[("blocks.0.attn.hook_z", silence)])[zero_shot.query.slice]
+    oracle = host_z(model, zero_shot.ids, edits=[("blocks.0.attn.hook_z", silence_heads)])[zero_shot.query.slice]
     assert_agree(runs.ft.z[:, 1:], oracle[:, 1:], PASS)
+
+
+def silence_heads(z: Tensor, hook: object = None) -> Tensor:
+    """What `silence` does to values, done to the heads' outputs, which may come as heads or side by side."""
+    heads = z.reshape(*z.shape[:2], 4, 8)  # [batch, dst, head * d_head] -> [batch, dst, head, d_head]
+    return silence(heads).reshape(z.shape)
+
+
+def test_an_intervention_on_head_outputs_is_refused() -> None:
+    """What it leaves is not the sum of parts."""
+    model = wrap(shared("bridge:gpt2"))
+    with pytest.raises(UnsupportedModelError, match=r"of head L0H\d is not what its attention pattern"):
+        record(model, prompts_of(model, [TEXTS[0]]), settings=("ft",), update=Silenced("z"))
 
 
 # ---- what is kept beyond the attention ------------------------------------------------------------------------------
@@ -246,7 +261,7 @@ def test_nan_names_the_first_layer() -> None:
     prompts = prompts_of(wrapped)
     with pytest.raises(NonFiniteError, match=r"the keys of layer 1 hold NaN or infinity.*load the model in float32"):
         record(wrapped, prompts)
-    no_start = tokenize_for(wrapped, [prompt(2, instruction=None)], prepend_bos=False)
+    no_start = [tokenize_for(wrapped, prompt(2, instruction=None), prepend_bos=False)]
     with pytest.raises(NonFiniteError, match=r"layer 1 hold NaN"):
         record(wrapped, no_start, settings=("zs",))
 
@@ -275,7 +290,7 @@ def test_a_run_that_was_not_made_names_those_that_were() -> None:
 
 def test_prompts_without_demonstrations_have_a_zero_shot_run_only() -> None:
     model = wrap(shared("bridge:gpt2"))
-    prompts = tokenize_for(model, [prompt(0, query="w16 w17 :")], require_demos=False)
+    prompts = [tokenize_for(model, prompt(0, query="w16 w17 :"))]
     (runs,) = record(model, prompts, settings=("zs",))
     assert_agree(runs.zs.z, host_z(shared("bridge:gpt2"), prompts[0].ids)[-1:], PASS)
     with pytest.raises(PromptError, match=r"a prompt has no demonstrations.*settings=\('zs',\)"):

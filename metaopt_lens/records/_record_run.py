@@ -14,10 +14,10 @@ from torch import Tensor
 from metaopt_lens._errors import OptionError, UnsupportedModelError
 from metaopt_lens.analysis import Comparison, demonstration_queries, usable_factors
 from metaopt_lens.dual import at_least_float32
-from metaopt_lens.experiments._records import DemoRecord, QueryRecord, write_records
 from metaopt_lens.finetuning import WeightUpdate
 from metaopt_lens.models import LensModel, wrap
 from metaopt_lens.prompts import ICLPrompt
+from metaopt_lens.records._query_record import DemoRecord, QueryRecord, write_records
 from metaopt_lens.runs import (
     Keep,
     Run,
@@ -70,7 +70,7 @@ def write_run_records(
             "the finetuning pass is recorded demonstration by demonstration: finetune with keep_factors=True, "
             "batch_size=1, epochs=1 and order='given'."
         )
-    tokenized = tokenize_for(wrapped, prompts, prepend_bos=prepend_bos)
+    tokenized = [tokenize_for(wrapped, p, prepend_bos=prepend_bos, require_demos=True) for p in prompts]
     if len(prompt_groups(tokenized)) > 1:
         raise OptionError("a recording holds one demonstration set: write each set to a folder of its own.")
     kinds: dict[str, list[QueryRecord | None]] = {kind: [None] * len(prompts) for kind in ("zs", "icl", "ft")}

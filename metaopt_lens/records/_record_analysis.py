@@ -11,7 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from metaopt_lens._errors import UndefinedMetricError
-from metaopt_lens.analysis import Interval, QueryStatistic, Rec2FTP
+from metaopt_lens.analysis import Convention, Interval, QueryStatistic, Rec2FTP
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,7 +87,7 @@ class RecordAnalysis:
     """All metrics of one recording.
 
     Attributes:
-        reference: whether the published programs' choices were used.
+        convention: what the metrics did where their definitions leave a choice.
         shapes: sizes of the recording.
         rec2ftp: the prediction recall with its counts and base rate.
         f2t: queries wrong zero-shot and right both finetuned and in context (the subset ``f2t``).
@@ -95,7 +95,7 @@ class RecordAnalysis:
         notes: what about the recording or the choices a reader must know.
     """
 
-    reference: bool
+    convention: Convention
     shapes: RecordShapes
     rec2ftp: Rec2FTP
     f2t: Bool[Tensor, " query"]
@@ -115,7 +115,7 @@ class RecordAnalysis:
         where = "dai2022.training_attention"
         blocks["dai2022"]["training_attention"] = self._block(_TRAINING, "all", where, undefined)
         return {
-            "reference": self.reference,
+            "convention": self.convention.name,
             "shapes": asdict(self.shapes),
             **blocks,
             "beside": self._beside(undefined),

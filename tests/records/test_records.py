@@ -1,24 +1,22 @@
 """Record files: the golden set written out and read back, damage of every kind, and the worker processes."""
 
 import json
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pytest
 import torch
+from joblib.externals.loky import get_reusable_executor
 
 from metaopt_lens._errors import FileFormatError, OptionError, UndefinedMetricError
-from metaopt_lens.experiments import (
-    DemoRecord,
-    QueryRecord,
-    _record_lines,
-    analyze_records,
-    read_demos,
-    read_queries,
-    write_records,
-)
+from metaopt_lens._json_lines import parse_line
+from metaopt_lens.analysis import Convention
+from metaopt_lens.records import DemoRecord, QueryRecord, analyze_records, read_demos, read_queries, write_records
+from metaopt_lens.records._record_files import LAYOUTS, open_recording
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dai2022"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
@@ -85,52 +83,42 @@ def compare(got, expected, where=""):
         assert got == pytest.approx(expected, abs=tolerance, rel=0), where
 
 
-@pytest.fixture(params=["simdjson", "orjson"])
-def parser(request, monkeypatch):
-    """Both parsers, where the optional one is installed."""
-    if request.param == "orjson":
-        monkeypatch.setattr(_record_lines, "simdjson", None)
-    elif _record_lines.simdjson is None:
-        pytest.skip("pysimdjson is not installed")
-    return request.param
-
-
-def test_parsers_agree(records, recording, parser):
+def test_a_line_becomes_arrays(records, recording):
     """On real numbers, on whole numbers among them, and on numbers that only float64 holds."""
     line = (recording / "icl" / "record_info.jsonl").read_bytes().splitlines()[5]
-    parsed = _record_lines.parse_line(line, "icl")
+    parsed = parse_line(line, LAYOUTS["icl"])
     wanted = records["icl"][5]
     assert np.array_equal(parsed["self_attn_out_hiddens"], wanted.attn_out)
     assert np.array_equal(parsed["attn_map"], wanted.attn_map)
     assert np.array_equal(parsed["attn_map_ctx"], wanted.attn_map_ctx)
     assert "attn_q" not in parsed
-    small = _record_lines.parse_line(b'{"x": 1, "attn_q": [[[1, 2.5], [-3, 1e-3]]]}', "ft")["attn_q"]
+    small = parse_line(b'{"x": 1, "attn_q": [[[1, 2.5], [-3, 1e-3]]]}', LAYOUTS["ft"])["attn_q"]
     assert small.dtype == np.float64
     assert small.tolist() == [[[1.0, 2.5], [-3.0, 1e-3]]]
-    assert _record_lines.parse_line(b'{"attn_q": [[[1, 2.5]]]}', "ft")["attn_q"].dtype == np.float32
+    assert parse_line(b'{"attn_q": [[[1, 2.5]]]}', LAYOUTS["ft"])["attn_q"].dtype == np.float32
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_reference_reproduces_the_golden_numbers(recording, workers, parser):
-    analysis = analyze_records(recording, reference=True, workers=workers)
+def test_the_published_convention_reproduces_the_golden_numbers(recording, workers):
+    analysis = analyze_records(recording, convention=Convention.PUBLISHED, workers=workers)
     result = json.loads(json.dumps(analysis.to_dict(), allow_nan=False))
     for block in ("dai2022", "deutch2024"):
         compare(result[block], EXPECTED[block], f".{block}")
     shapes = {key: value for key, value in EXPECTED["shapes"].items() if key != "n_classes"}
     assert result["shapes"] == shapes
     assert result["undefined"] == {}
-    assert result["reference"] is True
+    assert result["convention"] == "published"
     assert analysis.rec2ftp.require() == 80
 
 
 def test_default_says_what_differs_and_stands_beside_its_nulls(recording):
     analysis = analyze_records(recording)
-    default, reference = analysis.to_dict(), EXPECTED
-    compare(default["dai2022"]["training_attention"], reference["dai2022"]["training_attention"])
+    default, published = analysis.to_dict(), EXPECTED
+    compare(default["dai2022"]["training_attention"], published["dai2022"]["training_attention"])
     layers = default["dai2022"]["all"]["SimAOU"]
-    assert layers[0] == pytest.approx(reference["dai2022"]["all"]["SimAOU"][0])
-    assert layers[1] == pytest.approx(reference["dai2022"]["all"]["SimAOU"][1] * 32 / 31)  # a zero update left out
-    assert default["dai2022"]["all"]["SimAM"][0] != pytest.approx(reference["dai2022"]["all"]["SimAM"][0], abs=1e-3)
+    assert layers[0] == pytest.approx(published["dai2022"]["all"]["SimAOU"][0])
+    assert layers[1] == pytest.approx(published["dai2022"]["all"]["SimAOU"][1] * 32 / 31)  # a zero update left out
+    assert default["dai2022"]["all"]["SimAM"][0] != pytest.approx(published["dai2022"]["all"]["SimAM"][0], abs=1e-3)
     beside = default["beside"]
     assert beside["base_rate"] == pytest.approx(100 * 13 / beside["zs_wrong"])
     assert beside["null"]["token-level recall_topk"] == [100 / 202] * 3
@@ -159,7 +147,7 @@ def test_the_thread_count_is_restored(recording):
 
 
 def test_frame_is_tidy(recording):
-    analysis = analyze_records(recording, reference=True)
+    analysis = analyze_records(recording, convention=Convention.PUBLISHED)
     frame = analysis.to_frame()
     assert list(frame.columns) == ["metric", "subset", "layer", "value", "n_queries", "null", "low", "high"]
     rows = frame[(frame["metric"] == "SimAOU") & (frame["subset"] == "f2t")]
@@ -201,19 +189,19 @@ def test_numbers_beyond_float32_are_kept(records, tmp_path):
 
 def test_demonstrations_beyond_the_context_are_left_out(records, recording, tmp_path):
     extra = {**records, "ft": [*records["ft"], DemoRecord(torch.ones(3, 5, 32))]}
-    analysis = analyze_records(write_records(tmp_path / "r", **extra), reference=True)
+    analysis = analyze_records(write_records(tmp_path / "r", **extra), convention=Convention.PUBLISHED)
     compare(analysis.to_dict()["dai2022"], EXPECTED["dai2022"])
     assert "the context holds the first 8 of 9 demonstrations: the rest is unused" in analysis.notes
 
 
-def test_reference_reads_100_queries_for_training_attention(records, tmp_path):
+def test_the_published_convention_reads_100_queries_for_training_attention(records, tmp_path):
     many = {k: v if k == "ft" else (v * 4)[:110] for k, v in records.items()}
     root = write_records(tmp_path / "many", **many)
-    reference, default = (analyze_records(root, reference=r) for r in (True, False))
-    assert len(reference.metrics["token-level kendall"].per_query.values) == 100
+    published, default = (analyze_records(root, convention=c) for c in (Convention.PUBLISHED, Convention.DEFAULT))
+    assert len(published.metrics["token-level kendall"].per_query.values) == 100
     assert len(default.metrics["token-level kendall"].per_query.values) == 110
-    assert len(reference.metrics["SimAOU"].per_query.values) == 110
-    assert "attention to training tokens uses the first 100 of 110 queries" in reference.notes
+    assert len(published.metrics["SimAOU"].per_query.values) == 110
+    assert "attention to training tokens uses the first 100 of 110 queries" in published.notes
 
 
 def test_undefined_metrics_are_none_with_a_reason(copy):
@@ -246,9 +234,12 @@ def test_single_query_has_no_other_query_null(records, tmp_path):
 def test_a_zero_hidden_state_is_undefined_not_an_error(records, tmp_path):
     zero = replace(records["zs"][0], attn_out=torch.zeros(3, 32))
     root = write_records(tmp_path / "zero", **{**records, "zs": [zero, *records["zs"][1:]]})
-    default, reference = (analyze_records(root, reference=r).metrics["SimAOU"].per_query for r in (False, True))
+    default, published = (
+        analyze_records(root, convention=c).metrics["SimAOU"].per_query
+        for c in (Convention.DEFAULT, Convention.PUBLISHED)
+    )
     assert default.n_defined.tolist() == [31, 30, 31]
-    assert reference.n_defined.tolist() == [32, 32, 32]
+    assert published.n_defined.tolist() == [32, 32, 32]
 
 
 def test_missing_folder(copy):
@@ -302,7 +293,7 @@ def test_blank_lines_and_a_missing_last_newline_are_fine(copy):
         ("ft", lambda _: '{"attn_q": [[1, 2]]}\n', r"line 2 needs 3 levels of non-empty lists in 'attn_q', level 3"),
     ],
 )
-def test_damaged_line_is_named(copy, kind, change, message, workers, parser):
+def test_damaged_line_is_named(copy, kind, change, message, workers):
     edit(copy / kind / "record_info.jsonl", 2, change)
     with pytest.raises(FileFormatError, match=message):
         analyze_records(copy, workers=workers)
@@ -345,7 +336,11 @@ def test_context_must_fit_the_demonstrations(copy):
 
 def test_a_dead_worker_is_replaced_by_this_process(copy, monkeypatch):
     wanted = analyze_records(copy).to_dict()
+    get_reusable_executor(max_workers=2).shutdown(wait=True)  # so that new workers are started
     monkeypatch.setattr("sys.executable", "/bin/false")
+    lines = open_recording(copy).lines["ft"]
+    with pytest.raises(BrokenProcessPool):
+        joblib.Parallel(n_jobs=2)(joblib.delayed(len)(line.path) for line in lines)
     assert analyze_records(copy, workers=2).to_dict() == wanted
 
 

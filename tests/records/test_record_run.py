@@ -10,9 +10,9 @@ import torch
 from hosts import build, host_values, shared
 
 from metaopt_lens import Demo, ICLPrompt, MetaoptLensError
-from metaopt_lens.analysis import Comparison, compare
-from metaopt_lens.experiments import analyze_records, read_demos, read_queries, write_run_records
+from metaopt_lens.analysis import Comparison, Convention, compare
 from metaopt_lens.finetuning import WeightUpdate, finetune
+from metaopt_lens.records import analyze_records, read_demos, read_queries, write_run_records
 
 F64 = torch.float64
 DEMOS = [("w30 w31", "w32"), ("w34", "w36 w37"), ("w38 w39 w40", "w32"), ("w42", "w36 w37"), ("w46", "w32")]
@@ -33,7 +33,7 @@ def run(name: str, texts: list[ICLPrompt], **options: Any) -> tuple[WeightUpdate
     bos = options.get("prepend_bos")
     update = finetune(model, texts[0], lr=1.0, keep_factors=True, prepend_bos=bos, progress=False)
     options = {
-        "reference": True,
+        "convention": Convention.PUBLISHED,
         "top_k": 8,
         "n_null_draws": 1,
         "label_shuffled": False,
@@ -53,7 +53,7 @@ def test_analyzing_our_records_gives_compares_numbers(
     texts = prompts(instruction)
     update, found = run(name, texts, prepend_bos=bos)
     write_run_records(tmp_path, shared(name, F64), texts, update, found, prepend_bos=bos)
-    analysis = analyze_records(tmp_path, reference=True, top_k={"token": 8, "example": 2})
+    analysis = analyze_records(tmp_path, convention=Convention.PUBLISHED, top_k={"token": 8, "example": 2})
     names = {
         "SimAOU": "SimAOU",
         "SimAOU unnormalised": "SimAOU unnormalised",
