@@ -13,7 +13,7 @@ _FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 _VALUE, _NULLS = "#1f5fa8", ("#d1495b", "#edae49", "#66a182", "#8d6a9f", "#7f8c8d", "#b08968")
 _SHORT_NAME = 28  # characters that fit half the width of a figure
 _ABOVE, _PLOT, _AXIS, _LEGEND_ROW = 64, 230, 44, 19  # heights of the parts of a curve's figure, in pixels
-_DASHES = ("dash", "dot", "dashdot", "longdash", "longdashdot", "solid")
+_DASHES = ("dash", "dot", "dashdot", "longdash", "longdashdot")  # another number than colours: no pair comes twice
 
 
 @draws(Comparison, "plot")
