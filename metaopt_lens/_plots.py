@@ -1,18 +1,18 @@
 """How results draw themselves without importing what draws.
 
 `metaopt_lens.viz` marks its functions with `draws` when it is imported; a result's method calls `draw`, which finds the
-function by the result's class. The package's root says what to import when nothing has been drawn yet.
+function by the result's class. The package's root imports `viz` when the first picture is asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, TypeVar
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _FUNCTIONS: dict[tuple[type, str], Callable[..., Any]] = {}
-_LOADERS: list[Callable[[], Any]] = []
 
 
 def draws(kind: type, method: str) -> Callable[[_Function], _Function]:
@@ -33,15 +33,6 @@ def draws(kind: type, method: str) -> Callable[[_Function], _Function]:
     return mark
 
 
-def load_with(load: Callable[[], Any]) -> None:
-    """Say what imports the functions that draw; it is called before the first picture.
-
-    Args:
-        load: imports a package whose functions are marked with `draws`.
-    """
-    _LOADERS.append(load)
-
-
 def draw(result: Any, method: str, *arguments: Any) -> Any:
     """Draw a result with the function marked for its class.
 
@@ -56,8 +47,7 @@ def draw(result: Any, method: str, *arguments: Any) -> Any:
     Raises:
         LookupError: no function draws that class (a mistake in the package).
     """
-    for load in _LOADERS:
-        load()
+    _ = import_module("metaopt_lens").viz  # the package's root imports it at first use
     for kind in type(result).__mro__:
         if (kind, method) in _FUNCTIONS:
             return _FUNCTIONS[kind, method](result, *arguments)

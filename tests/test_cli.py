@@ -224,7 +224,7 @@ def test_unknown_models_are_refused(prompt_file: Path, tmp_path: Path) -> None:
     line = refused("decompose", "--model", "no-such-model-xyz", "--prompt", prompt_file)
     assert "'no-such-model-xyz' was not found" in line
     assert "give a local folder" in line
-    assert "there is no folder" in refused("decompose", "--model", tmp_path / "no", "--prompt", prompt_file)
+    assert "there is no file or folder" in refused("decompose", "--model", tmp_path / "no", "--prompt", prompt_file)
 
 
 def test_unknown_words_and_positions_are_refused(prompt_file: Path) -> None:

@@ -42,7 +42,8 @@ def show_decomposition(
     say(repr(result))
     if len(items) == 1:
         console.print(prompt_text(items[0]), soft_wrap=True)
-    for note in dict.fromkeys(note for item in items for note in (item.tokenized.bos_note, item.tokenized.warning)):
+    notes = (note for item in items for note in (item.tokenized.bos_note, item.tokenized.warning))
+    for note in dict.fromkeys(notes):
         if note:
             console.print(note, style="dim", markup=False, soft_wrap=True)
     console.print(labels_text(answers[0]) if len(items) == 1 else answers_text(items, answers))

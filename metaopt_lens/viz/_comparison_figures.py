@@ -11,8 +11,9 @@ from metaopt_lens.analysis import Comparison, Statistic
 
 _FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 _VALUE, _NULLS = "#1f5fa8", ("#d1495b", "#edae49", "#66a182", "#8d6a9f", "#7f8c8d", "#b08968")
+_SHORT_NAME = 28  # characters that fit half the width of a figure
 _ABOVE, _PLOT, _AXIS, _LEGEND_ROW = 64, 230, 44, 19  # heights of the parts of a curve's figure, in pixels
-_DASHES = ("dash", "dot", "dashdot", "longdash", "longdashdot", "solid")
+_DASHES = ("dash", "dot", "dashdot", "longdash", "longdashdot")  # another number than colours: no pair comes twice
 
 
 @draws(Comparison, "plot")
@@ -98,14 +99,16 @@ def _layer_curves(comparison: Comparison, statistic: Statistic) -> go.Figure:
         line = {"color": _NULLS[index % len(_NULLS)], "dash": _DASHES[index % len(_DASHES)]}
         figure.add_trace(go.Scatter(x=depth, y=curve, mode="lines", line=line, name=f"{name} null"))
     figure.update_xaxes(title={"text": "layer", "standoff": 4}, dtick=max(1, len(depth) // 12))
-    rows = -(-len(figure.data) // 2)  # the legend's: two columns below a plot of fixed height
+    # The legend stands below a plot of fixed height, in two columns where the names fit.
+    columns = 2 if max(len(trace.name) for trace in figure.data) <= _SHORT_NAME else 1
+    rows = -(-len(figure.data) // columns)
     below = _AXIS + _LEGEND_ROW * rows
     figure.update_layout(
         height=_ABOVE + _PLOT + below,
         margin={"l": 44, "r": 10, "t": _ABOVE, "b": below},
         legend={
             **{"orientation": "h", "yref": "paper", "y": -_AXIS / _PLOT, "yanchor": "top", "x": 0},
-            **{"entrywidth": 0.48, "entrywidthmode": "fraction", "font": {"size": 10}},
+            **{"entrywidth": 0.96 / columns, "entrywidthmode": "fraction", "font": {"size": 10}},
         },
         font={"family": _FONT, "size": 12},
         plot_bgcolor="#eef1f4",

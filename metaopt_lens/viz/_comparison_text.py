@@ -37,7 +37,7 @@ def comparison_text(comparison: Comparison) -> Table:
 
 def _terminal_table(title: str) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.pad_edge = False
+    table.pad_edge = table.show_edge = False
     return table
 
 

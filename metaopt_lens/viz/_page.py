@@ -144,7 +144,7 @@ def _prompt(item: Decomposition, answer: LabelPrediction | None, refs: list[Head
         "n_demos": len(tokenized.demos),
         "n_demo_tokens": len(tokenized.demonstrations),
         "n_query_tokens": len(tokenized.query),
-        "tokenizing": " ".join(note for note in (tokenized.bos_note, tokenized.warning) if note),
+        "notes": [note for note in (tokenized.bos_note, tokenized.warning) if note],
         "position": None if item.keep_position_axis else item.positions[0],
         "token": tokenized.tokens[item.positions[0]].strip() or "␣",
         "pieces": [(*row[:3], _stripped(row[3])) for row in rows],

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from metaopt_lens import Decomposition
+from metaopt_lens import Decomposition, DecompositionSet
 from metaopt_lens.experiments import ExperimentResult
 from metaopt_lens.viz import token_view, write_comparison_page, write_page, write_report
 
@@ -148,3 +148,26 @@ def test_comparison_page_is_drawn_without_network(run: ExperimentResult, visit: 
     assert page.locator(".js-plotly-plot").count() >= 8
     assert visit.problems == []
     assert visit.requests == [page_file.as_uri()]
+
+
+def test_nothing_is_cut_off_on_a_desk_or_a_phone(
+    run: ExperimentResult, several: DecompositionSet, visit: Visit, tmp_path: Path
+) -> None:
+    """At 1400 pixels open tables show all their columns; at 390 no page scrolls sideways and the verdict is text."""
+    report = write_report([run], tmp_path / "report.html")["page"]
+    page = visit.page
+    page.set_viewport_size({"width": 1400, "height": 900})
+    visit.open(report)
+    tables = page.locator(".ml-scroll:not(details *)")
+    widths = tables.evaluate_all("(all) => all.map((el) => [el.scrollWidth, el.clientWidth])")
+    assert len(widths) >= 4
+    assert [pair for pair in widths if pair[0] > pair[1]] == []
+    page.set_viewport_size({"width": 390, "height": 900})
+    sentences = page.locator(".ml-findings td:nth-child(3)")
+    assert min(cell.bounding_box()["width"] for cell in sentences.all()) > 300
+    answers = [item.predict() for item in several]
+    for path in (report, write_page(several, tmp_path / "page.html", predictions=answers)):
+        page.goto(path.as_uri())
+        page.wait_for_function("[...document.querySelectorAll('.ml-cv')].every((el) => el.dataset.ready)")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert visit.problems == []

@@ -57,6 +57,15 @@ def test_recovery_of_single_queries_is_undefined_and_said_in_words(run: Experime
     assert seeds[["heads_needed", "heads_low", "heads_high"]].isna().all().all()
 
 
+def test_columns_are_named_by_words(run: ExperimentResult, tmp_path: Path) -> None:
+    """No heading of the page is a raw column name; the CSV files keep theirs."""
+    written = write_report([run], tmp_path / "report.html")
+    headings = re.findall(r"<th>(.*?)</th>", written["page"].read_text(encoding="utf-8"))
+    assert "value from" in headings  # of the stored table `summary`
+    assert [heading for heading in headings if "_" in heading] == []
+    assert "value_low" in pd.read_csv(written["summary"]).columns
+
+
 def test_several_runs_are_compared(run: ExperimentResult, tmp_path: Path) -> None:
     written = write_report([run, run], tmp_path / "both.html")
     html = written["page"].read_text(encoding="utf-8")
