@@ -86,7 +86,10 @@ def package(session: nox.Session) -> None:
     if wheel.read_bytes() != twin.read_bytes():
         session.error("the wheel built from the sdist differs from the one built from the working tree.")
     names = zipfile.ZipFile(wheel).namelist()
-    needed = ("py.typed", "data/model.safetensors", "data/tokenizer.json", "assets/page.css", "assets/page.js")
+    needed = (
+        *("py.typed", "data/model.safetensors", "data/tokenizer.json", "assets/page.css", "assets/page.js"),
+        *("viz/templates/base.html.j2", "training/templates/momentum.html.j2"),
+    )
     missing = [name for name in needed if not any(found.endswith(name) for found in names)]
     extra = [name for name in names if not name.startswith("metaopt_lens")]
     if missing or extra:

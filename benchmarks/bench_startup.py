@@ -46,7 +46,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     codes = {"transformer_lens": HOST, "both": BOTH, "help": RUN.format(arguments=["--help"])}
-    if (Path(__file__).parents[1] / "metaopt_lens" / "cli.py").is_file():
+    if (Path(__file__).parents[1] / "metaopt_lens" / "cli").is_dir():
         codes["demo"] = RUN.format(arguments=["demo"])
     for code in codes.values():
         run(code)  # byte code and file cache

@@ -28,6 +28,7 @@ ORDER = (
     "interventions",
     "analysis",
     "experiments",
+    "records",
     "training",
     "viz",
     "runs",

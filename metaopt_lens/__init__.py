@@ -3,7 +3,10 @@
 Names are loaded when first used, so that ``import metaopt_lens`` costs nothing.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING
+
+from metaopt_lens._plots import load_with as _load_plots_with
 
 if TYPE_CHECKING:
     from metaopt_lens._errors import MetaoptLensError as MetaoptLensError
@@ -56,9 +59,11 @@ _HOME = {
 
 __all__ = [*sorted(_HOME)]
 
+_load_plots_with(lambda: import_module("metaopt_lens.viz"))
+
 
 def __getattr__(name: str) -> object:
-    from importlib import import_module, metadata
+    from importlib import metadata
 
     if name == "__version__":
         return metadata.version("metaopt-lens")

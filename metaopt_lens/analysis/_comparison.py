@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metaopt_lens._codec import Stored
 from metaopt_lens._errors import OptionError, UndefinedMetricError
+from metaopt_lens._plots import draw
 from metaopt_lens.analysis._interval import (
     MIN_SETS_TO_TEST,
     Interval,
@@ -303,9 +304,7 @@ class Comparison(Stored):
 
     def plot(self, statistic: str = "z total") -> Any:
         """A plotly figure: layer x head map of a statistic, its main null next to it."""
-        from metaopt_lens.viz import comparison_map
-
-        return comparison_map(self, statistic)
+        return draw(self, "plot", statistic)
 
     # ---- storing ------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from metaopt_lens._codec import NOT_STORED, Stored, stored_as
 from metaopt_lens._errors import ModelMismatchError, OptionError, SpanError
+from metaopt_lens._plots import draw
 from metaopt_lens._types import HeadRef, TokenSpan
 from metaopt_lens.decomposition._decomposition_frame import decomposition_frame
 from metaopt_lens.decomposition._effects import Effects, ResidualParts, effects_of
@@ -301,15 +302,11 @@ class Decomposition(Stored):
 
     def plot(self, value: str = "mass") -> Any:
         """A plotly layer x head map of a column of `to_frame` (mass, norms, fidelity, ...)."""
-        from metaopt_lens.viz import head_map
-
-        return head_map(self, value)
+        return draw(self, "plot", value)
 
     def attention_view(self, heads: Sequence[str | HeadRef | tuple[int, int]] | None = None) -> Any:
         """circuitsvis: attention of chosen heads over the tokens, demonstrations marked (default: the strongest)."""
-        from metaopt_lens.viz import attention_view
-
-        return attention_view(self, heads)
+        return draw(self, "attention_view", heads)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write ``path.safetensors`` and ``path.json``, with `strength` where it is known; returns the latter."""

@@ -184,7 +184,7 @@ class _Run:
         bar = tqdm(
             total=sum(p.share for p in todo),
             desc=f"{self.config.model} on {self.task.name}",
-            bar_format="{desc}: {percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} left{postfix}",
+            bar_format="{desc}: {percentage:3.0f}% |{bar}| {elapsed} elapsed, {remaining} left{postfix}",
             disable=None if progress else True,
         )
         with bar:

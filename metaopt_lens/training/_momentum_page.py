@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
 from metaopt_lens._storage import provenance, write_text
 from metaopt_lens.training import MomentumComparison
-from metaopt_lens.viz._assets import page
-from metaopt_lens.viz._html import facts, figure, section, sortable_table
+from metaopt_lens.viz._render import render
 
 _COLOURS = {"plain": "#6b7780", "momentum": "#1f6feb"}
 _FILL = {"plain": "rgba(107,119,128,.25)", "momentum": "rgba(31,111,235,.25)"}
@@ -107,51 +106,51 @@ def loss_figure(comparison: MomentumComparison) -> go.Figure:
 
 
 def write_momentum_page(comparisons: Sequence[MomentumComparison], path: str | os.PathLike[str]) -> Path:
-    """Write a self-contained page: every metric with its paired differences, training losses, etas, settings."""
-    heading = "Plain and momentum attention, trained in pairs"
-    body = [
-        f"<header><h1>{heading}</h1><p>Language models trained from scratch, with and without the moving average of "
-        "past values that momentum attention adds to every head (arXiv:2212.10559). The two models of a pair share "
-        "seed, initial weights, data order and budget. Intervals are Student's, over seeds.</p></header>"
-    ]
-    for number, comparison in enumerate(comparisons):
-        body.append(_experiment(comparison, f"{number}"))
-    body.append(section("Made with", facts({escape(k): escape(str(v)) for k, v in provenance().items()})))
-    return write_text(path, page(heading, "\n".join(body), with_plotly=True))
+    """Write a self-contained page: every metric with its paired differences, training losses, etas, settings.
 
+    Args:
+        comparisons: finished comparisons, one section each.
+        path: the file to write.
 
-def _experiment(comparison: MomentumComparison, key: str) -> str:
-    config, summary = comparison.config, comparison.summary()
-    metrics = [m for m in summary["metric"].unique() if not str(m).startswith("last training loss")]
-    plots = "".join(
-        figure(momentum_figure(comparison, str(m)), f"momentum-{key}-{i}", str(m)) for i, m in enumerate(metrics)
+    Returns:
+        The path.
+    """
+    html = render(
+        "momentum.html.j2",
+        package="metaopt_lens.training",
+        heading="Plain and momentum attention, trained in pairs",
+        experiments=[_experiment(comparison) for comparison in comparisons],
+        provenance=provenance(),
     )
-    if comparison.momentum[0].history:
-        plots += "".join(
-            figure(history_figure(comparison, str(m)), f"momentum-{key}-history-{i}", f"{m}, during training")
-            for i, m in enumerate(metrics)
-        )
-    seconds = comparison.seconds_per_step
-    lags = config.momentum.lags
-    settings = {
-        "model": f"{config.model.n_layers} layers x {config.model.n_heads} heads, d_model {config.model.d_model}, "
-        f"context {config.model.n_ctx}",
-        "eta": f"learned, from {config.momentum.eta:g}" if config.momentum.learned else f"{config.momentum.eta:g}",
-        "average": f"a control: only the last {lags} tokens" if lags else "of all past tokens",
-        "corpus": config.data.name or config.data.path or config.data.source,
-        "training": f"{config.optimizer.steps} steps of {config.optimizer.batch} sequences, lr {config.optimizer.lr:g}",
-        "seeds": ", ".join(map(str, comparison.seeds)),
-        "time per step": f"plain {seconds['plain']:.3f} s, momentum {seconds['momentum']:.3f} s",
+    return write_text(path, html)
+
+
+def _experiment(comparison: MomentumComparison) -> dict[str, Any]:
+    config, summary = comparison.config, comparison.summary()
+    metrics = [str(m) for m in summary["metric"].unique() if not str(m).startswith("last training loss")]
+    seconds, lags = comparison.seconds_per_step, config.momentum.lags
+    return {
+        "name": config.name,
+        "note": config.note,
+        "settings": {
+            "model": f"{config.model.n_layers} layers x {config.model.n_heads} heads, d_model {config.model.d_model}, "
+            f"context {config.model.n_ctx}",
+            "eta": f"learned, from {config.momentum.eta:g}" if config.momentum.learned else f"{config.momentum.eta:g}",
+            "average": f"a control: only the last {lags} tokens" if lags else "of all past tokens",
+            "corpus": config.data.name or config.data.path or config.data.source,
+            "training": f"{config.optimizer.steps} steps of {config.optimizer.batch} sequences, "
+            f"lr {config.optimizer.lr:g}",
+            "seeds": ", ".join(map(str, comparison.seeds)),
+            "time per step": f"plain {seconds['plain']:.3f} s, momentum {seconds['momentum']:.3f} s",
+        },
+        "metrics": [(metric, momentum_figure(comparison, metric)) for metric in metrics],
+        "histories": [
+            (metric, history_figure(comparison, metric)) for metric in metrics if comparison.momentum[0].history
+        ],
+        "summary": summary,
+        "loss": loss_figure(comparison),
+        "etas": _etas(comparison) if config.momentum.learned else None,
     }
-    parts = [
-        facts({escape(name): escape(str(value)) for name, value in settings.items()}),
-        plots,
-        sortable_table(summary),
-        figure(loss_figure(comparison), f"momentum-{key}-loss", "Training loss of every run, mean of 20 steps"),
-    ]
-    if config.momentum.learned:
-        parts.append(sortable_table(_etas(comparison)))
-    return section(config.name, "".join(parts), escape(config.note))
 
 
 def _etas(comparison: MomentumComparison) -> pd.DataFrame:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from statistics import mean, median
 from typing import Any
 
@@ -76,39 +75,25 @@ def comparison_sentences(comparison: Comparison) -> list[str]:
 # ---- page -----------------------------------------------------------------------------------------------------------
 
 
-def answer_html(answer: LabelPrediction) -> str:
-    """Candidates with absolute probability and share, the model's first choices, rank and warning."""
+def answer_context(answer: LabelPrediction) -> dict[str, Any]:
+    """What ``answer.html.j2`` shows: candidates, first choices, rank and warning."""
     settings = _settings(answer)
-    parts = ["<h3>What the model answers</h3>"]
-    if answer.labels:
-        head = "".join(f"<th>{name}</th>" for name, *_ in settings)
-        rows = "".join(
-            f"<tr><td>{escape(_label(answer, label))}</td>"
-            + "".join(
-                f"<td{' class=ml-best' if label == best else ''}>{float(own.probabilities[i]):.1%}"
-                f"<small>{shares[i]:.1%}</small></td>"
-                for _, best, shares, own in settings
+    return {
+        "ticked": _ticked(answer),
+        "settings": [{"name": name, "mass": own.mass, "top": _top(own)} for name, _, _, own in settings],
+        "candidates": [
+            (
+                _label(answer, label),
+                [
+                    {"best": label == best, "probability": float(own.probabilities[i]), "share": shares[i]}
+                    for _, best, shares, own in settings
+                ],
             )
-            + "</tr>"
             for i, label in enumerate(answer.labels)
-        )
-        total = "".join(f"<td>{own.mass:.1%}<small></small></td>" for *_, own in settings)
-        parts.append(
-            '<p class="ml-quiet">Probability of each candidate label, in grey its share among the candidates.'
-            f"{_ticked(answer)}</p>"
-            f'<table class="ml-answers"><thead><tr><th>candidate</th>{head}</tr></thead>'
-            f"<tbody>{rows}</tbody><tfoot><tr><td>together</td>{total}</tr></tfoot></table>"
-        )
-    parts.append('<p class="ml-quiet">The most probable next tokens of the whole vocabulary.</p><dl class="ml-tops">')
-    for name, _, _, own in settings:
-        tokens = "".join(f"<span><code>{escape(text)}</code> {value:.1%}</span>" for text, value in _top(own))
-        parts.append(f"<div><dt>{name}</dt><dd>{tokens}</dd></div>")
-    parts.append("</dl>")
-    if answer.correct is not None:
-        parts.append(f'<p class="ml-quiet">{escape(answer_sentences(answer)[0])}</p>')
-    if answer.mass_note is not None:
-        parts.append(f'<p class="ml-notice">{escape(answer.mass_note)}</p>')
-    return "".join(parts)
+        ],
+        "rank": answer_sentences(answer)[0] if answer.correct is not None else None,
+        "mass_note": answer.mass_note,
+    }
 
 
 # ---- terminal -------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from metaopt_lens._plots import draws
 from metaopt_lens.decomposition import Decomposition, DecompositionSet
 from metaopt_lens.viz._table import head_grid, measure, n_averaged
 
@@ -15,6 +16,7 @@ _HEIGHTS = (200, 720)
 _FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 
 
+@draws(Decomposition, "plot")
 def head_map(result: Decomposition | DecompositionSet, value: str = "mass") -> go.Figure:
     """A layer x head map of a numeric column of `to_frame()`, or of `meta_gradient_share`.
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -16,12 +15,11 @@ from metaopt_lens._errors import OptionError
 from metaopt_lens._storage import atomic_path, write_text
 from metaopt_lens.analysis import Comparison, findings, headline
 from metaopt_lens.experiments import ExperimentResult, published_numbers
-from metaopt_lens.viz._assets import page
-from metaopt_lens.viz._comparison import comparison_map
-from metaopt_lens.viz._comparison_page import maps_sections, predictions_section, summary_section
-from metaopt_lens.viz._effects import heat_map
-from metaopt_lens.viz._heads import N_STRONGEST
-from metaopt_lens.viz._html import facts, figure, section, sortable_table
+from metaopt_lens.viz._chosen_heads import N_STRONGEST
+from metaopt_lens.viz._comparison_figures import comparison_map
+from metaopt_lens.viz._comparison_page import comparison_context
+from metaopt_lens.viz._effects_map import heat_map
+from metaopt_lens.viz._render import render, words
 from metaopt_lens.viz._views import attention_view, token_view
 
 _RULES = {"gd": "ordinary gradient descent", "lcgd": "layer-causal gradient descent"}
@@ -32,160 +30,7 @@ _CITATIONS = (
     "2024. arXiv:2311.07772.",
     "Nanda, N., Bloom, J. (2022). TransformerLens.",
 )
-
-
-def write_report(
-    runs: Sequence[ExperimentResult], path: str | os.PathLike[str], *, title: str | None = None
-) -> dict[str, Path]:
-    """Write the page and the tables; several runs are compared first, then shown one after the other.
-
-    The page carries everything it needs, forbids itself to load anything, and prints well.
-
-    Args:
-        path: the HTML file; tables go to a folder of the same name with ``-tables`` instead of the ending.
-
-    Returns:
-        Paths by name: ``page`` and one entry per table.
-
-    Raises:
-        OptionError: no runs, or one that is not finished.
-    """
-    if not runs:
-        raise OptionError("a report needs at least one run.")
-    for run in runs:
-        if not run.is_complete:
-            raise OptionError(f"the run in {run.path} is not finished: run it again to go on, then report.")
-    target = Path(path)
-    heading = title or _title(runs)
-    body = [f"<header><h1>{escape(heading)}</h1>{_lead()}</header>"]
-    if len(runs) > 1:
-        body.append(_across(runs))
-    for number, run in enumerate(runs):
-        body += _run_sections(run, prefix=f"{number}-", name=_name(run) if len(runs) > 1 else "")
-    body += [_tables(runs), _citations()]
-    written = {"page": write_text(target, page(heading, "\n".join(body), with_plotly=True))}
-    folder = target.with_name(target.stem + "-tables")
-    for name, frame in _all_tables(runs):
-        with atomic_path(folder / f"{name}.csv") as temporary:
-            frame.to_csv(temporary, index=False)
-        written[name] = folder / f"{name}.csv"
-    return written
-
-
-def _name(run: ExperimentResult) -> str:
-    return f"{Path(run.config.model).name} on {run.task.name}, {run.config.shots} shots"
-
-
-def _title(runs: Sequence[ExperimentResult]) -> str:
-    if len(runs) == 1:
-        return f"Is in-context learning gradient descent? {_name(runs[0])}"
-    return f"Is in-context learning gradient descent? {len(runs)} runs"
-
-
-def _lead() -> str:
-    return (
-        "<p>The same demonstrations are given to a model in context, and learned by the same model through gradient "
-        "descent on its key and value projections. This report holds the two changes against each other, head by head, "
-        "and every similarity against what chance, any query, or any finetuning would give.</p>"
-    )
-
-
-# ---- one run ------------------------------------------------------------------------------------------------------
-
-
-def _run_sections(run: ExperimentResult, *, prefix: str, name: str) -> list[str]:
-    parts = [f'<h2 class="ml-run">{escape(name)}</h2>'] if name else []
-    for rule in run.config.rules:
-        found = run.comparison(rule)
-        parts.append(_verdict(found, rule))
-    parts.append(_accuracies(run))
-    for rule in run.config.rules:
-        found = run.comparison(rule)
-        label = f" ({_RULES[rule]})" if len(run.config.rules) > 1 else ""
-        parts.append(summary_section(found, f"Similarities and their nulls{label}"))
-        published = _published(run, rule, found)
-        if published:
-            parts.append(published)
-        parts += maps_sections(found, prefix=f"{prefix}{rule}-", label=label)
-    parts += [_attribution(run, prefix), _examples(run), _methods(run), _made_with(run)]
-    return [part for part in parts if part]
-
-
-def _verdict(comparison: Comparison, rule: str) -> str:
-    answers = findings(comparison)
-    rows = "".join(
-        f'<tr><td>{escape(f.question)}</td><td class="ml-answer ml-{f.answer}">{f.answer}</td>'
-        f"<td>{escape(f.sentence)}</td></tr>"
-        for f in answers
-    )
-    note = (
-        f"Finetuning by {_RULES[rule]}; intervals {escape(comparison.scope)}. <em>yes</em>: the 95 % interval lies "
-        "above 0, <em>no</em>: below, <em>unclear</em>: it holds 0, <em>undecided</em>: the data cannot say."
-    )
-    return section(
-        f"Verdict: {_RULES[rule]}",
-        f'<p class="ml-verdict">{escape(headline(answers))}</p>'
-        f'<table class="ml-findings"><tbody>{rows}</tbody></table>',
-        note,
-    )
-
-
-def _accuracies(run: ExperimentResult) -> str:
-    rules = run.config.rules
-    return "".join(
-        predictions_section(run.comparison(rule), f"Predictions, {_RULES[rule]}" if len(rules) > 1 else "Predictions")
-        for rule in rules
-    )
-
-
-def _published(run: ExperimentResult, rule: str, comparison: Comparison) -> str:
-    numbers = published_numbers(run.config.model, run.task.name, rule)
-    if not numbers:
-        return ""
-    own = {row["quantity"]: 100 * row["value"] for row in comparison.accuracies().to_dict("records")}
-    own["Rec2FTP"] = comparison.rec2ftp().value
-    own |= {row["statistic"]: row["value"] for row in comparison.summary().to_dict("records")}
-    rows = [
-        {"quantity": n.quantity, "published": n.value, "here": own.get(n.quantity), "source": n.source} for n in numbers
-    ]
-    note = (
-        "The published runs chose seed and learning rate by validation accuracy and recorded the attention output at "
-        "the label token of class 0; this run reads the token that predicts the label."
-    )
-    return section("Against the published numbers", sortable_table(pd.DataFrame(rows)), note)
-
-
-def _attribution(run: ExperimentResult, prefix: str) -> str:
-    if "attributions" not in run.table_names:
-        return ""
-    table = run.table("attributions")
-    plots = []
-    for number, (metric, group) in enumerate(table.groupby("metric", sort=False)):
-        grid = group.pivot(index="layer", columns="head", values="exact")
-        bound = max(float(grid.abs().to_numpy().max()), 1e-9)
-        plot = go.Figure(heat_map(grid.to_numpy().tolist(), bound))
-        plot.update_layout(height=min(max(130 + 26 * len(grid), 220), 720), margin={"l": 44, "r": 10, "t": 20, "b": 40})
-        plot.update_xaxes(title="head", dtick=1)
-        plot.update_yaxes(title="layer", autorange="reversed", dtick=1)
-        caption = f"{_words(metric)}: what is lost when the head's meta-gradient alone is knocked out"
-        plots.append(figure(plot, f"{prefix}attribution-{number}", caption))
-    rows = run.table("attribution_recovery").to_dict("records")
-    sentences = "".join(f"<p>{escape(_recovered(row))}</p>" for row in rows)
-    ranked = table.sort_values("rank", kind="stable").head(40)[list(_HEAD_TITLES)].rename(columns=_HEAD_TITLES)
-    seeds = run.table("attribution_seeds")[list(_SEED_TITLES)]
-    counts = {c: seeds[c].map(_count) for c in ("heads_needed", "heads_low", "heads_high")}
-    seeds = seeds.assign(**counts, metric=seeds["metric"].map(_words)).rename(columns=_SEED_TITLES)
-    ranked = ranked.assign(metric=ranked["metric"].map(_words))
-    body = f'<div class="ml-maps">{"".join(plots)}</div><h3>Heads that recover 90 % of the in-context gain</h3>'
-    body += sentences + sortable_table(seeds) + "<h3>Heads by effect</h3>" + sortable_table(ranked)
-    note = (
-        "Exact knock-outs with 95 % intervals, and the first-order estimate from one backward pass. For the recovery, "
-        "heads are ranked on one half of each set's queries and added in that order on the other half; the number is "
-        "that of the last upward crossing of 90 %."
-    )
-    return section("Which heads drive the answer", body, note)
-
-
+_ROWS_SHOWN, _HEADS_SHOWN = 500, 40
 _HEAD_TITLES = {
     "rank": "rank",
     "name": "head",
@@ -211,8 +56,124 @@ _SEED_TITLES = {
 }
 
 
-def _words(name: object) -> str:
-    return str(name).replace("_", " ")
+def write_report(
+    runs: Sequence[ExperimentResult], path: str | os.PathLike[str], *, title: str | None = None
+) -> dict[str, Path]:
+    """Write the page and the tables; several runs are compared first, then shown one after the other.
+
+    The page carries everything it needs, its own policy blocks every request, and it prints well.
+
+    Args:
+        runs: finished runs.
+        path: the HTML file; tables go to a folder of the same name with ``-tables`` instead of the ending.
+        title: heading of the page; by default it names the run.
+
+    Returns:
+        Paths by name: ``page`` and one entry per table.
+
+    Raises:
+        OptionError: no runs, or one that is not finished.
+    """
+    if not runs:
+        raise OptionError("a report needs at least one run.")
+    for run in runs:
+        if not run.is_complete:
+            raise OptionError(f"the run in {run.path} is not finished: run it again to go on, then report.")
+    target, tables = Path(path), _all_tables(runs)
+    html = render(
+        "report.html.j2",
+        heading=title or _title(runs),
+        across=_across(runs) if len(runs) > 1 else None,
+        runs=[_run(run, prefix=f"{number}-") for number, run in enumerate(runs)],
+        tables=[_table(name, frame) for name, frame in tables.items()],
+        citations=_CITATIONS,
+    )
+    written = {"page": write_text(target, html)}
+    folder = target.with_name(target.stem + "-tables")
+    for name, frame in tables.items():
+        with atomic_path(folder / f"{name}.csv") as temporary:
+            frame.to_csv(temporary, index=False)
+        written[name] = folder / f"{name}.csv"
+    return written
+
+
+def _name(run: ExperimentResult) -> str:
+    return f"{Path(run.config.model).name} on {run.task.name}, {run.config.shots} shots"
+
+
+def _title(runs: Sequence[ExperimentResult]) -> str:
+    what = _name(runs[0]) if len(runs) == 1 else f"{len(runs)} runs"
+    return f"Is in-context learning gradient descent? {what}"
+
+
+# ---- one run ------------------------------------------------------------------------------------------------------
+
+
+def _run(run: ExperimentResult, *, prefix: str) -> dict[str, Any]:
+    """What the sections of one run show; `prefix` keeps figure names apart on a page."""
+    config = run.config
+    lr = "chosen on held-out rows for every seed" if config.lr == "auto" else f"{config.lr:g}"
+    newest = {**(run.provenance[-1] if run.provenance else {}), **run.model}
+    return {
+        "name": _name(run),
+        "prefix": prefix,
+        "config": config,
+        "comparisons": [_comparison(run, rule) for rule in config.rules],
+        "attribution": _attribution(run) if "attributions" in run.table_names else None,
+        "example": _example(run),
+        "model": f"{Path(config.model).name} ({run.model.get('architecture', '')}, {config.dtype})",
+        "task": run.task.name,
+        "learning_rate": lr,
+        "rules": [_RULES[rule] for rule in config.rules],
+        "source": str(run.data.get("source", config.data or "hub")),
+        "notes": run.notes,
+        "provenance": {k: _short(v) for k, v in newest.items() if not isinstance(v, list | dict)},
+    }
+
+
+def _comparison(run: ExperimentResult, rule: Literal["gd", "lcgd"]) -> dict[str, Any]:
+    found = run.comparison(rule)
+    answers = findings(found)
+    return comparison_context(found) | {
+        "key": rule,
+        "rule": _RULES[rule],
+        "headline": headline(answers),
+        "findings": answers,
+        "published": _published(run, rule, found),
+    }
+
+
+def _published(run: ExperimentResult, rule: str, comparison: Comparison) -> pd.DataFrame | None:
+    numbers = published_numbers(run.config.model, run.task.name, rule)
+    if not numbers:
+        return None
+    own = {row["quantity"]: 100 * row["value"] for row in comparison.accuracies().to_dict("records")}
+    own["Rec2FTP"] = comparison.rec2ftp().value
+    own |= {row["statistic"]: row["value"] for row in comparison.summary().to_dict("records")}
+    return pd.DataFrame(
+        {"quantity": n.quantity, "published": n.value, "here": own.get(n.quantity), "source": n.source} for n in numbers
+    )
+
+
+def _attribution(run: ExperimentResult) -> dict[str, Any]:
+    table, seeds = run.table("attributions"), run.table("attribution_seeds")[list(_SEED_TITLES)]
+    ranked = table.sort_values("rank", kind="stable").head(_HEADS_SHOWN)[list(_HEAD_TITLES)]
+    counts = {c: seeds[c].map(_count) for c in ("heads_needed", "heads_low", "heads_high")}
+    return {
+        "maps": [(words(metric), _effect_map(group)) for metric, group in table.groupby("metric", sort=False)],
+        "recovered": [_recovered(row) for row in run.table("attribution_recovery").to_dict("records")],
+        "seeds": seeds.assign(**counts, metric=seeds["metric"].map(words)).rename(columns=_SEED_TITLES),
+        "ranked": ranked.assign(metric=ranked["metric"].map(words)).rename(columns=_HEAD_TITLES),
+    }
+
+
+def _effect_map(effects: pd.DataFrame) -> go.Figure:
+    grid = effects.pivot(index="layer", columns="head", values="exact")
+    plot = go.Figure(heat_map(grid.to_numpy().tolist(), max(float(grid.abs().to_numpy().max()), 1e-9)))
+    plot.update_layout(height=min(max(130 + 26 * len(grid), 220), 720), margin={"l": 44, "r": 10, "t": 20, "b": 40})
+    plot.update_xaxes(title="head", dtick=1)
+    plot.update_yaxes(title="layer", autorange="reversed", dtick=1)
+    return plot
 
 
 def _count(value: float) -> str:
@@ -221,7 +182,7 @@ def _count(value: float) -> str:
 
 def _recovered(row: dict[Any, Any]) -> str:
     """The recovery over all sets in one sentence."""
-    start = f"{_words(row['metric']).capitalize()}: "
+    start = f"{words(row['metric']).capitalize()}: "
     if pd.isna(row["heads_needed"]):
         return start + str(row["note"])
     interval = "" if pd.isna(row["heads_low"]) else f" ({row['heads_low']:.0f} to {row['heads_high']:.0f})"
@@ -231,11 +192,11 @@ def _recovered(row: dict[Any, Any]) -> str:
     )
 
 
-def _examples(run: ExperimentResult) -> str:
+def _example(run: ExperimentResult) -> dict[str, str] | None:
     """circuitsvis views of the strongest heads on the first prompt: those that the table of effects names first."""
     example = run.example()
     if example is None:
-        return ""
+        return None
     if "attributions" in run.table_names:
         table = run.table("attributions")
         table = table[table["metric"] == table["metric"].iloc[0]]
@@ -244,43 +205,11 @@ def _examples(run: ExperimentResult) -> str:
     else:
         heads = [str(ref) for ref in example.heads(N_STRONGEST)]
         why = "The four heads with the largest meta-gradient in the residual stream (no effects were measured)"
-    parts = [
-        f'<div class="ml-cards">{attention_view(example, heads).html}</div>',
-        "<h3>Where the meta-gradient comes from</h3>",
-        f'<div class="ml-cards">{token_view(example, heads).html}</div>',
-    ]
-    return section("The strongest heads on one prompt", "".join(parts), f"{why}; demonstrations are marked by colour.")
-
-
-def _methods(run: ExperimentResult) -> str:
-    c, model, data = run.config, run.model, run.data
-    lr = "chosen on held-out rows for every seed" if c.lr == "auto" else f"{c.lr:g}"
-    sentences = [
-        f"Model: {escape(Path(c.model).name)} ({model.get('architecture', '')}, {c.dtype}).",
-        f"Task: {escape(run.task.name)}, {c.variant} template, {c.shots} demonstrations per set, selected by "
-        f"“{c.selection}”, seeds {', '.join(map(str, c.seeds))}; {c.queries or 'all'} queries.",
-        f"Finetuning: SGD, {c.epochs} epoch(s), one demonstration a step in the order of the prompt, cross-entropy",
-        "over all predicted tokens, key and value projections of every layer (with their biases),",
-        f"learning rate {lr}; rules: {', '.join(_RULES[r] for r in c.rules)}.",
-        "In-context, zero-shot and finetuned zero-shot runs are read at the token that predicts the label; labels are",
-        "scored by the mean log-probability of their tokens. Updates are differences of head outputs before the output",
-        "projection unless said otherwise.",
-        "Nulls: another query's finetuning update (other query), random directions, randomly shuffled demonstration",
-        "labels (several draws), flipped label words, finetuning on unrelated text of equal update norm, and permuted",
-        "weights, where they were run; SimAOU also has its analytic null. Intervals: 95 %, Student's t over",
-        "demonstration sets; counts of heads by a t test over at least three sets with Benjamini-Hochberg correction.",
-        f"Data: {escape(str(data.get('source', c.data or 'hub')))}.",
-    ]
-    text = " ".join(sentences)
-    notes = "".join(f"<li>{escape(note)}</li>" for note in run.notes)
-    return section("Methods", f"<p>{text}</p>" + (f"<ul>{notes}</ul>" if notes else ""))
-
-
-def _made_with(run: ExperimentResult) -> str:
-    entries = run.provenance
-    newest = entries[-1] if entries else {}
-    items = {escape(k): escape(_short(v)) for k, v in {**newest, **run.model}.items() if not isinstance(v, list | dict)}
-    return section("Made with", facts(items))
+    return {
+        "why": why,
+        "attention": attention_view(example, heads).html,
+        "shares": token_view(example, heads).html,
+    }
 
 
 def _short(value: Any) -> str:
@@ -288,51 +217,50 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:28] + "…" + text[-28:]
 
 
+def run_sentences(run: ExperimentResult) -> list[str]:
+    """Accuracies of every rule with their intervals, then notes: a run in short, for the terminal."""
+    table, found = run.table("accuracies"), []
+    for rule in run.config.rules:
+        rows = {row["quantity"]: row for row in table[table["rule"] == rule].to_dict("records")}
+        known = [(name, rows[f"accuracy {name}"]) for name in ("ZS", "ICL", "FT") if f"accuracy {name}" in rows]
+        texts = [f"{name} {row['value']:.3f} {_bracketed(row)}" for name, row in known]
+        if texts:
+            found.append(f"{rule}: accuracy {', '.join(texts)}")
+    return [*found, *(f"note: {note}" for note in run.notes)]
+
+
+def _bracketed(row: dict[Any, Any]) -> str:
+    return "(no interval)" if pd.isna(row["low"]) else f"[{row['low']:.3f}, {row['high']:.3f}]"
+
+
 # ---- all runs -----------------------------------------------------------------------------------------------------
 
 
-def _across(runs: Sequence[ExperimentResult]) -> str:
+def _across(runs: Sequence[ExperimentResult]) -> dict[str, Any]:
     rows = []
     for run in runs:
         for rule in run.config.rules:
             found = run.comparison(rule)
-            answers = findings(found)
             row: dict[str, Any] = {"run": _name(run), "rule": rule}
-            row |= {f.key: f.answer for f in answers}
+            row |= {f.key: f.answer for f in findings(found)}
             row["z total"] = float(found["z total"].values.nanmean())
             row["SimAOU"] = float(found["SimAOU"].values.nanmean())
             row["SimAOU null"] = float(found["SimAOU"].nulls["analytic"].nanmean())
             rows.append(row)
-    maps = "".join(
-        figure(comparison_map(run.comparison(run.config.rules[0])), f"across-{i}", _name(run))
-        for i, run in enumerate(runs)
-    )
-    return section("All runs", sortable_table(pd.DataFrame(rows)) + f'<div class="ml-wide">{maps}</div>')
+    maps = [(comparison_map(run.comparison(run.config.rules[0])), _name(run)) for run in runs]
+    return {"table": pd.DataFrame(rows), "maps": maps}
 
 
-def _all_tables(runs: Sequence[ExperimentResult]) -> list[tuple[str, pd.DataFrame]]:
-    found = []
-    for number, run in enumerate(runs):
-        for name in run.table_names:
-            stem = name if len(runs) == 1 else f"{number}-{name}"
-            found.append((stem, run.table(name)))
-    return found
+def _all_tables(runs: Sequence[ExperimentResult]) -> dict[str, pd.DataFrame]:
+    return {
+        name if len(runs) == 1 else f"{number}-{name}": run.table(name)
+        for number, run in enumerate(runs)
+        for name in run.table_names
+    }
 
 
-def _tables(runs: Sequence[ExperimentResult]) -> str:
-    """Every table, folded away, with its CSV inside the page."""
-    parts = []
-    for name, frame in _all_tables(runs):
-        csv = base64.b64encode(frame.to_csv(index=False).encode()).decode()
-        link = f'<a download="{escape(name)}.csv" href="data:text/csv;base64,{csv}">{escape(name)}.csv</a>'
-        shown = sortable_table(frame.dropna(axis=1, how="all").head(500))
-        cut = "" if len(frame) <= 500 else f"<p>The first 500 of {len(frame)} rows; the CSV has all.</p>"
-        parts.append(
-            f"<details><summary>{escape(name)} ({len(frame)} rows)</summary><p>{link}</p>{cut}{shown}</details>"
-        )
-    return section("All tables", "".join(parts), "Each table can be opened here and saved as CSV.")
-
-
-def _citations() -> str:
-    items = "".join(f"<li>{escape(text)}</li>" for text in _CITATIONS)
-    return section("Citations", f"<ol>{items}</ol>")
+def _table(name: str, frame: pd.DataFrame) -> dict[str, Any]:
+    """A table to be opened on the page, with its CSV inside the page."""
+    csv = base64.b64encode(frame.to_csv(index=False).encode()).decode()
+    shown = frame.dropna(axis=1, how="all").head(_ROWS_SHOWN)
+    return {"name": name, "n_rows": len(frame), "csv": csv, "shown": shown}

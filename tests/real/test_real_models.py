@@ -340,10 +340,21 @@ def test_run_and_report(name: str, bridge: Any, tmp_path: Path) -> None:
         for demo in reviews(start + n).demos[start:]
     ]
     (tmp_path / "sst2.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    sizes = ["--shots", "4", "--seeds", "1", "--queries", "4", "--lr", "1e-3", "--rules", "gd"]
-    small = ["--no-random-weights", "--no-attribution", "--data", tmp_path / "sst2.jsonl"]
+    settings = {
+        "model": name,
+        "task": "sst2",
+        "shots": 3,
+        "seeds": 1,
+        "queries": 2,
+        "lr": LR,
+        "rules": ["gd"],
+        "n_null_draws": 1,
+    }
+    left_out = {"random_weights": False, "attribution": False, "unrelated": False}
+    (tmp_path / "run.json").write_text(json.dumps({**settings, **left_out}), encoding="utf-8")
     out = tmp_path / "run"
-    shown = invoke("run", "--model", name, "--task", "sst2", "--device", "cpu", *sizes, *small, "--out", out)
+    data = ["--data", tmp_path / "sst2.jsonl"]
+    shown = invoke("run", "--config", tmp_path / "run.json", *data, "--device", "cpu", "--out", out)
     assert re.search(r"gd: accuracy ZS [01]\.\d+ .*, ICL [01]\.\d+ .*, FT [01]\.\d+", shown)
     info = wrap(bridge).info
     stored = json.loads((out / "model.json").read_text(encoding="utf-8"))

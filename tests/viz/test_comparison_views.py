@@ -105,3 +105,17 @@ def test_effects_map_shows_exact_and_estimated_effects() -> None:
     np.testing.assert_allclose(np.array(figure.data[0].z), effects.map.numpy(), atol=1e-6)
     np.testing.assert_allclose(np.array(figure.data[1].z), effects.first_order.mean(0).numpy(), atol=1e-6)
     assert figure.data[2].y[-1] == pytest.approx(1.0, abs=1e-4)  # all heads together make the whole gain
+
+
+def test_plot_of_a_comparison_is_its_map(comparison: Comparison) -> None:
+    assert comparison.plot("z direct") == comparison_map(comparison, "z direct")
+
+
+def test_legend_of_curves_is_lower_than_the_plot(comparison: Comparison) -> None:
+    """The plot keeps its height however many nulls there are; what the legend needs is added below."""
+    layout = comparison_map(comparison, "SimAOU").layout
+    plot = layout.height - layout.margin.t - layout.margin.b
+    rows = -(-len(comparison_map(comparison, "SimAOU").data) // 2)
+    assert rows >= 3
+    assert plot > rows * 20
+    assert layout.margin.b >= rows * layout.legend.font.size * 1.5

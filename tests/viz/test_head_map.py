@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 from metaopt_lens import Decomposition, DecompositionSet
 from metaopt_lens._errors import OptionError
+from metaopt_lens._plots import draw
 from metaopt_lens.viz import head_map, head_means, head_table
 
 
@@ -22,6 +26,24 @@ def test_a_map_is_the_pivot_of_the_table(result: Decomposition, value: str) -> N
 def test_plot_of_a_decomposition_is_its_map(result: Decomposition) -> None:
     assert result.plot("fidelity") == head_map(result, "fidelity")
     assert result.plot() == head_map(result, "mass")
+
+
+def test_the_first_plot_loads_what_draws_and_nothing_before_it_does() -> None:
+    """Results know only the registration; the package root imports `viz` when the first picture is asked for."""
+    code = (
+        "import sys, metaopt_lens as ml;"
+        "split = ml.decompose(ml.load_tiny(), ml.ICLPrompt([('apple', 'dax')], 'plum')); "
+        "assert not {'metaopt_lens.viz', 'plotly'} & set(sys.modules);"
+        "assert split.plot('mass').data[0].type == 'heatmap'; assert 'metaopt_lens.viz' in sys.modules;"
+        "assert ml.viz.head_map(split) == split.plot(); assert 'L1H2' in split.attention_view(['L1H2']).html"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_class_that_nothing_draws_is_named() -> None:
+    with pytest.raises(LookupError, match=r"nothing draws int\.plot"):
+        draw(1, "plot")
 
 
 def test_layer_0_is_on_top(result: Decomposition) -> None:

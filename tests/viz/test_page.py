@@ -14,7 +14,7 @@ from shown import cards, prompt
 
 from metaopt_lens import Decomposition, DecompositionSet, ICLPrompt, decompose
 from metaopt_lens._errors import HeadError, OptionError
-from metaopt_lens.runs import predict_labels
+from metaopt_lens.runs import Runs, predict_labels
 from metaopt_lens.viz import labels_text, write_page
 
 
@@ -22,6 +22,12 @@ def _markup(path: Path) -> str:
     """The page without scripts and style sheets."""
     text = path.read_text(encoding="utf-8")
     return re.sub(r"<(script|style)\b.*?</\1>", "", text, flags=re.DOTALL)
+
+
+def _of_model(result: Decomposition, **changed: Any) -> Decomposition:
+    """The same result, of a model that says something else about itself."""
+    runs = {name: replace(run, model=replace(run.model, **changed)) for name, run in result.runs.items()}
+    return replace(result, runs=Runs(runs))
 
 
 def test_both_libraries_are_inlined_once(result: Decomposition, tmp_path: Path) -> None:
@@ -89,7 +95,7 @@ def test_the_views_show_the_heads_asked_for(result: Decomposition, tmp_path: Pat
 
 
 def test_processed_weights_are_noted(result: Decomposition, tmp_path: Path) -> None:
-    folded = replace(result, model=replace(result.model, processing=("folded norms",)))
+    folded = _of_model(result, processing=("folded norms",))
     markup = _markup(write_page(folded, tmp_path / "page.html"))
     assert "<b>Processed weights:</b> folded norms" in markup
 
@@ -105,7 +111,7 @@ def test_prompt_text_is_escaped(result: Decomposition, tmp_path: Path) -> None:
 
 
 def test_a_machine_path_is_not_shown(result: Decomposition, tmp_path: Path) -> None:
-    local = replace(result, model=replace(result.model, name=str(tmp_path / "my-model")))
+    local = _of_model(result, name=str(tmp_path / "my-model"))
     markup = _markup(write_page(local, tmp_path / "page.html"))
     assert "my-model" in markup
     assert str(tmp_path) not in markup

@@ -1,0 +1,70 @@
+"""The command `metaopt-lens`: its commands, its version, and how errors are shown."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+
+from metaopt_lens._errors import MetaoptLensError
+from metaopt_lens.cli import _experiment_commands, _prompt_commands, _record_commands
+from metaopt_lens.cli._showing import say
+from metaopt_lens.training._commands import app as momentum
+
+_MISTAKE = 2  # exit code for everything the user can put right; typer's own for bad options
+
+
+class _Commands(typer.core.TyperGroup):
+    """The one place where errors of the library become a line on stderr."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MetaoptLensError as error:
+            say(f"error: {' '.join(str(error).split())}", to_stderr=True)
+            raise typer.Exit(_MISTAKE) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+    help="Split every attention head's output into what it reads from the query and what it reads from the "
+    "demonstrations: z = zero_shot + meta_gradient.",
+)
+for _command in (
+    _prompt_commands.compare,
+    _record_commands.analyze,
+    _experiment_commands.run,
+    _experiment_commands.sweep,
+    _experiment_commands.report,
+):
+    app.command()(_command)
+app.add_typer(momentum, name="momentum")
+app.command()(_prompt_commands.demo)
+app.command()(_prompt_commands.decompose)
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=lambda wanted: _version(wanted), help="Print the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+def _version(wanted: bool) -> bool:
+    if wanted:
+        typer.echo(f"metaopt-lens {version('metaopt-lens')}")
+        raise typer.Exit
+    return wanted
+
+
+def main() -> None:
+    """Entry point of the `metaopt-lens` command."""
+    app()

@@ -1,0 +1,162 @@
+"""Commands on prompts: ``demo``, ``decompose`` and ``compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from metaopt_lens._threads import torch_threads
+from metaopt_lens._types import HeadRef
+from metaopt_lens.cli import _options as options
+from metaopt_lens.cli._showing import say_written, show_comparison, show_decomposition, show_json
+
+_DEMO_LR = 0.02
+_OUT = Path("metaopt-lens-out")
+
+
+def demo(
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for heads.csv, heads.json and report.html.", metavar="DIR")
+    ] = _OUT,
+    top: options.Top = 12,
+) -> None:
+    """The bundled model on a bundled prompt: needs no network and takes seconds."""
+    import random
+
+    from metaopt_lens.experiments import compare_prompts, episode_prompts
+    from metaopt_lens.models import load_model
+    from metaopt_lens.models.tiny import sample_episode
+    from metaopt_lens.prompts import ICLPrompt
+    from metaopt_lens.viz import write_comparison_outputs
+
+    # The bundled model is so small that more threads only wait for each other, the longer the busier the machine.
+    with torch_threads(1):
+        episode = sample_episode(random.Random(3), n_demos=8, n_categories=2)
+        prompt = ICLPrompt(episode.demos, episode.query, label=episode.answer, candidates=episode.candidates)
+        model = load_model("tiny")
+        _decompose(model, [prompt], None, form=options.Format.table, out=out, top=top)
+        found = compare_prompts(model, episode_prompts(episode), lr=_DEMO_LR, progress=False)
+        show_comparison(found)
+        say_written(write_comparison_outputs(found.comparison, out).values())
+
+
+def decompose(
+    model: options.Model,
+    prompt: Annotated[Path, typer.Option("--prompt", help="Prompts: a .json, .jsonl or text file.", metavar="FILE")],
+    dtype: options.WeightsType = options.DType.float32,
+    device: options.Device = None,
+    heads: Annotated[str | None, typer.Option(help="Only these heads, such as L1H2,L3H7.")] = None,
+    position: Annotated[
+        str, typer.Option(help="Token of the query to read: last, all, or an index into the prompt.")
+    ] = "last",
+    form: options.Form = options.Format.table,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Also write heads.csv, heads.json and report.html here.", metavar="DIR"),
+    ] = None,
+    prepend_bos: Annotated[
+        bool | None,
+        typer.Option("--prepend-bos/--no-prepend-bos", help="Put BOS first; by default as the model does."),
+    ] = None,
+    top: options.Top = 20,
+    no_cache: options.NoCache = False,
+) -> None:
+    """Split the heads of a model on the prompts in a file."""
+    chosen = [HeadRef.parse(name) for name in heads.split(",")] if heads is not None else None
+    where = options.position(position)
+
+    from metaopt_lens.prompts import load_prompts
+
+    prompts = load_prompts(prompt)  # before the model, which takes longer
+    loaded = options.load(model, dtype, device, no_cache=no_cache)
+    for ref in chosen or ():
+        ref.check(loaded.info.n_layers, loaded.info.n_heads)
+    _decompose(loaded, prompts, chosen, form=form, out=out, top=top, position=where, prepend_bos=prepend_bos)
+
+
+def _decompose(
+    model: Any,
+    prompts: list[Any],
+    heads: list[HeadRef] | None,
+    *,
+    form: options.Format,
+    out: Path | None,
+    top: int,
+    **how: Any,
+) -> None:
+    """What `demo` and `decompose` share: split, predict, show, write."""
+    from metaopt_lens.decomposition import decompose as split
+    from metaopt_lens.viz import as_data, write_outputs
+
+    found = split(model, prompts, **how)
+    result, answers = found[0] if len(found) == 1 else found, [item.predict() for item in found]
+    if form is options.Format.json:
+        show_json(as_data(result, answers, heads=heads))
+    else:
+        show_decomposition(result, answers, heads=heads, top=top)
+    if out is not None:
+        written = write_outputs(result, out, heads=heads, answers=answers)
+        say_written(written, to_stderr=form is options.Format.json)
+
+
+def compare(
+    model: options.Model,
+    prompts: Annotated[
+        Path,
+        typer.Option(
+            "--prompts", help="Prompts: a .json, .jsonl or text file; two or more queries behind each demonstrations."
+        ),
+    ],
+    lr: options.Rate = "auto",
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the demonstrations.")] = 1,
+    layer_causal: Annotated[
+        bool, typer.Option("--layer-causal", help="Every layer learns from its own early exit (arXiv:2311.07772).")
+    ] = False,
+    unrelated: Annotated[
+        Path | None, typer.Option(help="Text file, a text a line, for the control that learns something else.")
+    ] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Also run everything on permuted weights.")
+    ] = False,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="The published code's choices in the metrics.")
+    ] = False,
+    dtype: options.WeightsType = options.DType.float32,
+    device: options.Device = None,
+    batch_size: options.BatchSize = None,
+    seed: options.Seed = 0,
+    form: options.Form = options.Format.table,
+    out: Annotated[Path, typer.Option("--out", help="Folder for comparison.csv, .json and .html.")] = _OUT,
+    no_cache: options.NoCache = False,
+) -> None:
+    """Learn the demonstrations by gradient descent and compare with reading them, head by head."""
+    rate = options.learning_rate(lr)
+
+    from metaopt_lens.prompts import load_prompts
+
+    loaded_prompts = load_prompts(prompts)  # before the model, which takes longer
+    texts = None if unrelated is None else options.lines(unrelated)
+
+    from metaopt_lens.analysis import Convention
+    from metaopt_lens.experiments import compare_prompts
+    from metaopt_lens.viz import comparison_data, write_comparison_outputs
+
+    found = compare_prompts(
+        options.load(model, dtype, device, no_cache=no_cache),
+        loaded_prompts,
+        lr=rate,
+        unrelated_texts=texts,
+        finetuning={"epochs": epochs, "layer_causal": layer_causal},
+        random_weights=random_weights,
+        convention=Convention.PUBLISHED if reference else Convention.DEFAULT,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    if form is options.Format.json:
+        show_json(comparison_data(found.comparison))
+    else:
+        show_comparison(found)
+    written = write_comparison_outputs(found.comparison, out).values()
+    say_written(written, to_stderr=form is options.Format.json)

@@ -1,0 +1,78 @@
+"""How results reach the terminal; what is in them is said by `metaopt_lens.viz`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from metaopt_lens.decomposition import Decomposition, DecompositionSet
+    from metaopt_lens.experiments import ExperimentResult, PromptComparison
+    from metaopt_lens.runs import LabelPrediction
+
+
+def say(text: str, *, to_stderr: bool = False) -> None:
+    """A line of text as it is, however long."""
+    Console(stderr=to_stderr).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def say_written(paths: Iterable[Path], *, to_stderr: bool = False) -> None:
+    """What was written where."""
+    for path in paths:
+        say(f"wrote {path}", to_stderr=to_stderr)
+
+
+def show_json(data: Any) -> None:
+    """Plain data on stdout, to be piped."""
+    typer.echo(json.dumps(data, indent=1, ensure_ascii=False))
+
+
+def show_decomposition(
+    result: Decomposition | DecompositionSet, answers: Sequence[LabelPrediction], *, heads: Any, top: int
+) -> None:
+    """The prompt, what the model answers, and the table of heads."""
+    from metaopt_lens.viz import answers_text, decompositions, heads_text, labels_text, prompt_text
+
+    console, items = Console(highlight=False), decompositions(result)
+    say(repr(result))
+    if len(items) == 1:
+        console.print(prompt_text(items[0]), soft_wrap=True)
+    for note in dict.fromkeys(note for item in items for note in (item.tokenized.bos_note, item.tokenized.warning)):
+        if note:
+            console.print(note, style="dim", markup=False, soft_wrap=True)
+    console.print(labels_text(answers[0]) if len(items) == 1 else answers_text(items, answers))
+    console.print(heads_text(result, heads=heads, top=top))
+
+
+def show_comparison(found: PromptComparison) -> None:
+    """Updates, predictions and similarities."""
+    from metaopt_lens._errors import UndefinedMetricError
+    from metaopt_lens.viz import accuracies_text, comparison_sentences, comparison_text
+
+    console = Console(highlight=False)
+    say(repr(found.updates[0]))
+    if found.learning_rate is not None:
+        choice = found.learning_rate
+        console.print(f"learning rate {choice.lr:g}, the best of {list(choice.rates)} on held-out demonstrations")
+    try:
+        console.print(accuracies_text(found.comparison))
+        for sentence in comparison_sentences(found.comparison):
+            console.print(sentence, markup=False)
+    except UndefinedMetricError as error:
+        console.print(f"no predictions: {error}", markup=False)
+    console.print(comparison_text(found.comparison))
+
+
+def show_run(result: ExperimentResult) -> None:
+    """What a run found, in short."""
+    from metaopt_lens.viz import run_sentences
+
+    say(repr(result))
+    for sentence in run_sentences(result):
+        say(f"  {sentence}")
+    say_written([result.path])
