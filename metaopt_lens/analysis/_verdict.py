@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -25,6 +25,7 @@ Answer = Literal["yes", "no", "unclear", "undecided"]
 
 LEARNING, FINETUNING, DIRECTION, PUBLISHED = "in_context_learning", "finetuning", "direction", "sim_aou"
 _CONTROL = "control:"
+_LEVEL = 0.05
 _QUESTIONS = {
     OTHER_QUERY: ("Is that similarity specific to the query?", "its excess over another query's finetuning update"),
     SHUFFLED_LABELS: ("Does it depend on the demonstrations' labels?", "its excess over randomly shuffled labels"),
@@ -50,6 +51,7 @@ class Finding:
         estimate, low, high: NaN where undefined.
         n_sets: demonstration sets behind it.
         because: why it is undecided; empty otherwise.
+        test: what decides where the sets agree exactly and there is no interval; empty otherwise.
     """
 
     key: str
@@ -61,6 +63,7 @@ class Finding:
     high: float
     n_sets: int
     because: str = ""
+    test: str = ""
 
     @property
     def control(self) -> str | None:
@@ -83,6 +86,8 @@ class Finding:
     @property
     def interval_text(self) -> str:
         """The interval and what it speaks about, or why there is none."""
+        if self.test:
+            return f"{self.test}; {scope(self.n_sets)}"
         if self.low != self.low:
             return f"no interval: all values are equal, or there is one; {scope(self.n_sets)}"
         return f"95 % interval {self.low:+.3f} to {self.high:+.3f}, {scope(self.n_sets)}"
@@ -138,11 +143,30 @@ def _learning(comparison: Comparison) -> tuple[Finding, Finding]:
     except UndefinedMetricError as error:
         why = str(error).split(":")[0]
         right = {name: torch.full((len(comparison.sets),), torch.nan).double() for name in ("ZS", "ICL", "FT")}
-    first, second = (
-        _finding(comparison, key, question, "the gain in accuracy over zero-shot", right[name] - right["ZS"], why)
-        for key, question, name in asked
-    )
+    first, second = (_gain(comparison, key, question, right[name] - right["ZS"], why) for key, question, name in asked)
     return first, second
+
+
+def _gain(comparison: Comparison, key: str, question: str, gain: Float[Tensor, " query"], why: str) -> Finding:
+    """A gain in accuracy. Sets that agree exactly (a model that is always right) give no interval: then the queries
+    decide, by an exact sign test on those of one set, as other sets may ask the same ones."""
+    found = _finding(comparison, key, question, "the gain in accuracy over zero-shot", gain, why)
+    means = [gain[comparison.sets == index] for index in sorted(set(comparison.sets.tolist()))]
+    equal = len({float(values.nanmean()) for values in means}) == 1
+    if why or comparison.n_sets < MIN_SETS_TO_DECIDE or not equal or found.estimate != found.estimate:
+        return found
+    p = max(_sign_test(values) for values in means)
+    test = f"the same in every set, so there is no interval; exact sign test on one set's queries, p = {p:.2g}"
+    answer: Answer = "unclear" if p >= _LEVEL else "yes" if found.estimate > 0 else "no"
+    return replace(found, answer=answer, because="", test=test)
+
+
+def _sign_test(gains: Float[Tensor, " query"]) -> float:
+    """Two-sided exact p of as many queries gained as lost."""
+    from scipy import stats
+
+    won, lost = int((gains > 0).sum()), int((gains < 0).sum())
+    return float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
 
 
 def headline(answers: Sequence[Finding]) -> str:

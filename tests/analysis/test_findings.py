@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
@@ -136,7 +137,25 @@ def test_an_interval_that_there_is_none_of_is_not_printed(info: ModelInfo) -> No
     found = planted(info, 6)
     same = Comparison(**{**vars(found), "zs": torch.zeros(24, dtype=torch.int64), "icl": found.gold})
     finding = findings(same)[0]
-    assert finding.answer == "undecided"
-    assert (
-        "is +1.000 (no interval: all values are equal, or there is one; over 6 demonstration sets)" in finding.sentence
+    assert finding.answer == "unclear"  # 4 of 4 queries: p = 0.12
+    assert "is +1.000 (the same in every set, so there is no interval;" in finding.sentence
+
+
+@pytest.mark.parametrize(("wrong", "answer"), [(5, "unclear"), (6, "yes")])
+def test_a_model_that_is_always_right_learns(info: ModelInfo, wrong: int, answer: str) -> None:
+    """All sets agree exactly, so there is no interval; 5 of 5 gained has p = 2 / 2^5 > 0.05, 6 of 6 p = 2 / 2^6."""
+    n_sets, per_set = 3, 8
+    base = planted(info, n_sets * per_set // PER_SET)
+    n = n_sets * per_set
+    before = (torch.arange(n) % per_set >= wrong).long()  # the same queries behind every set
+    always = dataclasses.replace(
+        base,
+        sets=torch.arange(n_sets).repeat_interleave(per_set),
+        zs=before,
+        icl=torch.ones(n).long(),
+        n_demos=(8,) * 3,
     )
+    found = by_key(findings(always))["in_context_learning"]
+    assert found.answer == answer
+    assert f"exact sign test on one set's queries, p = {2 / 2**wrong:.2g}" in found.sentence
+    assert "over 3 demonstration sets" in found.sentence
