@@ -15,6 +15,7 @@ import platform
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,16 @@ _PACKAGES = ("metaopt-lens", "transformer-lens", "transformers", "torch")
 
 def provenance() -> dict[str, Any]:
     """Versions and time of day, to be stored with every result."""
-    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        **versions,
+        **_versions(),
     }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 @contextmanager
@@ -75,10 +80,21 @@ def save_result(
 
     tensor_file, json_file = _pair(path)
     with atomic_path(tensor_file) as temporary:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
+        save_file(_apart(tensors), temporary)
         digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
     body = {"kind": kind, "sha256": digest, "provenance": provenance(), **meta}
     return write_text(json_file, json.dumps(body, indent=1, ensure_ascii=False) + "\n")
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous, no two in the same memory (safetensors refuses that)."""
+    found: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        found[name] = own.clone() if own.untyped_storage().data_ptr() in memory else own
+        memory.add(found[name].untyped_storage().data_ptr())
+    return found
 
 
 def load_result(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
+from jaxtyping import Bool, Float, Int
+from safetensors.torch import load_file
+from torch import Tensor
 
+from metaopt_lens._codec import NOT_IN_0_1, NOT_STORED, Stored, stored_as
 from metaopt_lens._errors import FileFormatError
 from metaopt_lens._storage import atomic_path, load_result, provenance, save_result, write_text
 
@@ -131,3 +139,233 @@ def test_a_tensor_that_cannot_be_stored_leaves_no_pair_that_looks_complete(tmp_p
     assert not (tmp_path / "x.json").exists()
     with pytest.raises(FileFormatError, match=r"x\.json does not exist"):
         load_result(tmp_path / "x", kind="thing")
+
+
+# ---- the codec --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A nested value with a tensor of its own."""
+
+    name: str
+    weight: Float[Tensor, "row col"]
+    bias: Float[Tensor, " col"] | None = None
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The stored form of a set of words."""
+
+    words: tuple[str, ...]
+
+    @classmethod
+    def of(cls, value: frozenset[str], /) -> Packed:
+        return cls(tuple(sorted(value)))
+
+    def restore(self) -> frozenset[str]:
+        return frozenset(self.words)
+
+
+@dataclass(frozen=True, eq=False)
+class Everything(Stored):
+    """A result that has no code of its own for files, with every kind of field the codec knows."""
+
+    kind: ClassVar[str] = "everything"
+
+    plain: Tensor
+    shaped: Bool[Tensor, "a b"]
+    absent: Int[Tensor, " n"] | None
+    there: Int[Tensor, " n"] | None
+    several: tuple[Float[Tensor, " n"] | None, ...]
+    named: dict[str, Tensor]
+    part: Part
+    no_part: Part | None
+    parts: tuple[Part, ...]
+    by_name: dict[str, Part]
+    number: float
+    whole: int
+    text: str
+    yes: bool
+    nothing: str | None
+    place: Path
+    level: Literal["head", "layer"]
+    order: Literal["given", "reversed"] | tuple[int, ...]
+    either: tuple[Literal["given", "reversed"] | tuple[int, ...], ...]
+    pairs: tuple[tuple[str, float], ...]
+    listed: list[int]
+    mapped: Mapping[str, tuple[int, ...]]
+    number_or_tensors: tuple[float | tuple[Tensor, ...], ...]
+    anything: dict[str, Any]
+    words: frozenset[str] = field(metadata=stored_as(Packed))
+    default: int = 3
+    model: object = field(default=None, metadata=NOT_STORED)
+    younger: int = field(default=7, metadata=NOT_IN_0_1)
+    provenance: dict[str, Any] = field(default_factory=provenance)
+
+
+def everything(**changes: Any) -> Everything:
+    shared = torch.arange(6.0)
+    part = Part("first", torch.randn(2, 3).bfloat16(), torch.randn(3))
+    fields: dict[str, Any] = {
+        "plain": torch.randn(2, 2, dtype=torch.float64),
+        "shaped": torch.tensor([[True, False]]),
+        "absent": None,
+        "there": torch.arange(3),
+        "several": (shared[:4], None, shared[2:], shared),  # views of one memory
+        "named": {"b": torch.zeros(0, 2), "a.with.dots": torch.tensor(float("nan")), "c/d": torch.ones(1)},
+        "part": part,
+        "no_part": None,
+        "parts": (part, Part("second", torch.ones(1, 1))),
+        "by_name": {"x": part},
+        "number": float("inf"),
+        "whole": -3,
+        "text": "Ünïcödé\n",
+        "yes": True,
+        "nothing": None,
+        "place": Path("a") / "b",
+        "level": "layer",
+        "order": (2, 0, 1),
+        "either": ("given", (1, 2), "reversed"),
+        "pairs": (("a", 0.1), ("b", -1e-300)),
+        "listed": [3, 1],
+        "mapped": {"z": (1, 2), "a": ()},
+        "number_or_tensors": (1.5, (torch.ones(2), torch.zeros(1))),
+        "anything": {"deep": [1, {"x": None}], "text": "y"},
+        "words": frozenset({"pear", "apple"}),
+        "default": 4,
+        "model": object(),
+        "provenance": {"created": "long ago"},
+    }
+    return Everything(**(fields | changes))
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal in type and value, tensors bit for bit, in the order of the keys."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        return one.dtype == other.dtype and torch.equal(one.nan_to_num(9), other.nan_to_num(9))
+    if dataclasses.is_dataclass(one):
+        return all(same(getattr(one, f.name), getattr(other, f.name)) for f in dataclasses.fields(one))
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    return bool(one == other)
+
+
+def test_a_result_without_code_of_its_own_comes_back_equal(tmp_path: Path) -> None:
+    result = everything()
+    assert result.save(tmp_path / "x") == tmp_path / "x.json"
+    loaded = Everything.load(tmp_path / "x")
+    for f in dataclasses.fields(Everything):
+        if f.name != "model":
+            assert same(getattr(loaded, f.name), getattr(result, f.name)), f.name
+    assert loaded.model is None
+    assert loaded.provenance == {"created": "long ago"}
+    names = load_file(tmp_path / "x.safetensors").keys()
+    assert {"plain", "there", "several.0", "named.a.with.dots", "parts.1.weight", "by_name.x.bias"} <= names
+    assert not {"absent", "several.1", "parts.1.bias"} & names
+
+
+def test_what_is_not_in_a_file_is_missed_unless_it_is_newer_than_the_file(tmp_path: Path) -> None:
+    path = everything(younger=8).save(tmp_path / "x")
+    body = json.loads(path.read_text())
+    for name in body.keys() - {"kind", "sha256"}:
+        path.write_text(json.dumps({key: value for key, value in body.items() if key != name}))
+        if name == "younger":
+            assert Everything.load(path).younger == 7
+            continue
+        with pytest.raises(FileFormatError, match=rf"x\.json is not a complete everything: KeyError\('{name}'\)"):
+            Everything.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("number", "1.5"),
+        ("whole", 1.5),
+        ("text", None),
+        ("level", "model"),
+        ("order", "shuffled"),
+        ("order", [1.5]),
+        ("pairs", [["a"]]),
+        ("pairs", "ab"),
+        ("several", {"0": "several.0"}),
+        ("part", {"weight": "part.weight"}),
+        ("part", ["first"]),
+        ("named", {"lost": "named.lost"}),
+        ("mapped", [["z", [1]]]),
+        ("place", 3),
+    ],
+)
+def test_json_of_another_type_is_refused(tmp_path: Path, name: str, value: Any) -> None:
+    path = everything().save(tmp_path / "x")
+    body = json.loads(path.read_text())
+    assert name in body
+    path.write_text(json.dumps(body | {name: value}))
+    with pytest.raises(FileFormatError, match=rf"x\.json is not a complete everything: \w+\(.*{name}"):
+        Everything.load(path)
+
+
+def test_a_tensor_that_is_not_there_is_named(tmp_path: Path) -> None:
+    save_result(tmp_path / "x", kind="holder", tensors={"first": torch.ones(1)}, meta={})
+    with pytest.raises(FileFormatError, match=r"is not a complete holder: KeyError\('second'\)"):
+        Holder.load(tmp_path / "x")
+
+
+@dataclass(frozen=True, eq=False)
+class Holder(Stored):
+    """Two tensors, of which the second is required."""
+
+    kind: ClassVar[str] = "holder"
+
+    first: Tensor | None
+    second: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Unstorable(Stored):
+    """Fields that no file can hold, or whose tensors would have one name."""
+
+    kind: ClassVar[str] = "unstorable"
+
+    strange: complex | None = None
+    open: Any = None
+    nested: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    numbered: Mapping[int, str] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (Unstorable(strange=1j), "strange has the type .*complex.*, which cannot be stored"),
+        (Unstorable(open=torch.ones(1)), "Tensor is not JSON serializable"),
+        (Unstorable(nested={"a": {"b.c": torch.ones(1)}, "a.b": {"c": torch.zeros(1)}}), "the same name in its file"),
+        (Unstorable(numbered={1: "one"}), "a key of numbered must be of type .*str.*, got int"),
+    ],
+)
+def test_what_cannot_be_stored_is_refused_and_leaves_no_pair(tmp_path: Path, value: Unstorable, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        value.save(tmp_path / "x")
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_an_older_file_is_refused_with_the_reason(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Newer(Stored):
+        kind: ClassVar[str] = "newer"
+
+        @classmethod
+        def _refusal(cls, body: Mapping[str, Any]) -> str | None:
+            return "was written by metaopt-lens 0.1: make it again." if body["old"] else None
+
+    path = save_result(tmp_path / "x", kind="newer", tensors={}, meta={"old": True})
+    with pytest.raises(FileFormatError, match=r"x\.json was written by metaopt-lens 0\.1: make it again\.$"):
+        Newer.load(path)
+    path = save_result(tmp_path / "x", kind="newer", tensors={}, meta={"old": False})
+    assert Newer.load(path) == Newer()
+    path = save_result(tmp_path / "x", kind="newer", tensors={}, meta={})
+    with pytest.raises(FileFormatError, match=r"is not a complete newer: KeyError\('old'\)"):
+        Newer.load(path)

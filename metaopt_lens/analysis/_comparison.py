@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from metaopt_lens._errors import FileFormatError, OptionError, UndefinedMetricError
+from metaopt_lens._codec import Stored
+from metaopt_lens._errors import OptionError, UndefinedMetricError
 from metaopt_lens._plots import draw
-from metaopt_lens._storage import load_result, save_result
 from metaopt_lens.analysis._interval import (
     MIN_SETS_TO_TEST,
     Interval,
@@ -31,7 +29,6 @@ from metaopt_lens.models import ModelInfo
 if TYPE_CHECKING:
     import pandas as pd
 
-KIND = "comparison"
 Level = Literal["head", "layer"]
 
 OTHER_QUERY = "other query"
@@ -76,7 +73,7 @@ class Statistic:
 
 
 @dataclass(frozen=True, repr=False)
-class Comparison:
+class Comparison(Stored):
     """In-context updates compared with finetuning updates, head by head.
 
     Attributes:
@@ -94,6 +91,8 @@ class Comparison:
         settings: arguments of `compare`, and of the finetuning.
         provenance: versions and time.
     """
+
+    kind: ClassVar[str] = "comparison"
 
     model: ModelInfo
     statistics: tuple[Statistic, ...]
@@ -309,78 +308,13 @@ class Comparison:
 
     # ---- storing ------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write ``path.safetensors`` and ``path.json``; returns the latter."""
-        tensors: dict[str, Tensor] = {"sets": self.sets}
-        tensors |= {f"norms/{name}": t for name, t in self.norms.items()}
-        tensors |= {name: t for name in _PREDICTED if (t := getattr(self, name)) is not None}
-        tensors |= {f"controlled/{name}": t for name, t in self.controlled.items()}
-        described = []
-        for index, s in enumerate(self.statistics):
-            tensors[f"statistics/{index}"] = s.values
-            tensors |= {f"statistics/{index}/{null}": t for null, t in s.nulls.items()}
-            described.append(
-                {
-                    "name": s.name,
-                    "description": s.description,
-                    "level": s.level,
-                    "unit": s.unit,
-                    "nulls": list(s.nulls),
-                }
-            )
-        meta = {
-            "model": dataclasses.asdict(self.model),
-            "statistics": described,
-            "norms": list(self.norms),
-            "controlled": list(self.controlled),
-            "n_demos": list(self.n_demos),
-            "settings": self.settings,
-            "provenance": self.provenance,
-        }
-        return save_result(path, kind=KIND, tensors=tensors, meta=meta)
-
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Comparison:
-        """Read what `save` wrote.
-
-        Raises:
-            FileFormatError: a file is missing, damaged, written by version 0.1, or holds something else.
-        """
-        tensors, meta = load_result(path, kind=KIND)
-        try:
-            old = _OF_0_1.intersection(null for s in meta["statistics"] for null in s["nulls"])
-            if old:
-                raise FileFormatError(
-                    f"{path} was written by metaopt-lens 0.1, whose null {min(old)!r} is not what its name says: "
-                    "compare again."
-                )
-            return cls(
-                model=ModelInfo(**(meta["model"] | {"processing": tuple(meta["model"]["processing"])})),
-                statistics=tuple(
-                    Statistic(
-                        name=s["name"],
-                        description=s["description"],
-                        level=s["level"],
-                        unit=s["unit"],
-                        values=tensors[f"statistics/{index}"],
-                        nulls={null: tensors[f"statistics/{index}/{null}"] for null in s["nulls"]},
-                    )
-                    for index, s in enumerate(meta["statistics"])
-                ),
-                sets=tensors["sets"],
-                norms={name: tensors[f"norms/{name}"] for name in meta["norms"]},
-                gold=tensors.get("gold"),
-                zs=tensors.get("zs"),
-                icl=tensors.get("icl"),
-                ft=tensors.get("ft"),
-                flipped_gold=tensors.get("flipped_gold"),
-                controlled={name: tensors[f"controlled/{name}"] for name in meta["controlled"]},
-                n_demos=tuple(meta["n_demos"]),
-                settings=meta["settings"],
-                provenance=meta["provenance"],
-            )
-        except (KeyError, TypeError) as error:
-            raise FileFormatError(f"{path} is not a complete {KIND}: {error!r}.") from None
+    def _refusal(cls, body: Mapping[str, Any]) -> str | None:
+        """Files of 0.1 hold nulls under names that meant something else."""
+        old = _OF_0_1.intersection(null for statistic in body["statistics"] for null in statistic["nulls"])
+        if not old:
+            return None
+        return f"was written by metaopt-lens 0.1, whose null {min(old)!r} is not what its name says: compare again."
 
     def __repr__(self) -> str:
         m = self.model
@@ -397,7 +331,6 @@ class Comparison:
         return "\n".join(lines)
 
 
-_PREDICTED = ("gold", "zs", "icl", "ft", "flipped_gold")
 _Column = np.ndarray[Any, np.dtype[np.float64]]
 
 

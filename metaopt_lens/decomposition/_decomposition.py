@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from metaopt_lens._codec import NOT_STORED, Stored, stored_as
 from metaopt_lens._errors import ModelMismatchError, OptionError, SpanError
 from metaopt_lens._plots import draw
 from metaopt_lens._types import HeadRef, TokenSpan
-from metaopt_lens.decomposition._decomposition_file import decomposition_fields, save_decomposition
 from metaopt_lens.decomposition._decomposition_frame import decomposition_frame
 from metaopt_lens.decomposition._effects import Effects, ResidualParts, effects_of
 from metaopt_lens.dual import LinearParts, SoftmaxParts
@@ -27,6 +27,7 @@ from metaopt_lens.runs import (
     LabelPrediction,
     Run,
     Runs,
+    StoredRuns,
     delta_w_icl,
     linear_parts,
     momentum_part,
@@ -51,7 +52,7 @@ _WEIGHTS = {"softmax": softmax_weights, "linear": run_linear_weights}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Decomposition:
+class Decomposition(Stored):
     """Every head's output at one query token (or all of them), split into zero-shot and meta-gradient part.
 
     Everything asked of the decomposition has one shape: ``[layer, head, ...]`` at one position; decomposed at all query
@@ -66,12 +67,14 @@ class Decomposition:
         source: the wrapped model, for W_O; None after loading (see `with_model`).
     """
 
+    kind: ClassVar[str] = "decomposition"
+
     prompt: ICLPrompt
-    runs: Runs
+    runs: Runs = field(metadata=stored_as(StoredRuns))
     keep_position_axis: bool
     provenance: dict[str, Any]
     stored_strength: Float[Tensor, "*dst layer head"] | None = None
-    source: LensModel | None = None
+    source: LensModel | None = field(default=None, metadata=NOT_STORED)
 
     # ---- what was recorded --------------------------------------------------------------------------------------
 
@@ -306,8 +309,9 @@ class Decomposition:
         return draw(self, "attention_view", heads)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write ``path.safetensors`` and ``path.json``; returns the latter."""
-        return save_decomposition(path, self)
+        """Write ``path.safetensors`` and ``path.json``, with `strength` where it is known; returns the latter."""
+        known = self if self.source is None else dataclasses.replace(self, stored_strength=self.strength)
+        return Stored.save(known, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, model: Any | None = None) -> Decomposition:
@@ -316,8 +320,18 @@ class Decomposition:
         Raises:
             FileFormatError: a file is missing, damaged, or holds something else.
         """
-        loaded = cls(**decomposition_fields(path))
+        loaded = super().load(path)
         return loaded if model is None else loaded.with_model(model)
+
+    @classmethod
+    def _refusal(cls, body: Mapping[str, Any]) -> str | None:
+        """Files of 0.1 hold the prompt's tokens, and of the zero-shot runs z alone."""
+        if "tokenized" not in body.get("prompt", {}):
+            return None
+        return (
+            "was written by metaopt-lens 0.1, which kept the zero-shot runs' outputs but not the runs: "
+            "decompose the prompt again."
+        )
 
     def __repr__(self) -> str:
         m, t = self.model, self.tokenized

@@ -16,7 +16,6 @@ from metaopt_lens._errors import FileFormatError
 from metaopt_lens._storage import write_text
 from metaopt_lens._types import HeadRef
 from metaopt_lens.decomposition._decomposition import Decomposition, mean_strength
-from metaopt_lens.decomposition._decomposition_file import KIND
 from metaopt_lens.runs import rank_heads
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ class DecompositionSet(Sequence[Decomposition]):
         names = [f"{index:05d}" for index in range(len(self.items))]
         for name, item in zip(names, self.items, strict=True):
             item.save(base / name)
-        return write_text(base / "index.json", json.dumps({"kind": f"{KIND} set", "items": names}) + "\n")
+        return write_text(base / "index.json", json.dumps({"kind": f"{Decomposition.kind} set", "items": names}) + "\n")
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, model: Any | None = None) -> DecompositionSet:

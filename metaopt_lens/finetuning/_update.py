@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metaopt_lens._errors import FileFormatError, HeadError, ModelMismatchError, OptionError
-from metaopt_lens._storage import load_result, save_result
+from metaopt_lens._codec import NOT_IN_0_1, NOT_STORED, Stored
+from metaopt_lens._errors import HeadError, ModelMismatchError
+from metaopt_lens._storage import provenance
 from metaopt_lens._types import HeadRef
 from metaopt_lens.finetuning._settings import PROJECTIONS, FinetuneSettings
 from metaopt_lens.models import Hook, Late, LensModel, ModelInfo, wrap
 
 if TYPE_CHECKING:
     import pandas as pd
-
-KIND = "weight update"
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +46,7 @@ class StepFactors:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class WeightUpdate:
+class WeightUpdate(Stored):
     """The result of explicit finetuning: what was added to the projections of every layer.
 
     ``k_i <- k_i + x_i w_k + b_k`` before rotary and QK-norm, v and q likewise; ``attn_out <- attn_out + z w_o + b_o``.
@@ -62,10 +59,13 @@ class WeightUpdate:
         b_k, b_v, b_q, b_o: changes of the biases; None where not updated (or the base has none).
         losses: loss of every step, before the step.
         settings: how it was made; None for sums.
-        factors: per-step factors, where asked for.
+        factors: per-step factors, where asked for; not stored in files.
         trained_on: token ids of every sequence it was trained on, in the order given; None if that is not known (a sum
             of updates of different data, a file of 0.1).
+        provenance: versions and time.
     """
+
+    kind: ClassVar[str] = "weight update"
 
     model: ModelInfo
     w_k: Float[Tensor, "layer kv_head d_model d_head"] | None = None
@@ -78,8 +78,9 @@ class WeightUpdate:
     b_o: Float[Tensor, "layer d_model"] | None = None
     losses: tuple[float, ...] = ()
     settings: FinetuneSettings | None = None
-    factors: tuple[StepFactors, ...] | None = None
-    trained_on: tuple[tuple[int, ...], ...] | None = None
+    factors: tuple[StepFactors, ...] | None = field(default=None, metadata=NOT_STORED)
+    trained_on: tuple[tuple[int, ...], ...] | None = field(default=None, metadata=NOT_IN_0_1)
+    provenance: dict[str, Any] = field(default_factory=provenance)
 
     # ---- algebra ------------------------------------------------------------------------------------------------
 
@@ -188,7 +189,7 @@ class WeightUpdate:
         with wrapped.hooked(self.hooks(wrapped)):
             yield model
 
-    # ---- reading and storing ------------------------------------------------------------------------------------
+    # ---- reading ------------------------------------------------------------------------------------------------
 
     def to_frame(self) -> pd.DataFrame:
         """One row per layer, projection and (key-value) head: Frobenius norms of dW and db."""
@@ -212,43 +213,6 @@ class WeightUpdate:
                         }
                     )
         return pd.DataFrame(rows)
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write ``path.safetensors`` and ``path.json`` (without per-step factors); returns the latter."""
-        meta = {
-            "model": dataclasses.asdict(self.model),
-            "losses": list(self.losses),
-            "settings": None if self.settings is None else dataclasses.asdict(self.settings),
-            "trained_on": self.trained_on,
-        }
-        return save_result(path, kind=KIND, tensors=self.tensors(), meta=meta)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> WeightUpdate:
-        """Read what `save` wrote.
-
-        Raises:
-            FileFormatError: a file is missing, damaged, or holds something else.
-        """
-        tensors, meta = load_result(path, kind=KIND)
-        try:
-            info = ModelInfo(**(meta["model"] | {"processing": tuple(meta["model"]["processing"])}))
-            settings, trained_on = meta["settings"], meta.get("trained_on")
-            if settings is not None:
-                order = settings["order"]
-                settings |= {
-                    "projections": tuple(settings["projections"]),
-                    "order": order if isinstance(order, str) else tuple(order),
-                }
-            return cls(
-                info,
-                **tensors,  # type: ignore[arg-type]
-                losses=tuple(meta["losses"]),
-                settings=None if settings is None else FinetuneSettings(**settings),
-                trained_on=None if trained_on is None else tuple(tuple(ids) for ids in trained_on),
-            )
-        except (KeyError, TypeError, OptionError) as error:
-            raise FileFormatError(f"{path} is not a complete {KIND}: {error!r}.") from None
 
     def __repr__(self) -> str:
         projections = ", ".join(p for p in PROJECTIONS if getattr(self, f"w_{p}") is not None)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from metaopt_lens._errors import FileFormatError, UndefinedMetricError
-from metaopt_lens._storage import load_result, save_result
+from metaopt_lens._codec import Stored
+from metaopt_lens._errors import UndefinedMetricError
+from metaopt_lens._storage import provenance
 from metaopt_lens._types import HeadRef
 from metaopt_lens.interventions._recovery import Recovery, recovery
 from metaopt_lens.models import ModelInfo
@@ -20,20 +18,6 @@ from metaopt_lens.runs import rank_heads
 
 if TYPE_CHECKING:
     import pandas as pd
-
-KIND = "head effects"
-_TENSORS = (
-    "in_context",
-    "zero_shot",
-    "exact",
-    "first_order",
-    "demo_exact",
-    "demo_first_order",
-    "demo_exact_per_head",
-    "held_out",
-    "selection_order",
-    "added",
-)
 
 
 @dataclass(frozen=True)
@@ -52,7 +36,7 @@ class ICLHeads:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class HeadEffects:
+class HeadEffects(Stored):
     """Effect of every head's meta-gradient on a metric: with it minus without it.
 
     Attributes:
@@ -67,7 +51,10 @@ class HeadEffects:
         selection_order: heads by exact mean effect on the other queries, in the direction of the gain, as
             ``layer * n_heads + head``.
         added: the metric of the held-out queries with only the first n heads of that order in place, n from 0 to all.
+        provenance: versions and time.
     """
+
+    kind: ClassVar[str] = "head effects"
 
     model: ModelInfo
     metric: str
@@ -82,6 +69,7 @@ class HeadEffects:
     held_out: Int[Tensor, " held_out"]
     selection_order: Int[Tensor, " rank"]
     added: Float[Tensor, "held_out n_added"]
+    provenance: dict[str, Any] = field(default_factory=provenance)
 
     @property
     def gain(self) -> Float[Tensor, " query"]:
@@ -174,33 +162,6 @@ class HeadEffects:
                 "first_order": estimates.numpy(),
             }
         )
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write ``path.safetensors`` and ``path.json``; returns the latter."""
-        tensors = {name: t for name in _TENSORS if (t := getattr(self, name)) is not None}
-        meta = {"model": dataclasses.asdict(self.model), "metric": self.metric, "n_demos": self.n_demos}
-        return save_result(path, kind=KIND, tensors=tensors, meta=meta)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> HeadEffects:
-        """Read what `save` wrote.
-
-        Raises:
-            FileFormatError: a file is missing, damaged, or holds something else.
-        """
-        tensors, meta = load_result(path, kind=KIND)
-        try:
-            info = ModelInfo(**(meta["model"] | {"processing": tuple(meta["model"]["processing"])}))
-            per_head = tensors.pop("demo_exact_per_head", None)
-            return cls(
-                model=info,
-                metric=meta["metric"],
-                n_demos=meta["n_demos"],
-                demo_exact_per_head=per_head,
-                **tensors,
-            )
-        except (KeyError, TypeError) as error:
-            raise FileFormatError(f"{path} is not a complete {KIND}: {error!r}.") from None
 
     def __repr__(self) -> str:
         lines = [

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from metaopt_lens._errors import FileFormatError, ModelMismatchError, OptionError, PromptError
-from metaopt_lens._storage import load_result, save_result
-from metaopt_lens._types import HeadRef, TokenSpan
+from metaopt_lens._codec import Stored
+from metaopt_lens._errors import ModelMismatchError, OptionError, PromptError
+from metaopt_lens._storage import provenance
+from metaopt_lens._types import HeadRef
 from metaopt_lens.interventions._apply import AppliedMetaGradient
 from metaopt_lens.interventions._demo_tokens import DemoTokens
 from metaopt_lens.interventions._heads import Heads, head_mask
@@ -26,8 +25,6 @@ from metaopt_lens.runs import memory_of, refuse_acting, run_shared_prefix
 
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
-
-KIND = "meta-gradient"
 
 # Of every parameter: its name and two sums.
 Fingerprint = tuple[tuple[str, float, float], ...]
@@ -89,7 +86,7 @@ def meta_gradient(
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class MetaGradient:
+class MetaGradient(Stored):
     """What the demonstrations put into the heads: their keys and values, factored, to be merged with a zero-shot run.
 
     A value: `select`, `without_demo` and ``0.5 * mg`` give new ones, and ``with intervene(model, mg):`` applies it.
@@ -103,7 +100,10 @@ class MetaGradient:
         heads: which heads it acts on. chosen: which demonstrations are in it.
         strength: factor on the change of z it makes.
         fingerprint: of every weight of the model, so that it is not applied to one with other weights.
+        provenance: versions and time.
     """
+
+    kind: ClassVar[str] = "meta-gradient"
 
     model: ModelInfo
     template: Template
@@ -117,6 +117,7 @@ class MetaGradient:
     chosen: tuple[int, ...]
     fingerprint: Fingerprint
     strength: float = 1.0
+    provenance: dict[str, Any] = field(default_factory=provenance)
 
     # ---- algebra ------------------------------------------------------------------------------------------------
 
@@ -220,12 +221,12 @@ class MetaGradient:
     def check_model(self, model: LensModel) -> None:
         """Raise `ModelMismatchError` unless it was made with this model, in this dtype."""
         model.check_same(self.model, "this meta-gradient")
-        for field in ("architecture", "positions", "dtype"):
-            mine, theirs = getattr(self.model, field), getattr(model.info, field)
+        for fact in ("architecture", "positions", "dtype"):
+            mine, theirs = getattr(self.model, fact), getattr(model.info, fact)
             if mine != theirs:
                 raise ModelMismatchError(
-                    f"this meta-gradient was made with {self.model.name} ({field} = {mine}); "
-                    f"{model.info.name} has {field} = {theirs}. Make a new one with meta_gradient(model, ...)."
+                    f"this meta-gradient was made with {self.model.name} ({fact} = {mine}); "
+                    f"{model.info.name} has {fact} = {theirs}. Make a new one with meta_gradient(model, ...)."
                 )
         differs = _difference(self.fingerprint, _fingerprint(model))
         if differs is not None:
@@ -236,59 +237,15 @@ class MetaGradient:
 
     # ---- storing and showing ------------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write ``path.safetensors`` and ``path.json``; returns the latter."""
-        tensors = {"k": self.k, "v": self.v, "heads": self.heads}
-        if self.host_k is not None:
-            tensors["host_k"] = self.host_k
-        meta = {
-            "model": dataclasses.asdict(self.model),
-            "template": dataclasses.asdict(self.template),
-            "instruction": self.instruction,
-            "demos": [[demo.input, demo.label] for demo in self.demos],
-            "tokens": dataclasses.asdict(self.tokens),
-            "chosen": list(self.chosen),
-            "strength": self.strength,
-            "fingerprint": [list(entry) for entry in self.fingerprint],
-        }
-        return save_result(path, kind=KIND, tensors=tensors, meta=meta)
-
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> MetaGradient:
-        """Read what `save` wrote.
-
-        Raises:
-            FileFormatError: a file is missing, damaged, or holds something else.
-        """
-        tensors, meta = load_result(path, kind=KIND)
-        fingerprint = meta.get("fingerprint", [])
-        if any(isinstance(entry, float) for entry in fingerprint):
-            raise FileFormatError(
-                f"{path} was saved by metaopt-lens 0.1, whose fingerprint covers the output projections only: whether "
-                "keys and values are this model's cannot be told. Make a new one with meta_gradient(model, ...)."
-            )
-        try:
-            tokens = meta["tokens"]
-            return cls(
-                model=ModelInfo(**(meta["model"] | {"processing": tuple(meta["model"]["processing"])})),
-                template=Template(**meta["template"]),
-                instruction=meta["instruction"],
-                demos=tuple(Demo(*pair) for pair in meta["demos"]),
-                tokens=DemoTokens(
-                    ids=tuple(tokens["ids"]),
-                    start=tokens["start"],
-                    spans=tuple(TokenSpan(**span) for span in tokens["spans"]),
-                ),
-                k=tensors["k"],
-                v=tensors["v"],
-                host_k=tensors.get("host_k"),
-                heads=tensors["heads"],
-                chosen=tuple(meta["chosen"]),
-                fingerprint=tuple((name, total, squares) for name, total, squares in fingerprint),
-                strength=meta["strength"],
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise FileFormatError(f"{path} is not a complete {KIND}: {error!r}.") from None
+    def _refusal(cls, body: Mapping[str, Any]) -> str | None:
+        """Files of 0.1 hold a fingerprint of two numbers a layer."""
+        if not any(isinstance(entry, float) for entry in body.get("fingerprint", [])):
+            return None
+        return (
+            "was saved by metaopt-lens 0.1, whose fingerprint covers the output projections only: whether keys and "
+            "values are this model's cannot be told. Make a new one with meta_gradient(model, ...)."
+        )
 
     def __repr__(self) -> str:
         n_heads, n_all = int(self.heads.sum()), self.heads.numel()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from metaopt_lens._codec import NOT_IN_0_1
 from metaopt_lens._errors import ContextWindowError, ModelMismatchError
 
 
@@ -42,7 +43,7 @@ class ModelInfo:
     dtype: str
     positions: str
     processing: tuple[str, ...] = ()
-    quantization: str = "none"
+    quantization: str = field(default="none", metadata=NOT_IN_0_1)
 
     @property
     def is_processed(self) -> bool:
@@ -64,11 +65,11 @@ class ModelInfo:
 
     def check_same(self, other: ModelInfo, what: str) -> None:
         """Raise `ModelMismatchError` unless `other` has this model's sizes and parametrisation."""
-        for field in ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "processing"):
-            mine, theirs = getattr(self, field), getattr(other, field)
+        for size in ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "processing"):
+            mine, theirs = getattr(self, size), getattr(other, size)
             if mine != theirs:
                 raise ModelMismatchError(
-                    f"{what} was made with {other.name} ({field} = {theirs}); {self.name} has {field} = {mine}."
+                    f"{what} was made with {other.name} ({size} = {theirs}); {self.name} has {size} = {mine}."
                 )
 
     def __str__(self) -> str:

@@ -41,8 +41,7 @@ from metaopt_lens.runs._prompt_run import Runs as Runs
 from metaopt_lens.runs._prompt_run import Setting as Setting
 from metaopt_lens.runs._recording import record as record
 from metaopt_lens.runs._recording import record_batches as record_batches
-from metaopt_lens.runs._runs_file import runs_from_file as runs_from_file
-from metaopt_lens.runs._runs_file import runs_to_file as runs_to_file
+from metaopt_lens.runs._runs_file import StoredRuns as StoredRuns
 from metaopt_lens.runs._scoring import QueryReading as QueryReading
 from metaopt_lens.runs._scoring import Scoring as Scoring
 from metaopt_lens.runs._scoring import candidate_mass as candidate_mass

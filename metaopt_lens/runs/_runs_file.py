@@ -1,108 +1,124 @@
-"""Runs as tensors and JSON, for saved results: the prefix once, every setting's own tensors, how layers score."""
+"""Runs as they are stored: what all settings share once, every setting's own tensors."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from metaopt_lens._types import TokenSpan
 from metaopt_lens.dual import ScoreRule
 from metaopt_lens.models import ModelInfo, Prefix
 from metaopt_lens.prompts import TokenizedPrompt
-from metaopt_lens.runs._prompt_run import CHANGED, WITH_DEMOS, Run, Runs
-
-_TENSORS = ("q", "z", "pattern", "sink", "own_k", "own_v")
-_OPTIONAL = ("residual", "attention_input", "raw_q", "logits", "log_normaliser")
+from metaopt_lens.runs._prompt_run import CHANGED, WITH_DEMOS, Run, Runs, Setting
 
 
-def runs_to_file(runs: Runs) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by name, and everything else as JSON-able values.
+@dataclass(frozen=True, eq=False)
+class OwnTensors:
+    """The tensors of one setting's `Run`, but for those shared with other settings; the fields are as there."""
 
-    Args:
-        runs: one prompt's runs.
+    q: Float[Tensor, "dst layer head d_head"]
+    z: Float[Tensor, "dst layer head d_head"]
+    pattern: Float[Tensor, "dst layer head src"]
+    sink: Float[Tensor, "dst layer head"]
+    own_k: Float[Tensor, "layer pos kv_head d_head"]
+    own_v: Float[Tensor, "layer pos kv_head d_head"]
+    residual: Float[Tensor, "dst layer_and_end d_model"] | None
+    attention_input: Float[Tensor, "dst layer d_model"] | None
+    raw_q: Float[Tensor, "dst layer head d_head"] | None
+    logits: Float[Tensor, "dst asked"] | None
+    log_normaliser: Float[Tensor, " dst"] | None
+
+    @classmethod
+    def of(cls, run: Run) -> OwnTensors:
+        """Those of a run."""
+        return cls(**{name: getattr(run, name) for name in cls.__dataclass_fields__})
+
+
+@dataclass(frozen=True, eq=False)
+class StackedPrefix:
+    """A `Prefix` with its layers in one tensor; `host_k` is None where it is `k`."""
+
+    k: Float[Tensor, "layer pos kv_head d_head"]
+    v: Float[Tensor, "layer pos kv_head d_head"]
+    host_k: Float[Tensor, "layer pos kv_head d_head"] | None
+
+    @classmethod
+    def of(cls, prefix: Prefix) -> StackedPrefix:
+        """Stack a prefix's layers."""
+        host_k = None if prefix.host_k is prefix.k else _stack(prefix.host_k)
+        return cls(_stack(prefix.k), _stack(prefix.v), host_k)
+
+    def first(self, n_tokens: int) -> Prefix | None:
+        """The prefix of the first tokens; None for 0."""
+        k = tuple(self.k)
+        return Prefix(k, tuple(self.v), k if self.host_k is None else tuple(self.host_k)).truncate(n_tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredRuns:
+    """One prompt's `Runs`: the tokens of the longest, the longest prefix of the base and of the changed model.
+
+    Attributes:
+        model, asked, rules, eta: of every run.
+        tokens: of the runs with demonstrations, where there is one.
+        destinations, own: of each run, by setting.
+        prefixes: of the ``"base"`` and the ``"changed"`` model.
     """
-    first = max(runs.values(), key=lambda run: run.tokens.n_tokens)  # with D, where a setting has it
-    tensors: dict[str, Tensor] = {}
-    for setting, run in runs.items():
-        named = {name: getattr(run, name) for name in (*_TENSORS, *_OPTIONAL)}
-        tensors |= {f"{setting}.{name}": t for name, t in named.items() if t is not None}
-        tensors |= _prefix_tensors(run, already=tensors)
-    for layer, rule in enumerate(first.rules):
-        found = {"alibi_slopes": rule.alibi_slopes, "sinks": rule.sinks}
-        tensors |= {f"rules.{layer}.{name}": t for name, t in found.items() if t is not None}
-    if first.eta is not None:
-        tensors["eta"] = first.eta
-    meta = {
-        "model": dataclasses.asdict(first.model),
-        "tokens": dataclasses.asdict(first.tokens),
-        "destinations": {setting: list(run.destinations) for setting, run in runs.items()},
-        "asked": list(first.asked),
-        "rules": [{"scale": r.scale, "softcap": r.softcap, "window": r.window} for r in first.rules],
-    }
-    return tensors, meta
 
+    model: ModelInfo
+    tokens: TokenizedPrompt
+    destinations: dict[Setting, tuple[int, ...]]
+    asked: tuple[int, ...]
+    rules: tuple[ScoreRule, ...]
+    eta: Float[Tensor, "layer head"] | None
+    own: dict[Setting, OwnTensors]
+    prefixes: dict[str, StackedPrefix]
 
-def runs_from_file(tensors: dict[str, Tensor], meta: dict[str, Any]) -> Runs:
-    """Inverse of `runs_to_file`; raises KeyError or TypeError on anything else."""
-    info = ModelInfo(**(meta["model"] | {"processing": tuple(meta["model"]["processing"])}))
-    tokens = _tokens(meta["tokens"])
-    rules = tuple(
-        ScoreRule(**rule, alibi_slopes=tensors.get(f"rules.{i}.alibi_slopes"), sinks=tensors.get(f"rules.{i}.sinks"))
-        for i, rule in enumerate(meta["rules"])
-    )
-    found = {}
-    for setting, destinations in meta["destinations"].items():
-        own = tokens if setting in WITH_DEMOS else tokens.zero_shot()
-        found[setting] = Run(
-            setting=setting,
-            model=info,
-            tokens=own,
-            destinations=tuple(destinations),
-            prefix=_prefix(tensors, _family(setting), own.query.start),
-            rules=rules,
-            eta=tensors.get("eta"),
-            asked=tuple(meta["asked"]),
-            **{name: tensors[f"{setting}.{name}"] for name in _TENSORS},
-            **{name: tensors.get(f"{setting}.{name}") for name in _OPTIONAL},  # type: ignore[arg-type]
+    @classmethod
+    def of(cls, runs: Runs) -> StoredRuns:
+        """The stored form of one prompt's runs."""
+        first = max(runs.values(), key=lambda run: run.tokens.n_tokens)  # with D, where a setting has it
+        longest: dict[str, Prefix] = {}
+        for setting, run in runs.items():
+            before = longest.get(_family(setting))
+            if run.prefix is not None and (before is None or before.n_tokens < run.prefix.n_tokens):
+                longest[_family(setting)] = run.prefix
+        return cls(
+            model=first.model,
+            tokens=first.tokens,
+            destinations={setting: run.destinations for setting, run in runs.items()},
+            asked=first.asked,
+            rules=first.rules,
+            eta=first.eta,
+            own={setting: OwnTensors.of(run) for setting, run in runs.items()},
+            prefixes={family: StackedPrefix.of(prefix) for family, prefix in longest.items()},
         )
-    return Runs(found)
+
+    def restore(self) -> Runs:
+        """The runs this was made of."""
+        return Runs({setting: self._run(setting) for setting in self.own})
+
+    def _run(self, setting: Setting) -> Run:
+        tokens = self.tokens if setting in WITH_DEMOS else self.tokens.zero_shot()
+        before = tokens.query.start
+        return Run(
+            setting=setting,
+            model=self.model,
+            tokens=tokens,
+            destinations=self.destinations[setting],
+            prefix=self.prefixes[_family(setting)].first(before) if before else None,
+            rules=self.rules,
+            eta=self.eta,
+            asked=self.asked,
+            **vars(self.own[setting]),
+        )
 
 
-def _family(setting: str) -> str:
+def _family(setting: Setting) -> str:
     return "changed" if setting in CHANGED else "base"
 
 
-def _prefix_tensors(run: Run, already: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The prefix of the base or the changed model, unless a longer one is there."""
-    if run.prefix is None:
-        return {}
-    name = f"{_family(run.setting)}.prefix_"
-    before = already.get(name + "k")
-    if before is not None and before.shape[1] >= run.prefix.n_tokens:
-        return {}
-    k, v, host_k = run.prefix.k, run.prefix.v, run.prefix.host_k
-    found = {"k": k, "v": v} if host_k is k else {"k": k, "v": v, "host_k": host_k}
-    return {name + key: torch.stack([t.to(layers[0].device) for t in layers]) for key, layers in found.items()}
-
-
-def _prefix(tensors: dict[str, Tensor], family: str, n_tokens: int) -> Prefix | None:
-    name = f"{family}.prefix_"
-    if not n_tokens:
-        return None
-    k, v = tuple(tensors[name + "k"]), tuple(tensors[name + "v"])
-    host_k = tuple(tensors[name + "host_k"]) if name + "host_k" in tensors else k
-    return Prefix(k=k, v=v, host_k=host_k).truncate(n_tokens)
-
-
-def _tokens(meta: dict[str, Any]) -> TokenizedPrompt:
-    fields = dict(meta)
-    for name in ("bos", "instruction", "query"):
-        fields[name] = None if fields[name] is None else TokenSpan(**fields[name])
-    for name in ("demos", "demo_inputs", "labels"):
-        fields[name] = tuple(TokenSpan(**span) for span in fields[name])
-    for name in ("ids", "tokens"):
-        fields[name] = tuple(fields[name])
-    return TokenizedPrompt(**fields)
+def _stack(layers: tuple[Tensor, ...]) -> Tensor:
+    return torch.stack([layer.to(layers[0].device) for layer in layers])

@@ -588,6 +588,10 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
         assert torch.equal(a.values, b.values)
         for label, null in a.nulls.items():
             torch.testing.assert_close(null, b.nulls[label], rtol=0, atol=0, equal_nan=True)
+    assert list(loaded.norms) == list(found.norms)
+    assert all(torch.equal(t.nan_to_num(9), loaded.norms[name].nan_to_num(9)) for name, t in found.norms.items())
+    assert torch.equal(loaded.sets, found.sets)
+    assert (loaded.model, loaded.n_demos, loaded.provenance) == (found.model, found.n_demos, found.provenance)
     assert loaded.to_frame().equals(found.to_frame())
     assert loaded.settings["finetuning"][0]["lr"] == 1.0
     assert repr(loaded) == repr(found)

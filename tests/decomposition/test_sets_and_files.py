@@ -178,9 +178,13 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match=r"does not describe a saved decomposition \(its kind is 'finetuned"):
         Decomposition.load(base)
     body = json.loads(text)
-    del body["runs"]["destinations"]
+    destinations = body["runs"].pop("destinations")
     meta.write_text(json.dumps(body))
-    with pytest.raises(FileFormatError, match=r"is not a complete decomposition"):
+    with pytest.raises(FileFormatError, match=r"is not a complete decomposition: KeyError\('runs\.destinations'\)"):
+        Decomposition.load(base)
+    del destinations["zs"]  # a run that does not say where it was recorded
+    meta.write_text(json.dumps(body | {"runs": body["runs"] | {"destinations": destinations}}))
+    with pytest.raises(FileFormatError, match=r"is not a complete decomposition: KeyError\('zs'\)"):
         Decomposition.load(base)
     meta.write_text(text)
     equal(Decomposition.load(base), result)

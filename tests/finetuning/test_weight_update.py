@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from hosts import build, host_values, left_as_it_was, requires_hooked, shared
+from safetensors.torch import load_file
 from torch import Tensor
 
 from metaopt_lens import HeadRef, ICLPrompt, MetaoptLensError
@@ -258,6 +259,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path, settings: dict[str, Any
     assert loaded.tensors().keys() == update.tensors().keys()
     assert all(torch.equal(t, update.tensors()[name]) for name, t in loaded.tensors().items())
     assert loaded.losses == update.losses
+    assert loaded.provenance == update.provenance == (0.5 * update).provenance
     assert loaded.settings == update.settings
     assert loaded.model == update.model
     assert repr(loaded) == repr(update)
@@ -265,6 +267,14 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path, settings: dict[str, Any
     assert torch.equal(logits(model, loaded), logits(model, update))
     total = update + update
     assert WeightUpdate.load(total.save(tmp_path / "sum")).settings is None
+
+
+def test_factors_stay_out_of_files(tmp_path: Path) -> None:
+    update = finetune(shared("bridge:gpt2"), DEMOS, lr=0.3, keep_factors=True, progress=False)
+    assert update.factors is not None
+    path = update.save(tmp_path / "update")
+    assert load_file(path.with_suffix(".safetensors")).keys() == update.tensors().keys()
+    assert WeightUpdate.load(path).factors is None
 
 
 def test_files_that_are_something_else(tmp_path: Path) -> None:

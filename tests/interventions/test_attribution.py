@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -226,9 +227,26 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     result = effects("bridge:gpt2")
     result.save(tmp_path / "effects")
     loaded = HeadEffects.load(tmp_path / "effects")
-    assert torch.equal(loaded.exact, result.exact)
+    for name, value in vars(result).items():
+        found = getattr(loaded, name)
+        assert torch.equal(found, value) if isinstance(value, Tensor) else found == value, name
     assert loaded.ranked() == result.ranked()
     assert repr(loaded) == repr(result)
+
+
+def test_effects_are_read_without_what_files_of_0_1_lack(tmp_path: Path) -> None:
+    """They hold every tensor by its name, and of the model all but what it was de-quantised from."""
+    result = effects("bridge:gpt2")
+    file = result.save(tmp_path / "effects")
+    meta = json.loads(file.read_text())
+    assert meta.keys() == {"kind", "sha256", "provenance", "model", "metric", "n_demos"}
+    del meta["model"]["quantization"]
+    file.write_text(json.dumps(meta))
+    assert HeadEffects.load(file).model == result.model
+    del meta["model"]["processing"]
+    file.write_text(json.dumps(meta))
+    with pytest.raises(MetaoptLensError, match=r"is not a complete head effects: KeyError\('model.processing'\)"):
+        HeadEffects.load(file)
 
 
 def test_refusals() -> None:

@@ -308,6 +308,9 @@ def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
     loaded = MetaGradient.load(tmp_path / "mg")
     for field in ("template", "instruction", "demos", "tokens", "chosen", "strength", "model", "fingerprint"):
         assert getattr(loaded, field) == getattr(mg, field)
+    assert loaded.provenance == mg.provenance == made(name).provenance
+    for one, other in ((loaded.k, mg.k), (loaded.v, mg.v), (loaded.host_k, mg.host_k), (loaded.heads, mg.heads)):
+        assert one is other is None or torch.equal(one, other)
     zero_shot = ids(name, QUERIES[0])[1]
     found = []
     for value in (mg, loaded):
