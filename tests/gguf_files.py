@@ -48,6 +48,7 @@ def write_gguf(
     rope_factors: torch.Tensor | None = None,
     settings: dict[str, Any] | None = None,
     leave_out: str | None = None,
+    add_bos: bool = True,
 ) -> Path:
     """Write `model` to `path`; matrices are quantised, norms are not."""
     config = model.config
@@ -76,7 +77,7 @@ def write_gguf(
         writer.add_pad_token_id(TOKENS.index("<|pad|>"))
         writer.add_bos_token_id(TOKENS.index("<|bos|>"))
         writer.add_eos_token_id(TOKENS.index("<|eos|>"))
-        writer.add_add_bos_token(True)
+        writer.add_add_bos_token(add_bos)
     for name, tensor in tensors_of(model).items():
         if name == leave_out:
             continue

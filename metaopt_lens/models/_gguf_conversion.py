@@ -28,7 +28,7 @@ CACHE_VARIABLE = "METAOPT_LENS_CACHE"
 # The key in config.json that says where the weights come from.
 SOURCE_KEY = "metaopt_lens_source"
 _MANIFEST = "metaopt-lens.json"
-_FORMAT = 1  # of the converted folder: raised when a conversion changes
+_FORMAT = 2  # of the converted folder: raised when a conversion changes
 _ROPE_FACTORS = "rope_freqs.weight"
 # Llama-3's rotary scaling as llama.cpp's converter writes it; only the factor differs between models.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -119,6 +119,16 @@ def quantization_of(config: Any) -> str:
     """
     found = getattr(config, SOURCE_KEY, None)
     return str(found["quantization"]) if isinstance(found, dict) else "none"
+
+
+def adds_bos(config: Any) -> bool | None:
+    """Whether a GGUF file says that BOS stands first; None if it does not say, or the model is from no GGUF file.
+
+    Args:
+        config: the transformers configuration, or None.
+    """
+    found = getattr(config, SOURCE_KEY, None)
+    return found.get("add_bos") if isinstance(found, dict) else None
 
 
 # ---- what can be read ---------------------------------------------------------------------------------------------
@@ -212,6 +222,7 @@ def _convert(source: GgufSource, header: GgufHeader, folder: Path, digest: str) 
             "name": source.name,
             "quantization": quantization,
             "sha256": digest,
+            "add_bos": header.metadata.get("tokenizer.ggml.add_bos_token"),
             "transformers": importlib.metadata.version("transformers"),
             "gguf": importlib.metadata.version("gguf"),
         },

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metaopt_lens._errors import FileFormatError, OptionError, UnsupportedModelError
-from metaopt_lens.models._gguf_conversion import GgufSource, converted
+from metaopt_lens.models._gguf_conversion import GgufSource, adds_bos, converted
 from metaopt_lens.models._memory import check_memory, count_values
 from metaopt_lens.models._packaged import PACKAGED, packaged_source
 
@@ -81,6 +81,8 @@ def load_model(
         ) as folder:
             bridge = _boot(str(folder), True, dtype=dtype, device=device, **spread)
         bridge.cfg.model_name = source.name  # the folder is a path on this machine: it belongs in no result
+        if (says := adds_bos(bridge.original_model.config)) is not None:
+            bridge.cfg.default_prepend_bos = says  # TransformerLens goes by the architecture, the file knows better
         return bridge
     is_folder = path.is_dir()
     if is_folder:

@@ -97,4 +97,4 @@ def test_with_three_or_six_sets_no_more_than_the_nominal_rate_is_called() -> Non
             low = sum(x < 0.05 for x in p) / len(p)
             assert low <= 0.05 + 3.3 * (0.05 * 0.95 / len(rows)) ** 0.5, (n_sets, name)
         summary = found[0].summary().set_index("statistic")
-        assert summary.loc["linear", "of"] == 12
+        assert summary.loc["z total", "of"] == 12

@@ -75,6 +75,15 @@ def test_the_model_in_the_file_is_loaded(file: Path) -> None:
     assert info.weights == "as trained, de-quantised from F32 GGUF"
 
 
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_bos_stands_first_where_the_file_says_so(tmp_path: Path, add_bos: bool) -> None:
+    """TransformerLens puts BOS before every Llama's prompts; for some it is a chat marker that was never there."""
+    model = load_model(write_gguf(tmp_path / "small.gguf", small_llama(), add_bos=add_bos), device="cpu")
+    tokenized = decompose(model, PROMPT).tokenized
+    assert (tokenized.bos is not None) is add_bos
+    assert "(the model's default)" in str(tokenized.bos_note)
+
+
 def test_quantised_weights_are_those_that_the_file_stands_for(tmp_path: Path, cache: Path) -> None:
     kind = GGMLQuantizationType.Q8_0
     file = write_gguf(tmp_path / "q.gguf", small_llama(), quantised=kind, file_type=LlamaFileType.MOSTLY_Q8_0)
