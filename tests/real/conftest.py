@@ -12,7 +12,9 @@ import torch
 from plain import Plain
 
 from metaopt_lens import ICLPrompt, load_model
-from metaopt_lens.prompts import TokenizedPrompt, tokenize_prompt
+from metaopt_lens.models import wrap
+from metaopt_lens.prompts import TokenizedPrompt
+from metaopt_lens.runs import tokenize_for
 
 VARIABLE = "METAOPT_LENS_REAL"
 # Gemma-3-270M sees 512 tokens in five of six layers: its prompts are longer.
@@ -88,4 +90,4 @@ def prompt(name: str) -> ICLPrompt:
 
 @pytest.fixture(scope="session")
 def tokens(bridge: Any, prompt: ICLPrompt) -> TokenizedPrompt:
-    return tokenize_prompt(prompt, bridge.tokenizer)
+    return tokenize_for(wrap(bridge), prompt, require_demos=True)

@@ -280,7 +280,7 @@ def test_hooked_transformer_on_the_same_weights_agrees(
     pytest.importorskip("transformer_lens.HookedTransformer", reason="HookedTransformer ended with TransformerLens 3.x")
     hooked = hooked_llama(plain, bridge.tokenizer)
     assert_agree(logits(hooked, list(tokens.ids)), plain.logits(tokens.ids), plain.pass_units)
-    other = decompose(hooked, prompt)
+    other = decompose(hooked, prompt, prepend_bos=split.tokenized.bos is not None)
     assert other.tokenized.ids == split.tokenized.ids
     for part in ("zero_shot", "meta_gradient", "update", "mass"):
         assert_agree(getattr(other.softmax, part), getattr(split.softmax, part), plain.pass_units, of=(split.z,))
