@@ -18,7 +18,7 @@ from metaopt_lens.prompts import read_token
 from metaopt_lens.runs import Keep, Row, Run, Stream, momentum_part, run_rows, softmax_parts
 
 # Of the largest term that a logit is made of: rounding of the model's own arithmetic, with room to spare. Several hosts
-# norm in float32 whatever the dtype (docs/theory.md, section 7), so float64 is checked to that.
+# norm in float32 whatever the dtype (docs/dev/numerics.md), so float64 is checked to that.
 _TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
 
