@@ -20,14 +20,19 @@ class ShortConvolution:
     trained with it; `decompose` does not know this term.
 
     Attributes:
-        eta: of every head. lags: how many past tokens.
+        eta: of every head.
+        lags: how many past tokens.
     """
 
     eta: Float[Tensor, "layer head"]
     lags: int
 
     def change(self, model: LensModel) -> Change:  # noqa: ARG002 - the eta given is of every layer
-        """The sum, as what is added to z."""
+        """The sum, as what is added to z.
+
+        Args:
+            model: the wrapped model that the change is for.
+        """
         return Change(addition=self._hooks)
 
     def _hooks(self, model: LensModel, sight: Sight) -> list[Hook]:
