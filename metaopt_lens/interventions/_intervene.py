@@ -44,8 +44,8 @@ def intervene(model: Any, *interventions: Any, **options: Any) -> Iterator[Any]:
     for intervention in interventions:
         if not isinstance(intervention, Intervention):
             raise OptionError(
-                f"{type(intervention).__name__} is no intervention: give weight updates, meta-gradients, knock-outs or "
-                "momentum attention (anything with hooks(model))."
+                f"{type(intervention).__name__} is not an intervention: give weight updates, meta-gradients, knock-outs "
+                "or momentum attention (anything with hooks(model))."
             )
     if options:
         if not any(isinstance(i, MetaGradient) for i in interventions):
