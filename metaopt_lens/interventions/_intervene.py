@@ -34,7 +34,7 @@ def intervene(model: Any, *interventions: Any, **options: Any) -> Iterator[Any]:
         options: `form`, `heads`, `strength`, `scale` of the one meta-gradient given; see `MetaGradient.apply`.
 
     Raises:
-        OptionError: nothing to intervene with, something that is no intervention, several meta-gradients at once,
+        OptionError: nothing to intervene with, something that is not an intervention, several meta-gradients at once,
             options without a meta-gradient, two momentum attentions on one head, or a meta-gradient or knock-out under
             momentum that is on already.
         ModelMismatchError: an intervention was made for another model.
@@ -44,8 +44,8 @@ def intervene(model: Any, *interventions: Any, **options: Any) -> Iterator[Any]:
     for intervention in interventions:
         if not isinstance(intervention, Intervention):
             raise OptionError(
-                f"{type(intervention).__name__} is not an intervention: give weight updates, meta-gradients, knock-outs "
-                "or momentum attention (anything with hooks(model))."
+                f"{type(intervention).__name__} is not an intervention: give weight updates, meta-gradients, "
+                "knock-outs or momentum attention (anything with hooks(model))."
             )
     if options:
         if not any(isinstance(i, MetaGradient) for i in interventions):
