@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -45,7 +44,7 @@ class TrainedModel:
         Args:
             folder: the run's folder.
         """
-        fields = _form().dump_python(self, mode="json")
+        fields = TypeAdapter(TrainedModel).dump_python(self, mode="json")
         body = {"kind": KIND, **fields, "provenance": provenance()}
         return write_text(folder / RESULT, json.dumps(body, indent=1) + "\n")
 
@@ -64,15 +63,9 @@ class TrainedModel:
             body = json.loads(file.read_text(encoding="utf-8"))
             if body["kind"] != KIND:
                 raise KeyError("kind")
-            return _form().validate_python(body)
+            return TypeAdapter(cls).validate_python(body)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise FileFormatError(f"{file} is not the result of a finished training run ({error!r}).") from None
-
-
-@cache
-def _form() -> TypeAdapter[TrainedModel]:
-    """How a run is written and read: by its fields."""
-    return TypeAdapter(TrainedModel)
 
 
 def finished_run(config: TrainingConfig, folder: Path) -> TrainedModel | None:
