@@ -134,7 +134,7 @@ def test_momentum_is_a_part_however_it_was_attached() -> None:
 
 def test_what_is_no_intervention_is_refused() -> None:
     with (
-        pytest.raises(MetaoptLensError, match=r"str is not an intervention.*hooks\(model\)"),
+        pytest.raises(MetaoptLensError, match=r"str is no intervention.*hooks\(model\)"),
         intervene(shared("bridge:gpt2"), "L0H0"),
     ):
         pass
