@@ -17,7 +17,11 @@ from metaopt_lens.interventions import HeadEffects
 
 @draws(HeadEffects, "plot")
 def effects_map(effects: HeadEffects) -> go.Figure:
-    """Layer x head maps of exact effects and first-order estimates, and the gain recovered on held-out queries."""
+    """Layer x head maps of exact effects and first-order estimates, and the gain recovered on held-out queries.
+
+    Args:
+        effects: what `head_effects` returned.
+    """
     titles = (
         "exact knock-out" if effects.is_exact else "not knocked out",
         "first-order estimate",
