@@ -164,7 +164,7 @@ def run_sweep(
 ) -> SweepResult:
     """Make all runs of a sweep, each in a directory of its own; every seed of every run is a job.
 
-    Jobs are as safe against being killed as runs are: what is finished is kept, and a sweep that was stopped goes on.
+    Jobs are as safe against being killed as runs are: what is finished is kept, and a stopped sweep is resumed.
     On a Dask cluster the jobs of a lost worker are given to others.
 
     Raises:

@@ -36,7 +36,7 @@ class Keep:
 
     @property
     def whole_pass(self) -> bool:
-        """Whether a pass must go on after the last layer's attention."""
+        """Whether a pass must continue after the last layer's attention."""
         return self.residual or self.stream or bool(self.logits)
 
 
