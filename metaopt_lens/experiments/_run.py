@@ -127,6 +127,9 @@ def load_run_model(config: RunConfig, *, cache: bool = True) -> Any:
 def find_run_task(config: RunConfig) -> Task:
     """The task that a configuration names, in its variant.
 
+    Args:
+        config: names the task.
+
     Raises:
         OptionError: there is no such task.
     """
