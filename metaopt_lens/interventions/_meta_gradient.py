@@ -17,6 +17,7 @@ from metaopt_lens._errors import ModelMismatchError, OptionError, PromptError
 from metaopt_lens._storage import provenance
 from metaopt_lens._types import HeadRef
 from metaopt_lens.interventions._apply import AppliedMetaGradient
+from metaopt_lens.interventions._checksum import checksum
 from metaopt_lens.interventions._demo_tokens import DemoTokens
 from metaopt_lens.interventions._heads import Heads, head_mask
 from metaopt_lens.interventions._stages import Change
@@ -27,8 +28,8 @@ from metaopt_lens.runs import memory_of, refuse_acting, run_shared_prefix
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
 
-# Of every parameter: its name and two sums.
-Fingerprint = tuple[tuple[str, float, float], ...]
+# Of every parameter: its name and a checksum of its bits.
+Fingerprint = tuple[tuple[str, int], ...]
 
 
 def meta_gradient(
@@ -267,24 +268,16 @@ def _stack(layers: Sequence[Tensor]) -> Tensor:
 
 
 def _fingerprint(model: LensModel) -> Fingerprint:
-    """Of every parameter its name, its sum, and a sum of squares with weights that tell places apart; in float64."""
+    """Of every parameter its name and checksum, computed anew every time: weights may be changed behind any cache."""
     found: dict[str, Tensor] = {}
     for root in model.adapter.roots:
         found |= dict(root.named_parameters())
-    sums = []
-    for name, parameter in sorted(found.items()):
-        flat = parameter.detach().flatten()
-        some = flat[::7].double()
-        places = torch.arange(1, len(some) + 1, dtype=torch.float64, device=some.device)
-        sums.append((name, flat.sum(dtype=torch.float64), (some.square() * places).sum() / max(len(some), 1)))
-    return tuple((name, float(total), float(squares)) for name, total, squares in sums)
+    return tuple((name, int(checksum(found[name]))) for name in sorted(found))
 
 
 def _difference(mine: Fingerprint, theirs: Fingerprint) -> str | None:
-    """The first parameter that is not the same, to the rounding of sums in another order; None if all are."""
-    for (name, *values), (other, *others) in zip_longest(mine, theirs, fillvalue=("", 0.0, 0.0)):
-        if name != other:
+    """The first parameter that is not the same to the bit; None if all are."""
+    for (name, value), (other, found) in zip_longest(mine, theirs, fillvalue=("", 0)):
+        if (name, value) != (other, found):
             return name or other
-        if any(abs(a - b) > 1e-9 * max(abs(a), 1.0) for a, b in zip(values, others, strict=True)):
-            return name
     return None
