@@ -46,7 +46,7 @@ from metaopt_lens.analysis._similarity import sim_am as sim_am
 from metaopt_lens.analysis._similarity import sim_aou as sim_aou
 from metaopt_lens.analysis._similarity import sim_aou_null as sim_aou_null
 from metaopt_lens.analysis._similarity import unit as unit
-from metaopt_lens.analysis._statistic import QueryStatistic as QueryStatistic
+from metaopt_lens.analysis._query_statistic import QueryStatistic as QueryStatistic
 from metaopt_lens.analysis._training_attention import TrainingAttention as TrainingAttention
 from metaopt_lens.analysis._training_attention import context_columns as context_columns
 from metaopt_lens.analysis._training_attention import finetuning_scores as finetuning_scores

@@ -35,6 +35,7 @@ from metaopt_lens.runs._predict import candidate_labels as candidate_labels
 from metaopt_lens.runs._predict import label_log_probs as label_log_probs
 from metaopt_lens.runs._predict import predict_labels as predict_labels
 from metaopt_lens.runs._predict import small_mass_note as small_mass_note
+from metaopt_lens.runs._prompt_run import CHANGED as CHANGED
 from metaopt_lens.runs._prompt_run import SETTINGS as SETTINGS
 from metaopt_lens.runs._prompt_run import Run as Run
 from metaopt_lens.runs._prompt_run import Runs as Runs
