@@ -1,18 +1,19 @@
-"""dW_ICL and dW_FT of every head compared: by their action on the query, and as matrices (docs/theory.md, section 4)."""
+"""dW_ICL and dW_FT of every head compared: by their action on the query, and as matrices (theory, section 4)."""
 
 from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from metaopt_lens.analysis._matrices import Factors, overlap, spectrum
+from metaopt_lens.analysis._matrices import Factors, Spectrum, overlap, spectrum
 from metaopt_lens.analysis._similarity import difference
 from metaopt_lens.dual import at_least_float32
 from metaopt_lens.finetuning import UpdatedMemory, delta_w_ft
@@ -23,16 +24,65 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
+class MemoryBatch:
+    """dW_FT of some queries of one demonstration set, and what is kept of its singular value decomposition.
+
+    Attributes:
+        memories: keys and values of each query's Z with and without the update.
+        seen: of every query, which sources of Z its last token sees, ``[layer, src]``.
+        subspace_dim: dimension of the singular subspaces.
+    """
+
+    memories: tuple[UpdatedMemory, ...]
+    seen: tuple[Bool[Tensor, "layer _"], ...]
+    subspace_dim: int
+
+    @classmethod
+    def of(cls, memories: Sequence[UpdatedMemory], icl: Sequence[Run], *, subspace_dim: int) -> MemoryBatch:
+        """The memories of some queries.
+
+        Args:
+            memories: of the queries.
+            icl: their in-context runs.
+            subspace_dim: dimension of the singular subspaces.
+        """
+        seen = tuple(run.visible[:, -1][:, ~run.in_demos] for run in icl)
+        return cls(tuple(memories), seen, subspace_dim)
+
+    def matrices(self, layer: int) -> list[FactoredMatrix]:
+        """dW_FT of every query, all key-value heads."""
+        return [delta_w_ft(m, layer, seen[layer]) for m, seen in zip(self.memories, self.seen, strict=True)]
+
+    @cached_property
+    def leading(self) -> list[Spectrum]:
+        """Of every layer: all singular values, but the leading vectors only."""
+        layers = range(len(self.seen[0]))
+        return [spectrum(stack_factors(self.matrices(layer))).leading(self.subspace_dim) for layer in layers]
+
+    @cached_property
+    def changed(self) -> Bool[Tensor, "query layer kv_head"]:
+        """Whether the update changed a head's keys or values by more than rounding; otherwise dW_FT is rounding."""
+        pairs = zip(self.memories, self.seen, strict=True)
+        return torch.stack([torch.stack([_changed(m, i, row) for i, row in enumerate(s)]) for m, s in pairs]).cpu()
+
+    def rotated(self, *, seed: int) -> MemoryBatch:
+        """The same with what finetuning changed turned at random; see `rotated`.
+
+        Args:
+            seed: of the rotations.
+        """
+        return dataclasses.replace(self, memories=tuple(rotated(self.memories, seed=seed)))
+
+
+@dataclass(frozen=True, eq=False)
 class MatrixReadings:
-    """Of some queries of one demonstration set, at their last token. NaN where finetuning changed neither keys nor
-    values of a head by more than rounding.
+    """dW_ICL against dW_FT. NaN where finetuning changed neither keys nor values of a head by more than rounding.
 
     Attributes:
         linear_ft: ``dW_FT q`` with q of the in-context run.
         frobenius: cosine of the matrices dW_ICL and dW_FT.
         left, right: mean squared cosine of the principal angles of their leading singular subspaces, on the output and
             on the input side (NaN where a rank is too small).
-        left_rotated, right_rotated: the same after a random rotation of what finetuning changed.
         rank_icl, rank_ft: effective ranks.
     """
 
@@ -40,68 +90,72 @@ class MatrixReadings:
     frobenius: Float[Tensor, "query layer head"]
     left: Float[Tensor, "query layer head"]
     right: Float[Tensor, "query layer head"]
-    left_rotated: Float[Tensor, "query layer head"]
-    right_rotated: Float[Tensor, "query layer head"]
     rank_icl: Float[Tensor, "query layer head"]
     rank_ft: Float[Tensor, "query layer head"]
 
 
-def compare_matrices(icl: Sequence[Run], memories: Sequence[UpdatedMemory], *, subspace_dim: int) -> MatrixReadings:
+def compare_matrices(icl: Sequence[Run], memory: MemoryBatch) -> MatrixReadings:
     """Compare both matrices of every query, layer and head.
 
     Args:
         icl: in-context runs of queries behind the same demonstrations.
-        memories: of the same queries.
-        subspace_dim: dimension of the singular subspaces.
+        memory: of the same queries.
     """
-    # What stands before the query is the same for all, and so is the rotation: it does not depend on the batch.
-    tokens = icl[0].tokens
-    seed = zlib.crc32(str(tokens.ids[: tokens.query.start]).encode())
-    turned = rotated(memories, seed=seed)
-    visible = [run.visible[:, -1] for run in icl]  # each [layer, src]
-    layers = []
-    for layer in range(len(icl[0].own_k)):
-        seen = [v[layer] for v in visible]
-        layers.append(_layer(icl, memories, turned, layer, seen, subspace_dim))
-    names = [field.name for field in dataclasses.fields(MatrixReadings)]
-    return MatrixReadings(**{name: torch.stack([row[name] for row in layers], dim=1) for name in names})
-
-
-def _layer(
-    icl: Sequence[Run],
-    memories: Sequence[UpdatedMemory],
-    turned: Sequence[UpdatedMemory],
-    layer: int,
-    seen: list[Bool[Tensor, " src"]],
-    k: int,
-) -> dict[str, Tensor]:
-    demos = icl[0].tokens.demonstrations.slice
-    # Where all queries see the same demonstration tokens (no sliding window between them), dW_ICL is one matrix.
-    same = all(torch.equal(row[demos], seen[0][demos]) for row in seen)
-    first = spectrum(_factors([delta_w_icl(run, layer) for run in (icl[:1] if same else icl)]))
-    rest = [row[~run.in_demos] for run, row in zip(icl, seen, strict=True)]
-    memory = [delta_w_ft(m, layer, row) for m, row in zip(memories, rest, strict=True)]
-    second = spectrum(_factors(memory))
-    null = spectrum(_factors([delta_w_ft(m, layer, row) for m, row in zip(turned, rest, strict=True)]))
-    left, right = overlap(first, second, k=k)
-    left_rotated, right_rotated = overlap(first, null, k=k)
     group = icl[0].model.n_heads // icl[0].model.n_kv_heads
-    of_heads = {
-        "frobenius": first.cosine(second),
-        "left": left,
-        "right": right,
-        "left_rotated": left_rotated,
-        "right_rotated": right_rotated,
-        "rank_ft": second.effective_rank,
-        "rank_icl": first.effective_rank.expand(len(icl), -1),
-    }
-    found = {name: _kept(t).repeat_interleave(group, dim=1) for name, t in of_heads.items()}
-    found["linear_ft"] = _kept(torch.stack([_applied(m, run.q[-1, layer]) for m, run in zip(memory, icl, strict=True)]))
-    pairs = zip(memories, rest, strict=True)
-    changed = torch.stack([_changed(m, layer, row) for m, row in pairs]).cpu().repeat_interleave(group, dim=1)
-    for name in found.keys() - {"rank_icl"}:  # else dW_FT is rounding
-        found[name] = torch.where(changed[..., None] if found[name].ndim > 2 else changed, found[name], torch.nan)
-    return found
+    layers = []
+    for layer, (first, second) in enumerate(zip(icl_spectra(icl), memory.leading, strict=True)):
+        matrices = memory.matrices(layer)
+        left, right = overlap(first, second, k=memory.subspace_dim)
+        of_heads = {
+            "frobenius": first.cosine_with(stack_factors(matrices), norm=second.norm),
+            "left": left,
+            "right": right,
+            "rank_ft": second.effective_rank,
+            "rank_icl": first.effective_rank.expand(len(icl), -1),
+        }
+        row = {name: _kept(t).repeat_interleave(group, dim=1) for name, t in of_heads.items()}
+        pairs = zip(matrices, icl, strict=True)
+        row["linear_ft"] = _kept(torch.stack([_applied(m, run.q[-1, layer]) for m, run in pairs]))
+        layers.append(row)
+    found = {name: torch.stack([row[name] for row in layers], dim=1) for name in layers[0]}
+    changed = memory.changed.repeat_interleave(group, dim=-1)
+    for name in found.keys() - {"rank_icl"}:
+        found[name] = torch.where(changed[..., None] if found[name].ndim > 3 else changed, found[name], torch.nan)
+    return MatrixReadings(**found)
+
+
+def rotated_overlaps(icl: Sequence[Run], memory: MemoryBatch) -> tuple[Tensor, Tensor]:
+    """`left` and `right` of `MatrixReadings` after a random rotation of what finetuning changed.
+
+    Args:
+        icl: in-context runs of queries behind the same demonstrations, which decide the rotation.
+        memory: of the same queries.
+
+    Returns:
+        Two tensors ``[query, layer, head]``.
+    """
+    group = icl[0].model.n_heads // icl[0].model.n_kv_heads
+    tokens = icl[0].tokens
+    turned = memory.rotated(seed=zlib.crc32(str(tokens.ids[: tokens.query.start]).encode()))
+    pairs = zip(icl_spectra(icl), turned.leading, strict=True)
+    sides = zip(*(overlap(first, second, k=memory.subspace_dim) for first, second in pairs), strict=True)
+    changed = memory.changed.repeat_interleave(group, dim=-1)
+    stacked = [_kept(torch.stack(side, dim=1)).repeat_interleave(group, dim=-1) for side in sides]
+    left, right = (torch.where(changed, side, torch.nan) for side in stacked)
+    return left, right
+
+
+def icl_spectra(icl: Sequence[Run]) -> Iterator[Spectrum]:
+    """dW_ICL of every layer; one matrix for all queries where they see the same demonstration tokens.
+
+    Args:
+        icl: in-context runs of queries behind the same demonstrations.
+    """
+    demos = icl[0].tokens.demonstrations.slice
+    visible = [run.visible[:, -1, demos] for run in icl]  # each [layer, src]
+    for layer in range(len(icl[0].own_k)):
+        same = all(torch.equal(row[layer], visible[0][layer]) for row in visible)
+        yield spectrum(stack_factors([delta_w_icl(run, layer) for run in (icl[:1] if same else icl)]))
 
 
 def rotated(memories: Sequence[UpdatedMemory], *, seed: int) -> list[UpdatedMemory]:
@@ -134,8 +188,12 @@ def rotated(memories: Sequence[UpdatedMemory], *, seed: int) -> list[UpdatedMemo
     ]
 
 
-def _factors(matrices: Sequence[FactoredMatrix]) -> Factors:
-    """Matrices of several queries together; sources of the shorter ones are filled with zeros, which add nothing."""
+def stack_factors(matrices: Sequence[FactoredMatrix]) -> Factors:
+    """Matrices of several queries together; sources of the shorter ones are filled with zeros, which add nothing.
+
+    Args:
+        matrices: each of all key-value heads.
+    """
     longest = max(m.A.shape[-1] for m in matrices)
     pad = torch.nn.functional.pad
     return Factors(

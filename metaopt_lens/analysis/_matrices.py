@@ -73,9 +73,9 @@ class Spectrum:
         rank: how many values are larger than rounding.
     """
 
-    left: Float[Tensor, "*item d_model rank"]
+    left: Float[Tensor, "*item d_model vector"]
     values: Float[Tensor, "*item rank"]
-    right: Float[Tensor, "*item d_head rank"]
+    right: Float[Tensor, "*item d_head vector"]
     rank: Int[Tensor, "*item"]
 
     @property
@@ -85,11 +85,30 @@ class Spectrum:
         found: Tensor = torch.special.entr(share).sum(-1).exp()
         return found
 
-    def cosine(self, other: Spectrum) -> Float[Tensor, ...]:
-        """Frobenius cosine of the two matrices; NaN where one is zero."""
-        products = (self.left.mT @ other.left) * (self.right.mT @ other.right)
-        inner = torch.einsum("...ij,...i,...j->...", products, self.values, other.values)
-        return inner / (self.values.norm(dim=-1) * other.values.norm(dim=-1))
+    @property
+    def norm(self) -> Float[Tensor, "*item"]:
+        """Frobenius norm."""
+        found: Tensor = self.values.norm(dim=-1)
+        return found
+
+    def cosine_with(self, other: Factors, *, norm: Float[Tensor, "*other"]) -> Float[Tensor, ...]:
+        """Frobenius cosine with another matrix; NaN where one is zero.
+
+        Args:
+            other: as factors, along axes that broadcast.
+            norm: its Frobenius norm.
+        """
+        inner = _inner(Factors(self.left * self.values[..., None, :], self.right.mT), other)
+        return inner / (self.norm * norm)
+
+    def leading(self, k: int) -> Spectrum:
+        """The same with the first k singular vectors only; all values stay.
+
+        Args:
+            k: how many.
+        """
+        # Copies, so that the other vectors' memory is freed.
+        return Spectrum(self.left[..., :k].clone(), self.values, self.right[..., :k].clone(), self.rank)
 
 
 def spectrum(matrix: Factors) -> Spectrum:

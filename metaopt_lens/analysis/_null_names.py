@@ -28,9 +28,7 @@ class Null:
 
 
 NULLS: dict[str, Null] = {
-    OTHER_QUERY: Null(
-        "Is that similarity specific to the query?", "its excess over another query's finetuning update"
-    ),
+    OTHER_QUERY: Null("Is that similarity specific to the query?", "its excess over another query's finetuning update"),
     RANDOM: Null("Is it more than random directions show?", "its excess over random directions"),
     RANDOM_ROTATION: Null("Is it more than random rotations of the update show?", "its excess over those"),
     ANALYTIC: Null("Is it more than normalisation alone gives?", "its excess over that"),

@@ -15,7 +15,10 @@ from metaopt_lens.analysis._similarity import unit
 
 
 def random_cosines(
-    dims: Int[Tensor, "#query #layer #head"], like: Float[Tensor, "query layer head"], n_draws: int, seed: torch.Generator
+    dims: Int[Tensor, "#query #layer #head"],
+    like: Float[Tensor, "query layer head"],
+    n_draws: int,
+    seed: torch.Generator,
 ) -> Float[Tensor, "query layer head"]:
     """Null (a): mean over draws of the cosine with a random, zero-mean, isotropic vector; NaN where `like` is.
 
@@ -58,7 +61,7 @@ def other_query_cosines(
     known = ~others.isnan().any(-1)
     others = torch.where(known[..., None], others, 0)
     found = torch.empty(first.shape[:-1], dtype=torch.float64)
-    for group in groups.unique().tolist():
+    for group in sorted(set(groups.tolist())):
         members = groups == group
         own, count = others[members], known[members].double()
         rest, n = own.sum(0, keepdim=True) - own, count.sum(0, keepdim=True) - count

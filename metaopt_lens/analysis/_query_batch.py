@@ -11,12 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from metaopt_lens.analysis._context import Context
-from metaopt_lens.analysis._low_rank import MatrixReadings, compare_matrices
+from metaopt_lens.analysis._low_rank import MatrixReadings, MemoryBatch, compare_matrices, rotated_overlaps
 from metaopt_lens.analysis._output_space import OutputSpace
 from metaopt_lens.analysis._similarity import difference
 from metaopt_lens.analysis._training_attention import TrainingAttention, ranked_maps
 from metaopt_lens.dual import SoftmaxParts, at_least_float32
-from metaopt_lens.finetuning import UpdatedMemory, WeightUpdate
+from metaopt_lens.finetuning import WeightUpdate
 from metaopt_lens.runs import (
     CHANGED,
     Run,
@@ -38,7 +38,7 @@ class QueryBatch:
         space: of the runs' model.
         update: what the finetuned runs have.
         runs: of every query, in all five settings.
-        memories: of every query, its keys and values with and without the update.
+        memory: of every query, its keys and values with and without the update.
         context: of the comparison.
         trained: query vectors of each demonstration's tokens in its own finetuning step (see `demonstration_queries`);
             None where they were not kept, or are those of other demonstrations.
@@ -47,9 +47,9 @@ class QueryBatch:
     space: OutputSpace
     update: WeightUpdate
     runs: tuple[Runs, ...]
-    memories: tuple[UpdatedMemory, ...]
+    memory: MemoryBatch
     context: Context
-    trained: tuple[Float[Tensor, "src layer d_q"], ...] | None = None
+    trained: tuple[Float[Tensor, "_ layer d_q"], ...] | None = None
 
     @property
     def eps(self) -> float:
@@ -95,8 +95,12 @@ class QueryBatch:
     @cached_property
     def matrices(self) -> MatrixReadings:
         """``dW_FT q``, and the matrices dW_ICL and dW_FT compared."""
-        icl = [runs.icl for runs in self.runs]
-        return compare_matrices(icl, self.memories, subspace_dim=self.context.subspace_dim)
+        return compare_matrices([runs.icl for runs in self.runs], self.memory)
+
+    @cached_property
+    def rotated_overlaps(self) -> tuple[Float[Tensor, "query layer head"], Float[Tensor, "query layer head"]]:
+        """Overlap of the leading singular subspaces, left and right, with finetuning's changes turned at random."""
+        return rotated_overlaps([runs.icl for runs in self.runs], self.memory)
 
     @cached_property
     def training_attention(self) -> TrainingAttention:

@@ -138,7 +138,9 @@ def sim_aou(
         eps: rounding unit of the recorded numbers; by default that of `zs`'s dtype (see `difference`).
         convention: its `damping` and `ignores_rounding` are used.
     """
-    normalised = cosine(*aou_updates(icl, zs, ft, eps=eps, normalised=True, convention=convention), convention=convention)
+    normalised = cosine(
+        *aou_updates(icl, zs, ft, eps=eps, normalised=True, convention=convention), convention=convention
+    )
     plain = cosine(*aou_updates(icl, zs, ft, eps=eps, normalised=False, convention=convention), convention=convention)
     return SimAOU(
         normalised=QueryStatistic(normalised, ZERO_UPDATE),

@@ -31,6 +31,7 @@ class Statistic:
         value: of the readings; NaN where undefined.
         nulls: by name, the same under a null hypothesis that needs no further runs; None where these queries have no
             such null. Further runs (with other labels, updates or weights) are nulls by `value` of their readings.
+        read_for_nulls: what only `nulls` need, behind the readings.
         needs_factors: whether the update must have kept its steps' factors.
     """
 
@@ -42,6 +43,7 @@ class Statistic:
     read: Callable[[QueryBatch], Readings]
     value: Callable[[Readings, Context], Values]
     nulls: Mapping[str, Callable[[Readings, Context], Values | None]]
+    read_for_nulls: Callable[[QueryBatch], Readings] = lambda batch: ()  # noqa: ARG005
     needs_factors: bool = False
 
     def called(self, context: Context) -> str:
@@ -52,7 +54,7 @@ class Statistic:
         """Value and nulls of all queries of one demonstration set.
 
         Args:
-            readings: of these queries, joined.
+            readings: of these queries, joined, with those for nulls.
             context: of the comparison.
         """
         nulls = {name: null(readings, context) for name, null in self.nulls.items()}

@@ -69,9 +69,10 @@ def _subspaces(side: str) -> Statistic:
         "head",
         "set",
         _RANK,
-        lambda batch: (getattr(batch.matrices, side), getattr(batch.matrices, f"{side}_rotated")),
-        lambda pair, _: pair[0],
-        {RANDOM_ROTATION: lambda pair, _: pair[1]},
+        lambda batch: (getattr(batch.matrices, side),),
+        lambda found, _: found[0],
+        {RANDOM_ROTATION: lambda found, _: found[1]},
+        read_for_nulls=lambda batch: batch.rotated_overlaps[("left", "right").index(side) :][:1],
     )
 
 
@@ -170,7 +171,8 @@ def _trained(
         return (maps.icl_token, maps.ft_token) if level == "token" else (maps.icl_example, maps.ft_example)
 
     def value(maps: Readings, context: Context) -> Values:
-        return similarity(*maps, context)[..., None]
+        icl, ft = maps
+        return similarity(icl, ft, context)[..., None]
 
     def other_query(maps: Readings, context: Context) -> Values:
         icl, ft = maps

@@ -116,7 +116,7 @@ def usable_factors(update: WeightUpdate) -> tuple[StepFactors, ...] | None:
     return update.factors
 
 
-def demonstration_queries(model: LensModel, factors: Sequence[StepFactors]) -> list[Float[Tensor, "src layer d_q"]]:
+def demonstration_queries(model: LensModel, factors: Sequence[StepFactors]) -> list[Float[Tensor, "_ layer d_q"]]:
     """Query vectors of every demonstration's tokens (BOS first) in its own finetuning step, with the score scale, heads
     side by side.
 
@@ -134,7 +134,7 @@ def demonstration_queries(model: LensModel, factors: Sequence[StepFactors]) -> l
 def ranked_maps(
     context: Float[Tensor, "query layer src"],
     attn_q: Float[Tensor, "query layer d_q"],
-    trained: Sequence[Float[Tensor, "src layer d_q"]],
+    trained: Sequence[Float[Tensor, "_ layer d_q"]],
     *,
     convention: Convention = Convention.DEFAULT,
 ) -> TrainingAttention:

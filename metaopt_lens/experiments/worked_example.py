@@ -19,7 +19,7 @@ from metaopt_lens._storage import write_text
 from metaopt_lens.analysis import (
     SHUFFLED_LABELS,
     Comparison,
-    Statistic,
+    Measured,
     compare,
     findings,
     headline,
@@ -234,7 +234,7 @@ def _section(result: WorkedExample) -> str:
     return "\n".join(parts)
 
 
-def _interval(comparison: Comparison, statistic: Statistic, values: torch.Tensor) -> str:
+def _interval(comparison: Comparison, statistic: Measured, values: torch.Tensor) -> str:
     """Mean over layers and heads with its interval; empty where nothing is defined."""
     found = comparison.statistic_interval(statistic, values.nanmean((1, 2)), level=0.95)
     if bool(found.estimate.isnan()):

@@ -40,6 +40,9 @@ from metaopt_lens.runs._prompt_run import SETTINGS as SETTINGS
 from metaopt_lens.runs._prompt_run import Run as Run
 from metaopt_lens.runs._prompt_run import Runs as Runs
 from metaopt_lens.runs._prompt_run import Setting as Setting
+from metaopt_lens.runs._recording import Recorder as Recorder
+from metaopt_lens.runs._recording import prepare as prepare
+from metaopt_lens.runs._recording import queries_together as queries_together
 from metaopt_lens.runs._recording import record as record
 from metaopt_lens.runs._recording import record_batches as record_batches
 from metaopt_lens.runs._runs_file import StoredRuns as StoredRuns

@@ -515,15 +515,14 @@ def test_open_answers_are_compared_by_the_rule_of_predictions() -> None:
     assert found.gold is not None
     assert [names[i] for i in found.gold.tolist()] == ["w60", "w61 w62"]
     ids = {"w32": [32], "w36": [36], "w60": [60], "w61 w62": [61, 62]}
-    settings = found.settings["answers"]
     for row, own in enumerate((("w32", "w36", "w60"), ("w32", "w36", "w61 w62"))):
         x = oracles(name)[row]
         for setting in ("zs", "icl", "ft"):
             assert names[int(getattr(found, setting)[row])] == own[x.prediction(setting, [ids[w] for w in own])]
-            absolute = settings[setting.upper()]
+            absolute = found.answers[setting.upper()]
             total = sum(x.probability(setting, ids[word]) for word in own)
-            assert absolute["candidate_mass"][row] == pytest.approx(total, rel=1e-4)
-            assert absolute["label_rank"][row] == x.rank(setting, ids[own[2]][0])
+            assert float(absolute.candidate_mass[row]) == pytest.approx(total, rel=1e-4)
+            assert int(absolute.label_rank[row]) == x.rank(setting, ids[own[2]][0])
     table = found.accuracies().set_index("quantity")
     right = [int(i) == int(g) for i, g in zip(found.icl, found.gold, strict=True)]  # type: ignore[arg-type]
     assert table.loc["accuracy ICL", "value"] == pytest.approx(sum(right) / 2)
