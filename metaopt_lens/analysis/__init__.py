@@ -23,6 +23,7 @@ from metaopt_lens.analysis._matrices import random_subspace_angles as random_sub
 from metaopt_lens.analysis._matrices import singular_values as singular_values
 from metaopt_lens.analysis._measured import Measured as Measured
 from metaopt_lens.analysis._multiple import adjust_p_values as adjust_p_values
+from metaopt_lens.analysis._null_names import ANALYTIC as ANALYTIC
 from metaopt_lens.analysis._null_names import FLIPPED_LABELS as FLIPPED_LABELS
 from metaopt_lens.analysis._null_names import NULLS as NULLS
 from metaopt_lens.analysis._null_names import OTHER_QUERY as OTHER_QUERY
@@ -44,6 +45,7 @@ from metaopt_lens.analysis._recall import topk_recall as topk_recall
 from metaopt_lens.analysis._similarity import SimAM as SimAM
 from metaopt_lens.analysis._similarity import SimAOU as SimAOU
 from metaopt_lens.analysis._similarity import am_maps as am_maps
+from metaopt_lens.analysis._similarity import aou_updates as aou_updates
 from metaopt_lens.analysis._similarity import cosine as cosine
 from metaopt_lens.analysis._similarity import difference as difference
 from metaopt_lens.analysis._similarity import sim_am as sim_am

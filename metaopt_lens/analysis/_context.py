@@ -29,7 +29,7 @@ class Context:
     n_draws: int
     top_k: Mapping[str, int]
     d_model: int
-    subspace_dim: int
+    subspace_dim: int = 4
     eps: float | None = None
 
     @property

@@ -18,7 +18,7 @@ from metaopt_lens.analysis._null_values import other_query_cosines, other_query_
 from metaopt_lens.analysis._query_batch import QueryBatch
 from metaopt_lens.analysis._rank import kendall_tau
 from metaopt_lens.analysis._recall import topk_recall
-from metaopt_lens.analysis._similarity import ZERO_UPDATE, am_maps, aou_updates, cosine, sim_aou, sim_aou_null
+from metaopt_lens.analysis._similarity import ZERO_UPDATE, am_maps, aou_updates, cosine, sim_aou_null
 from metaopt_lens.analysis._statistic import Readings, Statistic, Values
 from metaopt_lens.runs import Setting
 
@@ -84,7 +84,8 @@ def _outputs(batch: QueryBatch) -> Readings:
 
 
 def _sim_aou(states: Readings, context: Context) -> Values:
-    return sim_aou(*states, eps=context.eps, convention=context.convention).normalised.values
+    updates = aou_updates(*states, normalised=True, eps=context.eps, convention=context.convention)
+    return cosine(*updates, convention=context.convention)
 
 
 def _sim_aou_other_query(states: Readings, context: Context) -> Values:
