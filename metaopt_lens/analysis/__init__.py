@@ -3,6 +3,9 @@
 from metaopt_lens.analysis._answers import Answers as Answers
 from metaopt_lens.analysis._answers import join_answers as join_answers
 from metaopt_lens.analysis._compare import compare as compare
+from metaopt_lens.analysis._compare_options import Controls as Controls
+from metaopt_lens.analysis._compare_options import Finetuning as Finetuning
+from metaopt_lens.analysis._compare_options import Measures as Measures
 from metaopt_lens.analysis._comparison import Comparison as Comparison
 from metaopt_lens.analysis._context import Context as Context
 from metaopt_lens.analysis._controls import flip_labels as flip_labels
@@ -13,6 +16,7 @@ from metaopt_lens.analysis._convention import Convention as Convention
 from metaopt_lens.analysis._interval import Interval as Interval
 from metaopt_lens.analysis._interval import mean_interval as mean_interval
 from metaopt_lens.analysis._interval import scope as scope
+from metaopt_lens.analysis._joining import join_measured as join_measured
 from metaopt_lens.analysis._matrices import Factors as Factors
 from metaopt_lens.analysis._matrices import PrincipalAngles as PrincipalAngles
 from metaopt_lens.analysis._matrices import effective_rank as effective_rank

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from metaopt_lens._codec import NOT_IN_0_1, Stored
+from metaopt_lens._codec import NOT_IN_0_1, NOT_STORED, Stored
 from metaopt_lens._errors import OptionError, UndefinedMetricError
 from metaopt_lens._plots import draw
 from metaopt_lens.analysis._answers import Answers
@@ -19,6 +19,7 @@ from metaopt_lens.analysis._comparison_tables import accuracy_table, head_frame,
 from metaopt_lens.analysis._interval import Interval, mean_interval, scope, set_means, t_test
 from metaopt_lens.analysis._measured import Measured
 from metaopt_lens.analysis._recall import Rec2FTP, rec2ftp
+from metaopt_lens.finetuning import LearningRateChoice, WeightUpdate
 from metaopt_lens.models import ModelInfo
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ class Comparison(Stored):
             candidates.
         settings: arguments of `compare`, and of the finetuning.
         provenance: versions and time.
+        notes: controls that were left out, and why.
+        learning_rate: how it was chosen; None where it was given.
+        updates: what was compared, one per set; not stored in files.
     """
 
     kind: ClassVar[str] = "comparison"
@@ -65,6 +69,9 @@ class Comparison(Stored):
     settings: dict[str, Any]
     provenance: dict[str, Any]
     answers: dict[str, Answers] = field(default_factory=dict, metadata=NOT_IN_0_1)
+    notes: tuple[str, ...] = field(default=(), metadata=NOT_IN_0_1)
+    learning_rate: LearningRateChoice | None = field(default=None, metadata=NOT_IN_0_1)
+    updates: tuple[WeightUpdate, ...] = field(default=(), metadata=NOT_STORED)
 
     def __getitem__(self, name: str) -> Measured:
         """The statistic of that name."""
@@ -211,4 +218,4 @@ class Comparison(Stored):
                 f"  {s.name:<28} {float(s.values.nanmean()):+.3f}"
                 f"   {s.main_null} null {float(s.nulls[s.main_null].nanmean()):+.3f}"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])

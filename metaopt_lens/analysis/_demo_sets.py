@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from metaopt_lens._errors import ModelMismatchError, OptionError, PromptError
@@ -19,73 +19,33 @@ Updates = WeightUpdate | Sequence[WeightUpdate]
 
 @dataclass(frozen=True, eq=False)
 class DemoSet:
-    """One demonstration set.
+    """The queries behind one set of demonstrations.
 
     Attributes:
         indices: where its prompts stood among all.
-        prompts: the queries behind it. tokenized: the same as tokens.
-        update: what finetuning did.
-        controls: other updates by name.
+        prompts: the queries. tokenized: the same as tokens.
     """
 
     indices: list[int]
     prompts: list[ICLPrompt]
     tokenized: list[TokenizedPrompt]
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedSet(DemoSet):
+    """A demonstration set with what finetuning did.
+
+    Attributes:
+        update: of finetuning on the demonstrations.
+        controls: other updates by name.
+    """
+
     update: WeightUpdate
     controls: dict[str, WeightUpdate]
 
 
-def demo_sets(
-    model: LensModel,
-    prompts: Sequence[ICLPrompt],
-    update: Updates,
-    controls: Mapping[str, Updates],
-    *,
-    prepend_bos: bool | None,
-    allow_other_training: bool,
-) -> list[DemoSet]:
-    """Group prompts by their demonstrations, and give each set its update and controls.
-
-    Args:
-        model: a wrapped model.
-        prompts: all queries.
-        update: one per set. controls: by name, one per set.
-        prepend_bos: put BOS first; None for the model's default.
-        allow_other_training: accept updates that were trained on something else.
-
-    Raises:
-        PromptError: a set of a single query.
-        OptionError: another number of updates, or a control with the name of another null.
-        ModelMismatchError: an update of another model, of neither keys nor values, or trained on something else.
-    """
-    tokenized, groups = group_prompts(model, prompts, prepend_bos=prepend_bos)
-    taken = sorted(RESERVED.intersection(controls))
-    if taken:
-        raise OptionError(f"the control {taken[0]!r} has the name of another null: give it a name of its own.")
-    updates = _per_set(update, len(groups), "update")
-    lists = {name: _per_set(value, len(groups), f"control {name!r}") for name, value in controls.items()}
-    for name, found in (("update", updates), *lists.items()):
-        for item in found:
-            model.check_same(item.model, f"the {name}")
-            if item.w_k is None and item.w_v is None:
-                raise ModelMismatchError(f"the {name} changes neither keys nor values, which the linear form compares.")
-    sets = [
-        DemoSet(
-            indices=group,
-            prompts=[prompts[i] for i in group],
-            tokenized=[tokenized[i] for i in group],
-            update=updates[number],
-            controls={name: found[number] for name, found in lists.items()},
-        )
-        for number, group in enumerate(groups)
-    ]
-    return _check_training(sets, allow_other=allow_other_training)
-
-
-def group_prompts(
-    model: LensModel, prompts: Sequence[ICLPrompt], *, prepend_bos: bool | None
-) -> tuple[list[TokenizedPrompt], list[list[int]]]:
-    """Tokens of all prompts, and which of them stand behind the same demonstrations.
+def group_sets(model: LensModel, prompts: Sequence[ICLPrompt], *, prepend_bos: bool | None) -> list[DemoSet]:
+    """Group prompts by their demonstrations.
 
     Args:
         model: a wrapped model.
@@ -103,7 +63,53 @@ def group_prompts(
                 f"demonstration set {index} has a single query; the other-query null needs at least two behind the "
                 "same demonstrations."
             )
-    return tokenized, groups
+    return [DemoSet(group, [prompts[i] for i in group], [tokenized[i] for i in group]) for group in groups]
+
+
+def check_names(controls: Iterable[str]) -> None:
+    """Raise `OptionError` if a user's control has the name of another null.
+
+    Args:
+        controls: their names.
+    """
+    taken = sorted(RESERVED.intersection(controls))
+    if taken:
+        raise OptionError(f"the control {taken[0]!r} has the name of another null: give it a name of its own.")
+
+
+def with_updates(
+    model: LensModel,
+    sets: Sequence[DemoSet],
+    update: Updates,
+    controls: Mapping[str, Updates],
+    *,
+    allow_other_training: bool,
+) -> list[TrainedSet]:
+    """Give each set its update and controls.
+
+    Args:
+        model: a wrapped model.
+        sets: in the order of their first prompts.
+        update: one per set.
+        controls: by name, one per set.
+        allow_other_training: accept updates that were trained on something else.
+
+    Raises:
+        OptionError: another number of updates.
+        ModelMismatchError: an update of another model, of neither keys nor values, or trained on something else.
+    """
+    updates = _per_set(update, len(sets), "update")
+    lists = {name: _per_set(value, len(sets), f"control {name!r}") for name, value in controls.items()}
+    for name, found in (("update", updates), *lists.items()):
+        for item in found:
+            model.check_same(item.model, f"the {name}")
+            if item.w_k is None and item.w_v is None:
+                raise ModelMismatchError(f"the {name} changes neither keys nor values, which the linear form compares.")
+    trained = []
+    for number, group in enumerate(sets):
+        own = {name: found[number] for name, found in lists.items()}
+        trained.append(TrainedSet(group.indices, group.prompts, group.tokenized, updates[number], own))
+    return _check_training(trained, allow_other=allow_other_training)
 
 
 def _per_set(value: Updates, n_sets: int, what: str) -> list[WeightUpdate]:
@@ -116,7 +122,7 @@ def _per_set(value: Updates, n_sets: int, what: str) -> list[WeightUpdate]:
     return found
 
 
-def _check_training(sets: list[DemoSet], *, allow_other: bool) -> list[DemoSet]:
+def _check_training(sets: list[TrainedSet], *, allow_other: bool) -> list[TrainedSet]:
     """Every update must have learned its own set's demonstrations; one that does not say what it learned passes.
 
     With `allow_other` others pass without their factors: attention to training tokens is that to the demonstrations.
@@ -149,7 +155,7 @@ def _without_first(sequences: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, .
     return tuple(ids[1:] for ids in sequences)
 
 
-def choose_top_k(sets: list[DemoSet], given: int | None) -> dict[str, int]:
+def choose_top_k(sets: list[TrainedSet], given: int | None) -> dict[str, int]:
     """How many entries count as top, the same for all sets; half of what the smallest set has where that is less.
 
     Args:

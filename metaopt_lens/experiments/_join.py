@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metaopt_lens._errors import ModelMismatchError, OptionError
-from metaopt_lens.analysis import Comparison, Measured, join_answers
+from metaopt_lens.analysis import Comparison, join_answers, join_measured
 
 
 def join_comparisons(parts: Sequence[Comparison]) -> Comparison:
@@ -38,7 +38,7 @@ def join_comparisons(parts: Sequence[Comparison]) -> Comparison:
         settings["candidates"] = None
     return dataclasses.replace(
         first,
-        statistics=tuple(s for name in _shared(parts) if (s := _statistic(parts, name)) is not None),
+        statistics=join_measured([part.statistics for part in parts]),
         sets=torch.cat([part.sets + offset for part, offset in zip(parts, offsets, strict=True)]),
         norms={name: torch.cat([part.norms[name] for part in parts]) for name in first.norms},
         gold=joined("gold"),
@@ -58,21 +58,7 @@ def join_comparisons(parts: Sequence[Comparison]) -> Comparison:
             if all(name in part.answers for part in parts)
         },
         settings=settings,
-    )
-
-
-def _shared(parts: Sequence[Comparison]) -> list[str]:
-    names = [{s.name for s in part.statistics} for part in parts]
-    return [s.name for s in parts[0].statistics if all(s.name in there for there in names)]
-
-
-def _statistic(parts: Sequence[Comparison], name: str) -> Measured | None:
-    found = [part[name] for part in parts]
-    nulls = [null for null in found[0].nulls if all(null in s.nulls for s in found)]
-    if not nulls:
-        return None
-    return dataclasses.replace(
-        found[0],
-        values=torch.cat([s.values for s in found]),
-        nulls={null: torch.cat([s.nulls[null] for s in found]) for null in nulls},
+        notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+        learning_rate=None,
+        updates=tuple(update for part in parts for update in part.updates),
     )

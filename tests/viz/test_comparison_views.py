@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from metaopt_lens.analysis import Comparison
-from metaopt_lens.experiments import compare_prompts, episode_prompts
+from metaopt_lens.analysis import Comparison, Finetuning, compare
+from metaopt_lens.experiments import episode_prompts
 from metaopt_lens.experiments._join import join_comparisons
 from metaopt_lens.interventions import head_effects
 from metaopt_lens.models.tiny import load_tiny, sample_episodes
@@ -27,8 +27,7 @@ from metaopt_lens.viz import (
 @pytest.fixture(scope="module")
 def comparison() -> Comparison:
     episode = sample_episodes(n=1, n_demos=8, n_categories=2)[0]
-    found = compare_prompts(load_tiny(), episode_prompts(episode)[:5], lr=0.02, progress=False, n_null_draws=3)
-    return found.comparison
+    return compare(load_tiny(), episode_prompts(episode)[:5], finetuning=Finetuning(lr=0.02), progress=False)
 
 
 def test_map_shows_value_null_and_excess(comparison: Comparison) -> None:
