@@ -175,7 +175,7 @@ def test_a_statistic_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_results_are_compared_by_identity() -> None:
     """0.1 raised, or compared tensors."""
     for value in (found(), found()["z total"], found().answers["ICL"], Controls(), STATISTICS[0]):
-        assert value == value  # noqa: PLR0124
+        assert value == value
         assert isinstance(hash(value), int)
         assert value != dataclasses.replace(value)
 
