@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from metaopt_lens.analysis._answers import Choices, label_words
-from metaopt_lens.analysis._compare_options import Controls, Finetuning, Measures, Preset
+from metaopt_lens.analysis._compare_options import Controls, Finetuning, Measures
 from metaopt_lens.analysis._comparison import Comparison
 from metaopt_lens.analysis._context import Context
 from metaopt_lens.analysis._controls import finetune_arguments
@@ -30,7 +30,7 @@ def compare(
     prompts: PromptLike | Sequence[PromptLike],
     update: Updates | None = None,
     *,
-    controls: Controls | Preset = "standard",
+    controls: Controls | str = "standard",
     finetuning: Finetuning | None = None,
     measures: Measures | None = None,
     candidates: Sequence[str] | None = None,

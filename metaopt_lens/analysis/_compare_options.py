@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from metaopt_lens._errors import OptionError
 from metaopt_lens.analysis._checks import check_positive
 from metaopt_lens.analysis._convention import Convention
 from metaopt_lens.analysis._demo_sets import Updates
 from metaopt_lens.runs import Scoring
-
-Preset = Literal["quick", "standard", "sceptic"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +48,7 @@ class Controls:
             raise OptionError(f"shuffled_labels must be a number of draws, 0 for none, got {self.shuffled_labels}.")
 
     @staticmethod
-    def of(value: Controls | Preset) -> Controls:
+    def of(value: Controls | str) -> Controls:
         """The controls of a preset, or those given.
 
         Args:
@@ -84,7 +82,7 @@ class Finetuning:
         further: further arguments of `finetune`.
     """
 
-    lr: float | Literal["auto"] = "auto"
+    lr: float | str = "auto"
     epochs: int = 1
     layer_causal: bool = False
     further: Mapping[str, Any] = field(default_factory=dict)

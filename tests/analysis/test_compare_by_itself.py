@@ -89,4 +89,4 @@ def test_texts_are_one_list_or_one_for_each_set() -> None:
     with pytest.raises(MetaoptLensError, match="the control 'other query' has the name of another null"):
         own(controls=dataclasses.replace(quick, texts={"other query": TEXTS}), finetuning=rate)
     with pytest.raises(MetaoptLensError, match="lr must be a number or 'auto', got 'best'"):
-        Finetuning(lr="best")  # type: ignore[arg-type]
+        Finetuning(lr="best")
