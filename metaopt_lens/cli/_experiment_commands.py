@@ -56,7 +56,7 @@ def run(
     device: options.Device = None,
     n_devices: Annotated[int | None, typer.Option(help="Spread the model over this many devices.")] = None,
     device_map: Annotated[str | None, typer.Option(help="Such as auto: passed to TransformerLens.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of torch (default: its choice; 1 if small).")] = None,
+    threads: options.Threads = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences run together (default 16).")] = None,
     save_updates: Annotated[
         bool | None, typer.Option("--save-updates/--no-save-updates", help="Store the weight updates as well.")
@@ -111,11 +111,11 @@ def report(
     ] = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
 ) -> None:
-    """Write one self-contained page about one or several runs, and every table as CSV beside it."""
+    """Write one self-contained page about one or several runs, and every table as CSV."""
     from metaopt_lens.experiments import ExperimentResult
     from metaopt_lens.viz import write_report
 
     results = [ExperimentResult.load(path) for path in runs]
     written = write_report(results, out or runs[0] / "report.html", title=title)
     say_written([written["page"]])
-    say(f"and {len(written) - 1} tables as CSV beside it")
+    say(f"and {len(written) - 1} tables as CSV in the folder of the same name")

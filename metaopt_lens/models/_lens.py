@@ -176,7 +176,7 @@ class LensModel:
         Args:
             place: called before every pass; returns the position every slot is to have, ``[batch, slot]``, or None to
                 leave them as they are. The host then computes with these positions; where its own masks or biases
-                go by the slot instead (sliding window, ALiBi), z is computed anew.
+                go by the slot instead (sliding window, ALiBi), z is recomputed.
             use: called with the layer's `AttentionCall` just before W_O; what it returns replaces z.
             layers: where to call `use`; all by default.
         """
