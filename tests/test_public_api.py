@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import pkgutil
@@ -131,6 +132,16 @@ def test_an_undescribed_parameter_would_be_found() -> None:
     assert described(text) == {"model"}
     assert described("Only a sentence.") == set()
     assert any(name == "View.save" for name, _ in public_functions("metaopt_lens.viz"))
+
+
+@pytest.mark.parametrize("owner", documented_rooms())
+def test_no_attribute_is_described_within_anothers_entry(owner: str) -> None:
+    """``x: this; y: that`` on one line is the entry of x alone, on the documentation's pages too."""
+    module = importlib.import_module(owner)
+    classes = [value for name in module.__all__ if dataclasses.is_dataclass(value := getattr(module, name))]
+    for kind in classes:
+        names = "|".join(field.name for field in dataclasses.fields(kind))
+        assert not re.findall(rf"[.;] ({names}): ", kind.__doc__ or ""), kind
 
 
 @pytest.mark.parametrize("owner", documented_rooms())

@@ -8,6 +8,7 @@ from metaopt_lens.analysis._compare_options import Finetuning as Finetuning
 from metaopt_lens.analysis._compare_options import Measures as Measures
 from metaopt_lens.analysis._comparison import Comparison as Comparison
 from metaopt_lens.analysis._context import Context as Context
+from metaopt_lens.analysis._contribution_intervals import contribution_intervals as contribution_intervals
 from metaopt_lens.analysis._controls import flip_labels as flip_labels
 from metaopt_lens.analysis._controls import randomized_copy as randomized_copy
 from metaopt_lens.analysis._controls import shuffle_labels as shuffle_labels

@@ -41,6 +41,7 @@ from metaopt_lens.runs._prompt_run import SETTINGS as SETTINGS
 from metaopt_lens.runs._prompt_run import Run as Run
 from metaopt_lens.runs._prompt_run import Runs as Runs
 from metaopt_lens.runs._prompt_run import Setting as Setting
+from metaopt_lens.runs._prompt_run import Stream as Stream
 from metaopt_lens.runs._recording import Recorder as Recorder
 from metaopt_lens.runs._recording import prepare as prepare
 from metaopt_lens.runs._recording import queries_together as queries_together
