@@ -1,5 +1,6 @@
 """The only code that knows which TransformerLens class it holds."""
 
+from metaopt_lens._types import HeadRef as HeadRef
 from metaopt_lens.models._attention_call import AttentionCall as AttentionCall
 from metaopt_lens.models._fixed_norm import FixedNorm as FixedNorm
 from metaopt_lens.models._gguf_conversion import CacheRebuiltWarning as CacheRebuiltWarning
