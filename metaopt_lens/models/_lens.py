@@ -14,6 +14,7 @@ from torch import Tensor
 from metaopt_lens._errors import UnsupportedModelError
 from metaopt_lens.dual import ScoreRule
 from metaopt_lens.models._attention_hooks import AttentionCallback, own_hooks, placed_hooks
+from metaopt_lens.models._fixed_norm import FixedNorm
 from metaopt_lens.models._hooks import Hook
 from metaopt_lens.models._host import Host
 from metaopt_lens.models._info import ModelInfo
@@ -23,7 +24,7 @@ from metaopt_lens.models._output_head import OutputHead
 from metaopt_lens.models._partial_passes import Readout, Start
 from metaopt_lens.models._passes import HostPass
 from metaopt_lens.models._prefix import Prefix
-from metaopt_lens.models._running import hooked, run, run_prefix
+from metaopt_lens.models._running import hooked, run, run_prefix, try_exit
 
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
@@ -56,9 +57,9 @@ class LensModel:
         tried: what was tried once; likewise.
     """
 
-    def __init__(self, adapter: Host) -> None:
+    def __init__(self, adapter: Host, tried: Tried | None = None) -> None:
         self.adapter = adapter
-        self.tried = Tried()
+        self.tried = Tried() if tried is None else tried
         self.info: ModelInfo = adapter.info
         self.host: Any = adapter.model
 
@@ -94,6 +95,10 @@ class LensModel:
         """Output bias, which belongs to no head; None where there is none."""
         return self.adapter.blocks[layer].b_o()
 
+    def norm_after_attention(self, layer: int) -> FixedNorm | None:
+        """The norm between a layer's attention output and the residual stream; None where there is none."""
+        return self.adapter.blocks[layer].norm_after_attention()
+
     def has_bias(self, projection: str, layer: int) -> bool:
         """Whether projection `"q"`, `"k"`, `"v"` or `"o"` of a layer has a bias."""
         return self.adapter.blocks[layer].has_bias(projection)
@@ -124,6 +129,16 @@ class LensModel:
             tokens: only these tokens' logits; None for the whole vocabulary.
         """
         return self.head.logits(residual, tokens)
+
+    @property
+    def exits_exactly(self) -> bool:
+        """Whether `early_exit` of the last residual stream gives the model's own logits.
+
+        Tried once. If so, a pass that reads logits at some positions computes no others.
+        """
+        if self.tried.exits is None:
+            self.tried.exits = try_exit(self)
+        return self.tried.exits
 
     def hook_name(self, kind: str, layer: int) -> str:
         """Name of a hook point.
@@ -166,7 +181,7 @@ class LensModel:
         Args:
             place: called before every pass; returns the position every slot is to have, ``[batch, slot]``, or None to
                 leave them as they are. The host then computes with these positions; where its own masks or biases
-                go by the slot instead (sliding window, ALiBi), z is computed anew.
+                go by the slot instead (sliding window, ALiBi), z is recomputed.
             use: called with the layer's `AttentionCall` just before W_O; what it returns replaces z.
             layers: where to call `use`; all by default.
         """
@@ -185,6 +200,7 @@ class LensModel:
         start: Start | None = None,
         read: Readout | None = None,
         stop_after_attention: bool = False,
+        stop_after_blocks: bool = False,
         grad: bool = False,
     ) -> Float[Tensor, "batch chosen token"] | None:
         """One forward pass in eval mode.
@@ -196,6 +212,7 @@ class LensModel:
             start: begin at a block, with a residual stream computed before.
             read: compute the logits of these positions and tokens only.
             stop_after_attention: end the pass at the last layer's z and return None: no last MLP, no unembedding.
+            stop_after_blocks: end it at the last residual stream and return None: no unembedding.
             grad: keep the graph.
 
         Returns:
@@ -213,6 +230,7 @@ class LensModel:
             start=start,
             read=read,
             stop_after_attention=stop_after_attention,
+            stop_after_blocks=stop_after_blocks,
             grad=grad,
         )
 
