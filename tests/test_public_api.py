@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -78,3 +80,63 @@ def test_errors_share_one_base_and_a_builtin() -> None:
     for name, error in inspect.getmembers(_errors, inspect.isclass):
         assert issubclass(error, metaopt_lens.MetaoptLensError), name
         assert error is metaopt_lens.MetaoptLensError or issubclass(error, builtins), name
+
+
+def documented_rooms() -> list[str]:
+    """Rooms that say in ``__all__`` what is meant for users; the others are for this package alone."""
+    names = (m.name for m in pkgutil.walk_packages(metaopt_lens.__path__, "metaopt_lens.") if m.ispkg)
+    return [name for name in names if "__all__" in vars(importlib.import_module(name))]
+
+
+def described(documentation: str | None) -> set[str]:
+    """Names that have a line of their own, ``name: text``, in ``Args:``."""
+    _, _, section = inspect.cleandoc(documentation or "").partition("\nArgs:\n")
+    return set(re.findall(r"^ {4}(\w+): \S", re.split(r"\n(?=\S)", section)[0], re.MULTILINE))
+
+
+def public_functions(owner: str) -> Iterator[tuple[str, Callable[..., object]]]:
+    """Every function in ``__all__`` and every public method of its classes, inherited ones of this package too."""
+    module = importlib.import_module(owner)
+    for name in module.__all__:
+        value = getattr(module, name)
+        members = inspect.getmembers_static(value) if inspect.isclass(value) else [("", value)]
+        for method, member in members:
+            function = member.__func__ if isinstance(member, classmethod | staticmethod) else member
+            ours = inspect.isfunction(function) and function.__module__.startswith("metaopt_lens")
+            if ours and not method.startswith("_"):
+                yield f"{name}.{method}".rstrip("."), function
+
+
+@pytest.mark.parametrize("owner", documented_rooms())
+def test_every_parameter_has_a_line_in_args(owner: str) -> None:
+    missing = {}
+    for name, function in public_functions(owner):
+        parameters = set(inspect.signature(function).parameters) - {"self", "cls"}
+        if lacking := parameters - described(function.__doc__):
+            missing[name] = sorted(lacking)
+    assert not missing
+
+
+def test_an_undescribed_parameter_would_be_found() -> None:
+    text = """Split.
+
+    Args:
+        model: wrapped.
+        q, k: as the scores see them.
+            z: not an entry of its own.
+
+    Returns:
+        x: not a parameter.
+    """
+    assert described(text) == {"model"}
+    assert described("Only a sentence.") == set()
+    assert any(name == "View.save" for name, _ in public_functions("metaopt_lens.viz"))
+
+
+@pytest.mark.parametrize("owner", documented_rooms())
+def test_rooms_name_what_they_have(owner: str) -> None:
+    module = importlib.import_module(owner)
+    assert len(set(module.__all__)) == len(module.__all__) > 0
+    for name in module.__all__:
+        value = getattr(module, name)
+        assert not callable(value) or inspect.getdoc(value), name

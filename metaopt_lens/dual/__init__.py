@@ -21,3 +21,24 @@ from metaopt_lens.dual._softmax import split_softmax as split_softmax
 from metaopt_lens.dual._weighted import at_least_float32 as at_least_float32
 from metaopt_lens.dual._weighted import split_sources as split_sources
 from metaopt_lens.dual._weighted import weighted_values as weighted_values
+
+__all__ = [
+    "LinearParts",
+    "ScoreRule",
+    "SoftmaxParts",
+    "attend",
+    "attention_scores",
+    "implicit_weight_update",
+    "linear_memory",
+    "linear_weights",
+    "merge_softmax",
+    "momentum_state",
+    "momentum_values",
+    "momentum_weights",
+    "softmax_with_sink",
+    "split_linear",
+    "split_softmax",
+    "split_sources",
+    "visible_sources",
+    "weighted_values",
+]

@@ -20,7 +20,8 @@ def implicit_weight_update(
 
     Args:
         weight: an input matrix of the MLP.
-        u: the MLP's normed input at one token without context; u_context: the same in context.
+        u: the MLP's normed input at one token without context.
+        u_context: the same input in context.
 
     Raises:
         UndefinedMetricError: `u` vanishes, so no matrix maps it anywhere else.

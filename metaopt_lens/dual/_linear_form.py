@@ -39,7 +39,13 @@ def linear_weights(
     k: Float[Tensor, "*batch src kv_head d_head"],
     visible: Bool[Tensor, "*rows dst src"],
 ) -> Float[Tensor, "*batch head dst src"]:
-    """The relaxed form's weights ``k_i . q_j``: no softmax, no scale, 0 where the source is not visible."""
+    """The relaxed form's weights ``k_i . q_j``: no softmax, no scale, 0 where the source is not visible.
+
+    Args:
+        q: query vectors as the scores see them (rotated).
+        k: keys as the scores see them, of all sources.
+        visible: which sources each destination sees (causal and window mask).
+    """
     query = rearrange(at_least_float32(q), "... dst (kv group) d -> ... kv group dst d", kv=k.shape[-2])
     key = rearrange(at_least_float32(k), "... src kv d -> ... kv 1 d src")
     scores = rearrange(query @ key, "... kv group dst src -> ... (kv group) dst src")
@@ -76,6 +82,10 @@ def linear_memory(
 
     With the demonstrations' keys and values this is dW_ICL, with the others' W_ZSL (eq. 9 and 10); its rank is at
     most ``min(d_head, src)``.
+
+    Args:
+        keys: keys of the sources, as the scores see them.
+        values: values of the same sources.
     """
     from transformer_lens import FactoredMatrix
 

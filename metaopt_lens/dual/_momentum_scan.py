@@ -14,7 +14,11 @@ _CHUNK = 64
 
 
 def check_eta(eta: float | Tensor) -> Tensor:
-    """`eta` as a tensor; raises `OptionError` unless every entry is in [0, 1)."""
+    """`eta` as a tensor; raises `OptionError` unless every entry is in [0, 1).
+
+    Args:
+        eta: decay per token, for all heads or one for each.
+    """
     tensor = eta if isinstance(eta, Tensor) else torch.tensor(eta, dtype=torch.float64)
     if not tensor.is_floating_point():
         tensor = tensor.double()
@@ -58,7 +62,14 @@ def momentum_state(
     state: Float[Tensor, "*batch head d_head"] | None = None,
     valid: Bool[Tensor, "*batch src"] | None = None,
 ) -> Float[Tensor, "*batch head d_head"]:
-    """The average at the position after the last token: the `state` that continues the sequence."""
+    """The average at the position after the last token: the `state` that continues the sequence.
+
+    Args:
+        values: values of all sources.
+        eta: in [0, 1), for all heads or one for each.
+        state: the average at the first position, left by tokens that ran before; None at the start of a sequence.
+        valid: which sources are tokens; padding does not advance t. None if all are.
+    """
     return _all_positions(values, eta, state, valid)[..., -1, :, :]
 
 
@@ -70,6 +81,11 @@ def momentum_weights(
     """The decay matrix, ``eta^(t-i)`` for sources ``i < t``, else 0: quadratic, for few destinations or as an oracle.
 
     With `weighted_values` it gives the average itself or any share of it.
+
+    Args:
+        eta: in [0, 1), one for each head.
+        dst_positions: positions of the destinations.
+        src_positions: positions of the sources.
     """
     distance = (dst_positions[..., :, None] - src_positions[..., None, :])[..., None, :, :]
     powers = eta[:, None, None] ** distance.clamp_min(1).to(eta.dtype)

@@ -34,7 +34,13 @@ class ScoreRule:
 def visible_sources(
     rule: ScoreRule, dst_positions: Int[Tensor, "*rows dst"], src_positions: Int[Tensor, "*rows src"]
 ) -> Bool[Tensor, "*rows dst src"]:
-    """Which sources each destination may attend to: causal, and inside the sliding window if there is one."""
+    """Which sources each destination may attend to: causal, and inside the sliding window if there is one.
+
+    Args:
+        rule: the layer's score rule.
+        dst_positions: positions of the destinations, as the model counted them.
+        src_positions: positions of the sources, as the model counted them.
+    """
     distance = dst_positions[..., :, None] - src_positions[..., None, :]
     visible = distance >= 0
     return visible if rule.window is None else visible & (distance < rule.window)
@@ -53,6 +59,14 @@ def attention_scores(
     Positions are those the model saw (in-context indices), the same for the whole batch or one row for each sequence;
     rotary rotation is already in `q` and `k`.
     Computed in float32 at least.
+
+    Args:
+        rule: the layer's score rule: scale, soft-cap, ALiBi slopes, window.
+        q: query vectors, rotated already.
+        k: keys of all sources, rotated already.
+        dst_positions: positions of the destinations, as the model counted them; one row for all sequences or one for
+            each.
+        src_positions: positions of the sources, likewise.
     """
     query = rearrange(at_least_float32(q), "... dst (kv group) d -> ... kv group dst d", kv=k.shape[-2])
     key = rearrange(at_least_float32(k), "... src kv d -> ... kv 1 d src")
@@ -69,7 +83,12 @@ def attention_scores(
 def softmax_with_sink(
     scores: Float[Tensor, "*batch head dst src"], sinks: Float[Tensor, " head"] | None
 ) -> tuple[Float[Tensor, "*batch head dst src"], Float[Tensor, "*batch head dst"]]:
-    """The attention pattern, and the probability that goes to the sink (0 without sinks)."""
+    """The attention pattern, and the probability that goes to the sink (0 without sinks).
+
+    Args:
+        scores: final scores, ``-inf`` where not visible.
+        sinks: the layer's sink logits; None without sinks.
+    """
     if sinks is None:
         return torch.softmax(scores, dim=-1), torch.zeros_like(scores[..., 0])
     column = sinks.to(scores)[:, None, None].expand(*scores.shape[:-1], 1)

@@ -90,6 +90,12 @@ def merge_softmax(
 
     ``alpha = sigmoid(lse_D - lse_Z)``, ``z = (1 - alpha) z_Z + alpha z_D``; where ``lse_D`` is ``-inf`` nothing of D
     is visible and `z_rest` comes back untouched, whatever `z_demos` holds.
+
+    Args:
+        z_rest: output of the softmax over Z.
+        lse_rest: log-sum-exp of the scores of Z, the sink included.
+        z_demos: output of the softmax over D.
+        lse_demos: log-sum-exp of the scores of D; ``-inf`` where none of D is visible.
     """
     hidden = torch.isneginf(lse_demos)
     difference = torch.where(hidden, 0.0, lse_demos) - lse_rest

@@ -12,7 +12,11 @@ from metaopt_lens._types import TokenSpan
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precision is read, not computed in: sums over hundreds of tokens need float32."""
+    """Half precision is read, not computed in: sums over hundreds of tokens need float32.
+
+    Args:
+        tensor: of any floating-point type.
+    """
     return tensor.float() if tensor.dtype in {torch.float16, torch.bfloat16} else tensor
 
 
@@ -22,6 +26,10 @@ def weighted_values(
     """``sum_i w_ji v_i`` for every head; head ``h`` reads key-value head ``h // (head / kv_head)``.
 
     Computed in float32 at least, whatever the dtype of the inputs.
+
+    Args:
+        weights: one weight for each destination and source.
+        values: values of all sources.
     """
     grouped = rearrange(
         at_least_float32(weights), "... (kv group) dst src -> ... kv group dst src", kv=values.shape[-2]
@@ -36,6 +44,11 @@ def split_sources(
     demos: TokenSpan,
 ) -> tuple[Float[Tensor, "*batch dst head d_head"], Float[Tensor, "*batch dst head d_head"]]:
     """The sum of `weighted_values` over Z (all sources but the demonstrations) and over D (the demonstrations).
+
+    Args:
+        weights: one weight for each destination and source.
+        values: values of all sources.
+        demos: the demonstrations' source positions.
 
     Raises:
         SpanError: the demonstrations reach past the last source position.

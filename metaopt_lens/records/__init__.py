@@ -10,3 +10,16 @@ from metaopt_lens.records._record_analysis import LayerMetric as LayerMetric
 from metaopt_lens.records._record_analysis import RecordAnalysis as RecordAnalysis
 from metaopt_lens.records._record_analysis import RecordShapes as RecordShapes
 from metaopt_lens.records._record_run import write_run_records as write_run_records
+
+__all__ = [
+    "DemoRecord",
+    "LayerMetric",
+    "QueryRecord",
+    "RecordAnalysis",
+    "RecordShapes",
+    "analyze_records",
+    "read_demos",
+    "read_queries",
+    "write_records",
+    "write_run_records",
+]

@@ -50,7 +50,12 @@ class DemoRecord:
 
 
 def read_queries(directory: str | os.PathLike[str], setting: QuerySetting) -> Iterator[QueryRecord]:
-    """The records of one query setting, one at a time."""
+    """The records of one query setting, one at a time.
+
+    Args:
+        directory: folder of the recording.
+        setting: ``zs``, ``icl`` or ``ftzs``.
+    """
     recording = open_recording(directory)
     lines = recording.lines[setting]
     for line, (fields,) in zip(lines, recording.read([line] for line in lines), strict=True):
@@ -69,7 +74,11 @@ def read_queries(directory: str | os.PathLike[str], setting: QuerySetting) -> It
 
 
 def read_demos(directory: str | os.PathLike[str]) -> Iterator[DemoRecord]:
-    """The records of the finetuning pass, one demonstration at a time."""
+    """The records of the finetuning pass, one demonstration at a time.
+
+    Args:
+        directory: folder of the recording.
+    """
     recording = open_recording(directory)
     for (fields,) in recording.read([line] for line in recording.lines["ft"]):
         yield DemoRecord(torch.from_numpy(fields["attn_q"]))

@@ -42,7 +42,11 @@ class LayerMetric:
     strict: bool = False
 
     def layers(self, queries: Bool[Tensor, " query"] | None = None) -> list[float | None]:
-        """Mean over the queries (or some of them) at each layer; None where undefined."""
+        """Mean over the queries (or some of them) at each layer; None where undefined.
+
+        Args:
+            queries: which queries to average over; None for all.
+        """
         if self.per_query is None:
             return []
         statistic = self.per_query if queries is None else self.per_query.select(queries)
@@ -53,7 +57,11 @@ class LayerMetric:
         return [float(mean) if ok else None for mean, ok in zip(means, enough, strict=True)]
 
     def why_undefined(self, queries: Bool[Tensor, " query"] | None = None) -> str | None:
-        """Why a layer has no value on these queries; None if all have one."""
+        """Why a layer has no value on these queries; None if all have one.
+
+        Args:
+            queries: which queries count; None for all.
+        """
         if self.per_query is None:
             return self.undefined
         if queries is not None and not bool(queries.any()):

@@ -49,8 +49,13 @@ def write_run_records(
     the context, the start token of a demonstration without one) hold 0.
 
     Args:
-        prompts: queries behind one set of demonstrations. update: of that set, with ``keep_factors=True``.
+        directory: folder to write to.
+        model: a wrapped model, or a host that `wrap` accepts.
+        prompts: queries behind one set of demonstrations.
+        update: finetuning on the same demonstrations, with ``keep_factors=True``.
         comparison: `compare` of the same prompts, for labels and predictions.
+        prepend_bos: put BOS first; None for the model's default.
+        batch_size: sequences run together; by default what fits into memory.
 
     Raises:
         OptionError: several demonstration sets, no factors, other queries than the comparison's, no predictions.

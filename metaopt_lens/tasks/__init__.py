@@ -13,3 +13,18 @@ from metaopt_lens.tasks._task import Row as Row
 from metaopt_lens.tasks._task import Task as Task
 from metaopt_lens.tasks._task import TaskRows as TaskRows
 from metaopt_lens.tasks._task import load_task as load_task
+
+__all__ = [
+    "BUILT_IN",
+    "SELECTIONS",
+    "HubSource",
+    "Row",
+    "Task",
+    "TaskRows",
+    "find_task",
+    "load_rows",
+    "load_task",
+    "register_task",
+    "select_demos",
+    "task_names",
+]

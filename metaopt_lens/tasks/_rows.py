@@ -19,6 +19,7 @@ def load_rows(task: Task, data: str | os.PathLike[str] | None = None) -> TaskRow
     """Read the rows of a task that is not made by a function.
 
     Args:
+        task: the task whose rows are read.
         data: a file, or a folder with ``TASK.jsonl`` or with ``train.*`` and ``validation.*`` (.jsonl, .json, .csv,
             .tsv, .parquet), in the fields of the hub's data set. One file may have a field ``split``; without one, its
             rows are shuffled (always in the same way) and halved. None loads from the hub with `datasets`.

@@ -31,10 +31,13 @@ def select_demos(
     """Choose `n` demonstrations.
 
     Args:
+        rows: the rows to choose from.
+        n: how many demonstrations.
         seed: of the choice (``"nearest"`` has none).
         selection: ``"random"``; ``"balanced"``: as many rows of every label, as far as `n` can be divided;
             ``"nearest"``: those most similar to all `queries` together (TF-IDF cosine), the most similar last.
         permutation: 0 keeps the order of the choice, any other number is the seed of a new order.
+        queries: texts of the queries, for ``nearest``.
 
     Raises:
         DataError: too few rows, or too few of a label.

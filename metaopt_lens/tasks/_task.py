@@ -44,7 +44,8 @@ class TaskRows:
     """The rows of a task: demonstrations come from `train`, queries from `validation`.
 
     Attributes:
-        source: where they come from, in words; revision: of the data set on the hub, if known.
+        source: where they come from, in words.
+        revision: of the data set on the hub, if known.
         unrelated: texts that have nothing to do with the task, for the control run on unrelated data.
     """
 
@@ -78,7 +79,8 @@ class Task:
 
     Attributes:
         name: as given to ``--task``.
-        template: the text around inputs and labels; instruction: text before the demonstrations.
+        template: the text around inputs and labels.
+        instruction: text before the demonstrations.
         labels: the label words, in the order of the data's class numbers; None for an open vocabulary, where every
             output is its own label (word pairs).
         label_names: what the data call the classes, in the same order; accepted beside numbers and label words.
@@ -134,6 +136,11 @@ class Task:
     def row(self, record: Mapping[str, Any], index: int, where: str) -> Row:
         """Read one record of a table.
 
+        Args:
+            record: one record, by column.
+            index: number of the record, kept in the row.
+            where: the place that errors name.
+
         Raises:
             DataError: a column is missing, an input is empty, or the label is none of the task's; `where` names it.
         """
@@ -181,6 +188,10 @@ class Task:
     def from_dict(cls, body: Mapping[str, Any], *, where: str = "the task") -> Task:
         """The reverse of `to_dict` (without a `make_rows` function).
 
+        Args:
+            body: the fields of a task.
+            where: the place that errors name.
+
         Raises:
             FileFormatError: an unknown field, or a value of the wrong form; `where` names the place.
         """
@@ -190,6 +201,9 @@ class Task:
 
 def load_task(path: str | os.PathLike[str]) -> Task:
     """Read a task from a TOML file with the fields of `Task` (``[template]`` and ``[hub]`` as tables).
+
+    Args:
+        path: the TOML file.
 
     Raises:
         FileFormatError: the file is missing, no TOML, or does not describe a task.

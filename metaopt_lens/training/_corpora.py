@@ -45,18 +45,30 @@ class Corpus(ABC):
 
     @abstractmethod
     def batch(self, seed: int, step: int) -> Batch:
-        """The training batch of a step."""
+        """The training batch of a step.
+
+        Args:
+            seed: the run's seed.
+            step: counted from 0.
+        """
 
     @abstractmethod
     def windows(self, length: int, n_tokens: int) -> Batch:
         """Validation sequences of `length` tokens, about `n_tokens` in all; the same ones every time.
 
         Weights are 1, or 0 for tokens that nothing could predict and no training asked for.
+
+        Args:
+            length: tokens in each sequence.
+            n_tokens: about how many tokens in all.
         """
 
 
 def load_corpus(config: TrainingConfig) -> Corpus:
     """The corpus of a configuration.
+
+    Args:
+        config: names the source, the context length and the batch size.
 
     Raises:
         FileFormatError: a text that is missing or cannot be read.

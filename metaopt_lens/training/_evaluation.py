@@ -25,7 +25,8 @@ class Evaluation:
     Attributes:
         perplexity: by length of the context (synthetic: without each category's first label, which nothing tells).
         accuracy: by number of demonstrations, the answer taken among the prompt's candidate labels. Synthetic prompts
-            bind categories to labels they never had in training; accuracy_of_all: the answer taken among all labels.
+            bind categories to labels they never had in training.
+        accuracy_of_all: the answer taken among all labels.
         accuracy_seen: like `accuracy`, but with bindings as in training. A model that knows which label a category
             never had does well here and worse than chance there, without following the demonstrations.
     """
@@ -41,12 +42,22 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, body: dict[str, Any]) -> Evaluation:
-        """The reverse of `to_dict`."""
+        """The reverse of `to_dict`.
+
+        Args:
+            body: what `to_dict` returned.
+        """
         return cls(**{name: {int(k): float(v) for k, v in table.items()} for name, table in body.items()})
 
 
 def evaluate(lm: LanguageModel, corpus: Corpus, config: TrainingConfig) -> Evaluation:
-    """Measure perplexities and accuracies, with the model's momentum on."""
+    """Measure perplexities and accuracies, with the model's momentum on.
+
+    Args:
+        lm: the model.
+        corpus: the held-out text or tasks.
+        config: what is measured: its `evaluation`.
+    """
     settings = config.evaluation
     training = lm.weights.training
     lm.model.host.eval()

@@ -33,7 +33,8 @@ class LanguageModel:
     """A host being trained.
 
     Attributes:
-        model: the wrapped host. weights: the module whose parameters are trained.
+        model: the wrapped host.
+        weights: the module whose parameters are trained.
         logits_of_eta: what a learned eta is the sigmoid of; None where eta is fixed.
         settings: of the momentum.
     """
@@ -65,7 +66,11 @@ class LanguageModel:
             yield
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """A forward pass, to be made within `with_momentum`."""
+        """A forward pass, to be made within `with_momentum`.
+
+        Args:
+            tokens: token ids, ``[batch, pos]``.
+        """
         return self.model.host(tokens)  # type: ignore[no-any-return]
 
 
@@ -77,6 +82,12 @@ def build_model(
     device: str | torch.device = "cpu",
 ) -> LanguageModel:
     """A host with random weights, the same ones for every momentum: they depend on the seed and the sizes alone.
+
+    Args:
+        config: names architecture, momentum and seed.
+        n_vocab: size of the vocabulary.
+        tokenizer: kept with the model; None for bytes.
+        device: where the weights are put.
 
     Raises:
         UnsupportedModelError: a HookedTransformer under TransformerLens 4.

@@ -36,7 +36,8 @@ class MomentumComparison:
     """Pairs of runs that differ in momentum alone.
 
     Attributes:
-        config: of the momentum arm; the plain arm has eta = 0. seeds: one pair each.
+        config: of the momentum arm; the plain arm has eta = 0.
+        seeds: one pair each.
         plain, momentum: the runs, in the order of the seeds.
     """
 
@@ -82,6 +83,9 @@ class MomentumComparison:
         """Means of both arms and of the paired difference, momentum minus plain, with its t interval over seeds.
 
         `better` is the arm that the interval favours, empty where it holds 0.
+
+        Args:
+            level: coverage of the intervals.
         """
         import pandas as pd
 
@@ -113,7 +117,11 @@ class MomentumComparison:
         }
 
     def save(self, folder: Path) -> list[Path]:
-        """Write ``comparison.json``, ``summary.csv``, ``runs.csv`` and ``history.csv``; returns their paths."""
+        """Write ``comparison.json``, ``summary.csv``, ``runs.csv`` and ``history.csv``; returns their paths.
+
+        Args:
+            folder: where the files are written.
+        """
         body = {
             "kind": KIND,
             "config": self.config.to_dict(),
@@ -133,6 +141,9 @@ class MomentumComparison:
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> MomentumComparison:
         """Read a comparison from the folder that `compare_momentum` wrote.
+
+        Args:
+            folder: what `save` or `compare_momentum` wrote to.
 
         Raises:
             FileFormatError: a file is missing or damaged.

@@ -19,7 +19,12 @@ _FILL = {"plain": "rgba(107,119,128,.25)", "momentum": "rgba(31,111,235,.25)"}
 
 
 def momentum_figure(comparison: MomentumComparison, metric: str) -> go.Figure:
-    """Both arms' means over seeds with every seed as a thin line, and the paired difference with its interval."""
+    """Both arms' means over seeds with every seed as a thin line, and the paired difference with its interval.
+
+    Args:
+        comparison: a finished comparison.
+        metric: a value of the column `metric` in `MomentumComparison.summary`, such as ``"accuracy"``.
+    """
     from plotly.subplots import make_subplots
 
     runs = comparison.runs()

@@ -30,7 +30,12 @@ def compare_momentum(
     Runs that `folder` already holds are read; interrupted ones go on.
 
     Args:
-        config: of the momentum arm. seeds: how many, or which. jobs: processes that train at the same time.
+        config: configuration of the momentum arm.
+        folder: where the runs are kept.
+        seeds: how many, or which.
+        jobs: processes that train at the same time.
+        device: where to train; by default CUDA if there is one.
+        progress: show a bar for every run.
 
     Raises:
         OptionError: fewer than two seeds, or a configuration without momentum.

@@ -21,14 +21,19 @@ class ShortConvolution:
     trained with it; `decompose` does not know this term.
 
     Attributes:
-        eta: of every head. lags: how many past tokens.
+        eta: of every head.
+        lags: how many past tokens.
     """
 
     eta: Float[Tensor, "layer head"]
     lags: int
 
     def hooks(self, model: LensModel) -> list[Hook]:
-        """The hooks that add it."""
+        """The hooks that add it.
+
+        Args:
+            model: the wrapped model that the hooks are for.
+        """
         running: list[HostPass] = []
 
         def begin(host_pass: HostPass) -> None:

@@ -97,7 +97,8 @@ class DataSettings:
         source: ``"synthetic"`` (the bundled in-context tasks: nouns labelled by category, bound anew each time),
             ``"text"`` (a text file, or every text file of a folder), ``"python"`` (the docstrings of this Python's own
             standard library), ``"datasets"`` (a name for Hugging Face's `datasets`).
-        path: of the text; name, subset, split, column: of the dataset.
+        path: of the text.
+        name, subset, split, column: of the dataset.
         tokenizer: name or folder of a tokenizer; None for bytes (the synthetic tasks have their own words).
         validation: share of the documents kept for validation (text).
         n_items, n_categories: smallest and largest number in a synthetic sequence.
@@ -153,7 +154,8 @@ class EvaluationSettings:
         context_lengths: perplexity of windows of so many tokens; those beyond the context window are refused.
         n_tokens: about how many validation tokens each perplexity uses.
         demos: few-shot accuracy with so many demonstrations (synthetic tasks, or `prompts`).
-        n_episodes: prompts per number of demonstrations; categories: of each synthetic prompt.
+        n_episodes: prompts per number of demonstrations.
+        categories: of each synthetic prompt.
         prompts: a prompt file for few-shot accuracy of a model with a tokenizer; its demonstrations are cut to `demos`.
         every: also evaluate during training, after so many steps; 0 for the end only.
     """
@@ -172,7 +174,8 @@ class TrainingConfig:
     """Everything that decides a training run; equal configurations give equal runs on one machine's CPU.
 
     Attributes:
-        name: of the run, for tables. seed: of weights and data order.
+        name: of the run, for tables.
+        seed: of weights and data order.
         checkpoint_every: steps between checkpoints.
         note: free text, such as where the numbers are from.
     """
@@ -203,6 +206,10 @@ class TrainingConfig:
     def from_dict(cls, body: Mapping[str, Any], *, where: str = "the configuration") -> TrainingConfig:
         """The reverse of `to_dict`; what is missing has its default.
 
+        Args:
+            body: fields and tables, as in a TOML file.
+            where: the place that errors name.
+
         Raises:
             OptionError: an unknown table or field, a value of the wrong kind or out of range; `where` names the place.
         """
@@ -211,6 +218,9 @@ class TrainingConfig:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TrainingConfig:
         """Read a TOML file, or one of the shipped configurations by its name (`SHIPPED`).
+
+        Args:
+            path: a TOML file, or a name in `SHIPPED`.
 
         Raises:
             FileFormatError: the file is missing or no TOML.
@@ -224,7 +234,11 @@ class TrainingConfig:
         return cls.from_dict(read_file(file), where=str(path))
 
     def replace(self, **changes: Any) -> TrainingConfig:
-        """A copy with other values; for ``model``, ``momentum``, ... a dict changes fields of the table."""
+        """A copy with other values; for ``model``, ``momentum``, ... a dict changes fields of the table.
+
+        Args:
+            changes: new values by field.
+        """
         body: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name, value in changes.items():
             is_table = isinstance(value, Mapping) and dataclasses.is_dataclass(body.get(name))

@@ -39,7 +39,9 @@ class TrainedModel:
     """A finished run.
 
     Attributes:
-        losses: of every step. history: evaluations on the way, by step. evaluation: at the end.
+        losses: of every step.
+        history: evaluations on the way, by step.
+        evaluation: at the end.
         eta: of every layer and head at the end; 0 for plain attention.
         seconds: spent in training steps, summed over all pieces of an interrupted run.
     """
@@ -53,7 +55,11 @@ class TrainedModel:
     corpus: str
 
     def save(self, folder: Path) -> Path:
-        """Write ``result.json``."""
+        """Write ``result.json``.
+
+        Args:
+            folder: the run's folder.
+        """
         body = {
             "kind": KIND,
             "config": self.config.to_dict(),
@@ -70,6 +76,9 @@ class TrainedModel:
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> TrainedModel:
         """Read what `save` wrote.
+
+        Args:
+            folder: the run's folder.
 
         Raises:
             FileFormatError: there is no finished run, or its file is damaged.
@@ -107,8 +116,12 @@ def train(
     threads). A finished run is read, not made again.
 
     Args:
-        folder: of checkpoints and the result. corpus: loaded already; by default that of the configuration.
-        device: CUDA if there is one. on_step: called after every step with its number.
+        config: everything that decides the run.
+        folder: holds checkpoints and result.
+        corpus: loaded already; by default that of the configuration.
+        device: where to train; by default CUDA if there is one.
+        progress: show a bar.
+        on_step: called after every step with its number.
 
     Raises:
         ModelMismatchError: the folder holds a run with another configuration (the message names the fields) or text.
@@ -222,6 +235,10 @@ def finished_run(config: TrainingConfig, folder: Path) -> TrainedModel | None:
 
 def load_trained(folder: str | os.PathLike[str], *, device: str = "cpu") -> LanguageModel:
     """The model of a run, from its newest checkpoint, in eval mode; use it within its `with_momentum`.
+
+    Args:
+        folder: the run's folder.
+        device: where the weights are put.
 
     Raises:
         FileFormatError: there is no checkpoint, or it is damaged.

@@ -27,3 +27,20 @@ from metaopt_lens.viz._terminal import prompt_text as prompt_text
 from metaopt_lens.viz._views import View as View
 from metaopt_lens.viz._views import attention_view as attention_view
 from metaopt_lens.viz._views import token_view as token_view
+
+__all__ = [
+    "View",
+    "attention_view",
+    "comparison_map",
+    "depth_profile",
+    "effects_map",
+    "head_map",
+    "head_means",
+    "head_table",
+    "token_view",
+    "write_comparison_outputs",
+    "write_comparison_page",
+    "write_outputs",
+    "write_page",
+    "write_report",
+]

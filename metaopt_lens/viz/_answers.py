@@ -51,7 +51,11 @@ def _top(own: VocabularyAnswer) -> list[tuple[str, float]]:
 
 
 def comparison_sentences(comparison: Comparison) -> list[str]:
-    """The same about the predictions of a comparison: candidates' mean mass, right labels' ranks, and the warning."""
+    """The same about the predictions of a comparison: candidates' mean mass, right labels' ranks, and the warning.
+
+    Args:
+        comparison: what `compare` returned.
+    """
     answers = comparison.settings.get("answers")
     if answers is None:
         return []
@@ -100,7 +104,11 @@ def answer_context(answer: LabelPrediction) -> dict[str, Any]:
 
 
 def labels_text(answer: LabelPrediction) -> Group:
-    """Every candidate's probability and share, the model's first choices, rank and warning; the best is bold."""
+    """Every candidate's probability and share, the model's first choices, rank and warning; the best is bold.
+
+    Args:
+        answer: what the model answers to one prompt.
+    """
     settings = _settings(answer)
     parts: list[RenderableType] = []
     if answer.labels:
@@ -131,7 +139,12 @@ def labels_text(answer: LabelPrediction) -> Group:
 
 
 def answers_text(items: Sequence[Decomposition], answers: Sequence[LabelPrediction]) -> Group:
-    """A terminal table of what the model answers zero-shot and in context, one row per prompt."""
+    """A terminal table of what the model answers zero-shot and in context, one row per prompt.
+
+    Args:
+        items: the decompositions.
+        answers: what the model answers to each prompt.
+    """
     table = terminal_table()
     for name in ("query", "right label", "zero-shot", "in context", "says zero-shot", "says in context", "rank"):
         table.add_column(name)

@@ -17,6 +17,10 @@ def choose_heads(
 ) -> list[HeadRef]:
     """The heads asked for, checked, without repeats; by default the first four of `heads()`.
 
+    Args:
+        result: what `decompose` returned.
+        heads: heads such as ``"L3H7"``; None for the first four.
+
     Raises:
         HeadError: a head that the model does not have, or a name that cannot be read.
         OptionError: an empty list.

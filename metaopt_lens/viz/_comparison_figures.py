@@ -20,6 +20,10 @@ _DASHES = ("dash", "dot", "dashdot", "longdash", "longdashdot")  # another numbe
 def comparison_map(comparison: Comparison, statistic: str = "z total") -> go.Figure:
     """A statistic of every head, its main null and the excess; at layer level curves over depth.
 
+    Args:
+        comparison: what `compare` returned.
+        statistic: its name in `Comparison.statistics`.
+
     Raises:
         OptionError: the comparison has no such statistic.
     """
@@ -35,7 +39,12 @@ def comparison_map(comparison: Comparison, statistic: str = "z total") -> go.Fig
 
 
 def depth_profile(comparison: Comparison, statistic: str = "z total") -> go.Figure:
-    """Mean over the heads of each layer, with intervals and all nulls, against depth."""
+    """Mean over the heads of each layer, with intervals and all nulls, against depth.
+
+    Args:
+        comparison: what `compare` returned.
+        statistic: its name in `Comparison.statistics`.
+    """
     figure = _layer_curves(comparison, comparison[statistic])
     figure.update_layout(title={"text": f"{statistic}, by depth", "font": {"size": 14}, "x": 0})
     return figure

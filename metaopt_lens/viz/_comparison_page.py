@@ -87,7 +87,12 @@ def _measured(frame: pd.DataFrame, name: str) -> list[Measured]:
 
 
 def write_comparison_outputs(comparison: Comparison, folder: str | os.PathLike[str]) -> dict[str, Path]:
-    """Write ``comparison.csv``, ``comparison.json`` and ``comparison.html``; returns their paths."""
+    """Write ``comparison.csv``, ``comparison.json`` and ``comparison.html``; returns their paths.
+
+    Args:
+        comparison: what `compare` returned.
+        folder: where the files are written.
+    """
     base = Path(folder)
     with atomic_path(base / "comparison.csv") as temporary:
         comparison.to_frame().to_csv(temporary, index=False)

@@ -19,6 +19,9 @@ def comparison_text(comparison: Comparison) -> Table:
     """A terminal table: every statistic with its interval, next to its main null.
 
     ``clear``: heads or layers that differ from the null (Benjamini-Hochberg); undefined with fewer than three sets.
+
+    Args:
+        comparison: what `compare` returned.
     """
     table = _terminal_table(f"In-context against finetuning updates, 95 % intervals {comparison.scope}")
     table.add_column("statistic", no_wrap=True)
@@ -42,7 +45,12 @@ def _terminal_table(title: str) -> Table:
 
 
 def frame_text(frame: pd.DataFrame, title: str) -> Table:
-    """Any table for the terminal."""
+    """Any table for the terminal.
+
+    Args:
+        frame: the table.
+        title: the line above it.
+    """
     table = _terminal_table(title)
     for index, column in enumerate(frame.columns):
         table.add_column(str(column), justify="left" if index == 0 else "right", no_wrap=index == 0)
@@ -52,7 +60,11 @@ def frame_text(frame: pd.DataFrame, title: str) -> Table:
 
 
 def accuracies_text(comparison: Comparison) -> Table:
-    """A terminal table: accuracies and agreement of the zero-shot, in-context and finetuned model."""
+    """A terminal table: accuracies and agreement of the zero-shot, in-context and finetuned model.
+
+    Args:
+        comparison: what `compare` returned.
+    """
     table = _terminal_table("Predictions of the zero-shot, in-context and finetuned model")
     for name in ("quantity", "value", "95 % interval", "n"):
         table.add_column(name, justify="left" if name == "quantity" else "right")
@@ -65,7 +77,11 @@ def accuracies_text(comparison: Comparison) -> Table:
 
 
 def comparison_data(comparison: Comparison) -> dict[str, Any]:
-    """Summary, table and predictions as plain data, ready for JSON (NaN as None)."""
+    """Summary, table and predictions as plain data, ready for JSON (NaN as None).
+
+    Args:
+        comparison: what `compare` returned.
+    """
 
     def plain(records: Sequence[Mapping[Any, Any]]) -> list[dict[str, Any]]:
         return [{k: None if pd.isna(v) else getattr(v, "item", lambda v=v: v)() for k, v in r.items()} for r in records]

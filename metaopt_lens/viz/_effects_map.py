@@ -12,7 +12,11 @@ from metaopt_lens.interventions import HeadEffects
 
 
 def effects_map(effects: HeadEffects) -> go.Figure:
-    """Layer x head maps of exact effects and first-order estimates, and the gain recovered on held-out queries."""
+    """Layer x head maps of exact effects and first-order estimates, and the gain recovered on held-out queries.
+
+    Args:
+        effects: what `head_effects` returned.
+    """
     titles = ("exact knock-out", "first-order estimate", "gain recovered by heads in rank order (held out)")
     figure = make_subplots(rows=1, cols=3, subplot_titles=titles, horizontal_spacing=0.07)
     estimate = effects.first_order.mean(0)

@@ -22,6 +22,10 @@ def head_map(result: Decomposition | DecompositionSet, value: str = "mass") -> g
 
     Several positions or prompts are averaged, and the title says so.
 
+    Args:
+        result: what `decompose` returned.
+        value: a numeric column, such as ``"fidelity"``.
+
     Raises:
         OptionError: the table has no such column.
     """

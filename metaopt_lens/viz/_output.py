@@ -26,6 +26,12 @@ def write_outputs(
 ) -> list[Path]:
     """Write ``heads.csv`` and ``heads.json`` (all heads) and ``report.html`` into a folder; returns their paths.
 
+    Args:
+        result: what `decompose` returned.
+        folder: where the files are written.
+        heads: heads for the token views; None for the first four.
+        answers: what the model answers to each prompt.
+
     Raises:
         OptionError: `folder` is a file, or cannot be written to.
     """

@@ -218,7 +218,11 @@ def _short(value: Any) -> str:
 
 
 def run_sentences(run: ExperimentResult) -> list[str]:
-    """Accuracies of every rule with their intervals, then notes: a run in short, for the terminal."""
+    """Accuracies of every rule with their intervals, then notes: a run in short, for the terminal.
+
+    Args:
+        run: a finished run.
+    """
     table, found = run.table("accuracies"), []
     for rule in run.config.rules:
         rows = {row["quantity"]: row for row in table[table["rule"] == rule].to_dict("records")}

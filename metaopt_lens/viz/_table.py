@@ -50,7 +50,11 @@ MEASURES: dict[str, Measure] = {
 
 
 def head_table(result: Decomposition | DecompositionSet) -> pd.DataFrame:
-    """`to_frame()` with one more column: `meta_gradient_share`, the meta-gradient's norm over that of the output."""
+    """`to_frame()` with one more column: `meta_gradient_share`, the meta-gradient's norm over that of the output.
+
+    Args:
+        result: what `decompose` returned.
+    """
     decompositions(result)  # refuses an empty set
     frame = result.to_frame()
     z_norm = frame["z_norm"].clip(lower=float(np.finfo(np.float32).tiny))
@@ -59,7 +63,11 @@ def head_table(result: Decomposition | DecompositionSet) -> pd.DataFrame:
 
 
 def head_means(result: Decomposition | DecompositionSet) -> pd.DataFrame:
-    """One row per head: every numeric column averaged over the prompts and positions of the result."""
+    """One row per head: every numeric column averaged over the prompts and positions of the result.
+
+    Args:
+        result: what `decompose` returned.
+    """
     frame = head_table(result)
     return frame.groupby(["layer", "head", "name"], as_index=False, sort=True)[measures(frame)].mean()
 
@@ -90,6 +98,9 @@ def measure(column: str) -> Measure:
 
 def decompositions(result: Decomposition | DecompositionSet) -> list[Decomposition]:
     """The decompositions of a result, one or many.
+
+    Args:
+        result: what `decompose` returned.
 
     Raises:
         OptionError: an empty set.

@@ -38,7 +38,13 @@ _SHORT = {
 def heads_text(
     result: Decomposition | DecompositionSet, *, heads: Sequence[HeadRef] | None = None, top: int | None = None
 ) -> Group:
-    """A terminal table of heads, in the order of `Decomposition.heads`, or of the heads given, in their order."""
+    """A terminal table of heads, in the order of `Decomposition.heads`, or of the heads given, in their order.
+
+    Args:
+        result: what `decompose` returned.
+        heads: the rows, in this order; None for all.
+        top: at most so many rows; None for all.
+    """
     means = head_means(result)
     shown_heads = result.heads(top) if heads is None else heads
     rows = means.set_index("name").loc[[str(ref) for ref in shown_heads]].reset_index()
@@ -58,7 +64,11 @@ def heads_text(
 
 
 def prompt_text(item: Decomposition) -> Text:
-    """The prompt on one line, its labels bold, the middle left out if it is long."""
+    """The prompt on one line, its labels bold, the middle left out if it is long.
+
+    Args:
+        item: one decomposition.
+    """
     words = Text()
     demos = item.prompt.demos
     for piece in item.prompt.pieces():
@@ -77,7 +87,13 @@ def as_data(
     *,
     heads: Sequence[HeadRef] | None = None,
 ) -> dict[str, Any]:
-    """Model, versions, and for every prompt its text, answers and rows of the table, ready for JSON."""
+    """Model, versions, and for every prompt its text, answers and rows of the table, ready for JSON.
+
+    Args:
+        result: what `decompose` returned.
+        answers: what the model answers to each prompt.
+        heads: the rows, in this order; None for all.
+    """
     items = decompositions(result)
     return {
         "model": dataclasses.asdict(items[0].model),

@@ -40,7 +40,11 @@ class View:
         return render("notebook.html.j2", view=self.html)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write a self-contained HTML file and return its path."""
+        """Write a self-contained HTML file and return its path.
+
+        Args:
+            path: the HTML file.
+        """
         return write_text(path, render("view.html.j2", heading=self.title, view=self.html))
 
 

@@ -12,3 +12,18 @@ from ._vocabulary import CATEGORIES as CATEGORIES
 from ._vocabulary import CATEGORY_OF as CATEGORY_OF
 from ._vocabulary import HELD_OUT_PAIRS as HELD_OUT_PAIRS
 from ._vocabulary import LABELS as LABELS
+
+__all__ = [
+    "CATEGORIES",
+    "CATEGORY_OF",
+    "HELD_OUT_PAIRS",
+    "LABELS",
+    "Episode",
+    "accuracy",
+    "load_folder",
+    "load_tiny",
+    "measure",
+    "sample_binding",
+    "sample_episode",
+    "sample_episodes",
+]

@@ -14,7 +14,15 @@ from metaopt_lens.models.tiny._vocabulary import BOS, ID_OF, LABELS, build_token
 
 
 def sample_episodes(*, n: int, n_demos: int, n_categories: int, held_out: bool = True, seed: int = 0) -> list[Episode]:
-    """`n` episodes from one seed; see `sample_episode`."""
+    """`n` episodes from one seed; see `sample_episode`.
+
+    Args:
+        n: how many prompts.
+        n_demos: demonstrations in each.
+        n_categories: categories in each.
+        held_out: use label pairings that never occurred in training.
+        seed: of the draws.
+    """
     rng = random.Random(seed)
     return [sample_episode(rng, n_demos=n_demos, n_categories=n_categories, held_out=held_out) for _ in range(n)]
 
@@ -22,8 +30,11 @@ def sample_episodes(*, n: int, n_demos: int, n_categories: int, held_out: bool =
 def accuracy(model: Callable[[Tensor], Any], episodes: list[Episode], *, mark: str = ":") -> dict[str, float]:
     """Fraction of right answers among the prompt's candidate labels, among all labels, and among all tokens.
 
-    `model` maps token ids [batch, pos] to logits [batch, pos, vocab], or to an object that has them as
-    ``logits``. The prompts must have equal numbers of demonstrations.
+    Args:
+        model: maps token ids ``[batch, pos]`` to logits ``[batch, pos, vocab]``, or to an object that has them as
+            ``logits``.
+        episodes: the prompts, all with the same number of demonstrations.
+        mark: text between input and label.
     """
     tokenizer = build_tokenizer()
     ids = torch.tensor([[BOS, *tokenizer(e.text(mark=mark)).input_ids] for e in episodes])
@@ -48,6 +59,11 @@ def measure(model: Callable[[Tensor], Any], *, n: int = 1000, seed: int = 1) -> 
     """Accuracies with 0, 4, 8 and 16 demonstrations of 2, 3 and 4 categories, on `n` held-out prompts each.
 
     The entries marked "seen" use pairs that did occur in training, for comparison.
+
+    Args:
+        model: see `accuracy`.
+        n: prompts for each number.
+        seed: of the prompts.
     """
     table = {}
     for held_out in (True, False):

@@ -112,7 +112,14 @@ def load_folder(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
 ) -> TransformerBridge | HookedTransformer:
-    """`load_tiny` for another folder that the training script wrote."""
+    """`load_tiny` for another folder that the training script wrote.
+
+    Args:
+        folder: what the training script wrote.
+        backend: ``"bridge"`` or ``"hooked"``.
+        dtype: of the weights.
+        device: where the weights are put.
+    """
     if backend not in ("bridge", "hooked"):
         raise OptionError(f"backend must be 'bridge' or 'hooked', got {backend!r}.")
     if backend == "hooked":

@@ -21,7 +21,11 @@ class Episode:
     """The labels bound in this prompt, one per category, in random order; `answer` is one of them."""
 
     def text(self, *, mark: str = ":") -> str:
-        """The prompt as text, for example ``"apple : dax\\nhammer : wug\\npear :"``."""
+        """The prompt as text, for example ``"apple : dax\\nhammer : wug\\npear :"``.
+
+        Args:
+            mark: text between input and label.
+        """
         lines = [f"{noun} {mark} {label}" for noun, label in self.demos]
         return "\n".join([*lines, f"{self.query} {mark}"])
 
@@ -30,6 +34,11 @@ def sample_binding(rng: random.Random, n_categories: int, *, held_out: bool) -> 
     """Draw categories and a label for each, all different; only held-out pairs, or none of them.
 
     Raises `OptionError` if `n_categories` is not between 1 and the number of categories.
+
+    Args:
+        rng: source of randomness.
+        n_categories: how many categories.
+        held_out: use label pairings that never occurred in training.
     """
     if not 1 <= n_categories <= len(CATEGORIES):
         raise OptionError(f"n_categories must be from 1 to {len(CATEGORIES)}, got {n_categories}.")
@@ -79,6 +88,12 @@ def sample_episode(rng: random.Random, *, n_demos: int = 16, n_categories: int =
     category is drawn independently of the demonstrations. Equal generators give equal episodes.
 
     Raises `OptionError` for a negative `n_demos` or an impossible `n_categories`.
+
+    Args:
+        rng: source of randomness.
+        n_demos: how many demonstrations.
+        n_categories: categories in the prompt.
+        held_out: use label pairings that never occurred in training.
     """
     if n_demos < 0:
         raise OptionError(f"n_demos must not be negative, got {n_demos}.")
