@@ -20,6 +20,7 @@ from metaopt_lens.models.tiny import load_tiny
 REFUSED = {
     "bridge:phi": "attention and MLP run in parallel",
     "bridge:gpt_neox": "attention and MLP run in parallel",
+    "bridge:falcon": "attention and MLP run in parallel",
     "bridge:gptj": "attention and MLP run in parallel",
     "bridge:gpt_oss": "the MLP is a mixture of experts",
     "bridge:mixtral": "the MLP is a mixture of experts",
