@@ -55,6 +55,7 @@ class RunConfig:
         scoring: of label words, ``"mean"`` log-probability of their tokens or the ``"first"`` token's.
         random_weights: also run on permuted weights (costs the model's memory once more and about doubles the time).
         unrelated: also finetune on unrelated texts.
+        n_label_draws: how often the demonstrations' labels are shuffled; each costs a run of everything.
         attribution: also measure what every head's meta-gradient does to the answers, on the first
             `attribution_queries` queries; attribution_metric: see `head_effects` (``"auto"``: the logit difference
             where the label words differ in their first token, else the log-probability).
@@ -86,6 +87,7 @@ class RunConfig:
     scoring: Scoring = "mean"
     random_weights: Flag = True
     unrelated: Flag = True
+    n_label_draws: Count = 4
     attribution: Flag = True
     attribution_queries: Count = 16
     attribution_metric: Literal["auto", "logit_difference", "label_log_prob"] = "auto"

@@ -19,7 +19,7 @@ from metaopt_lens.finetuning import LearningRateChoice, WeightUpdate, choose_lea
 from metaopt_lens.models import LensModel
 from metaopt_lens.runs import tokenize_for
 
-Save = Callable[[Path], None]
+Save = Callable[[Path], object]  # fills the folder of a piece
 
 UNRELATED = "unrelated text"
 
@@ -95,6 +95,7 @@ def comparison(config: RunConfig, model: LensModel, prompts: PromptSet, rule: Ru
             scoring=config.scoring,
             subspace_dim=min(config.subspace_dim, model.info.d_head),
             n_null_draws=config.n_null_draws,
+            n_label_draws=config.n_label_draws,
             batch_size=config.batch_size,
             prepend_bos=config.prepend_bos,
             convention=Convention.PUBLISHED if config.reference else Convention.DEFAULT,
@@ -116,7 +117,7 @@ def comparison(config: RunConfig, model: LensModel, prompts: PromptSet, rule: Ru
         found.save(folder / "comparison")
         write_json(folder / "finetuning.json", {"lr": lr, "losses": list(update.losses), "notes": notes})
         if config.save_updates:
-            untimed(update.save(folder / "update"))
+            dataclasses.replace(update, provenance=versions()).save(folder / "update")
 
     return save
 
@@ -137,11 +138,6 @@ def _controls(
     except (PromptError, OptionError, NonFiniteError) as error:
         notes.append(f"the control run on unrelated texts is left out ({error})")
         return {}
-
-
-def untimed(file: Path) -> None:
-    """Take the time out of a saved result's JSON file."""
-    write_json(file, {**read_json(file), "provenance": versions()})
 
 
 def load_comparison(folder: Path) -> Comparison:
@@ -165,12 +161,8 @@ def example(config: RunConfig, model: LensModel, prompts: PromptSet) -> Save:
     size = 2 * 4 * info.n_layers * n_tokens * info.n_kv_heads * info.d_head
     if size > _EXAMPLE_BYTES:
         return lambda folder: write_json(folder / "example.json", {"left_out": f"about {size >> 20} MiB"})
-    found = decompose(model, first, prepend_bos=config.prepend_bos)
-
-    def save(folder: Path) -> None:
-        untimed(found.save(folder / "decomposition"))
-
-    return save
+    found = dataclasses.replace(decompose(model, first, prepend_bos=config.prepend_bos), provenance=versions())
+    return lambda folder: found.save(folder / "decomposition")
 
 
 def load_example(folder: Path) -> Decomposition | None:

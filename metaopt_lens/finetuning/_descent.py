@@ -24,8 +24,7 @@ from metaopt_lens.models import Hook, LensModel
 
 Leaves = dict[str, list[Tensor]]
 Step = tuple[float, Tape]  # the loss before the step, and what its gradients are made of
-# A loss of ln(vocabulary) is that of guessing; beyond twice that (and twice the loss at the start) nothing is learned.
-_HOPELESS = 2.0
+_DIVERGED = 2.0  # times the loss of guessing, or that of the first step if it is higher
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,12 +56,12 @@ class Descent:
         """Train at another rate. The first step's gradients, those of the base model, are computed once for all rates.
 
         Raises:
-            NonFiniteError: a loss is NaN, infinite, or hopeless: above twice that of the first step and twice that of
-                guessing. The rate is given up at that step.
+            NonFiniteError: a loss is NaN, infinite, or above twice that of the first step and twice that of guessing,
+                ln(vocabulary). The rate is given up at that step.
         """
         guessing = math.log(self.model.info.d_vocab) * (self.model.info.n_layers if self.settings.layer_causal else 1)
         settings = dataclasses.replace(self.settings, lr=lr)
-        return self._descend(settings, first=self._first, limit=_HOPELESS * max(self._first[0], guessing))
+        return self._descend(settings, first=self._first, limit=_DIVERGED * max(self._first[0], guessing))
 
     @cached_property
     def _first(self) -> Step:

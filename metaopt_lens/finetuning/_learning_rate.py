@@ -64,7 +64,7 @@ def choose_learning_rate(
     """Finetune with every rate and keep the one that predicts held-out demonstrations best, zero-shot.
 
     Ties in accuracy go to the lower loss (mean negative log-probability of the correct label among the candidates).
-    A rate is given up as soon as a training loss is hopeless: over twice that of the first step and twice that of
+    A rate has diverged, and is given up, once a training loss is above twice that of the first step and twice that of
     guessing, ln(vocabulary).
 
     Args:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -19,6 +20,7 @@ from families import make_bridge
 from runs import SMALL, files_of, fork, wait
 from text_models import make_text_model, rows, write_rows
 
+import metaopt_lens
 from metaopt_lens import MetaoptLensError, load_tiny
 from metaopt_lens._errors import (
     ContextWindowError,
@@ -29,6 +31,7 @@ from metaopt_lens._errors import (
     PromptError,
 )
 from metaopt_lens.experiments import ExperimentResult, RunConfig, run_experiment
+from metaopt_lens.experiments._progress import duration
 from metaopt_lens.experiments._run_store import RunStore
 from metaopt_lens.tasks import Row, Task, TaskRows
 
@@ -118,6 +121,43 @@ def test_a_finished_run_is_left_as_it_is(reference: tuple[Path, float]) -> None:
     before = {file: file.stat().st_mtime_ns for file in reference[0].rglob("*")}
     _run(SMALL, reference[0], model=None)  # the model is not even loaded
     assert {file: file.stat().st_mtime_ns for file in reference[0].rglob("*")} == before
+
+
+def test_log_files_get_a_line_for_each_piece_with_the_time_left(
+    tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """stderr is no terminal here."""
+    config = _with(seeds=(0,), attribution=False)
+    result = metaopt_lens.run_experiment(config, tmp_path / "run", model=tiny)
+    lines = capsys.readouterr().err.splitlines()
+    pieces = [name for log in result.provenance for name in log["pieces"]]
+    assert [line.split(": ")[1].split(" took ")[0] for line in lines] == pieces
+    assert all(re.search(r" took \d+ s; \d+% done, about \d+ s left$", line) for line in lines[:-1])
+    assert lines[-1].startswith("tiny on synthetic-2: tables took ")
+    assert lines[-1].endswith("; all done")
+    _run(config, tmp_path / "silent", tiny)
+    assert not capsys.readouterr().err
+
+
+def test_lengths_of_time_in_words() -> None:
+    assert [duration(s) for s in (0.2, 99.4, 99.6, 3600.0, 12_000.0)] == [
+        "0 s",
+        "99 s",
+        "2 min",
+        "60 min",
+        "3 h 20 min",
+    ]
+
+
+def test_a_table_of_settings_will_do_and_shuffles_are_as_many_as_asked_for(tiny: Any, tmp_path: Path) -> None:
+    settings = SMALL.to_dict() | {"seeds": 1, "n_label_draws": 2, "attribution": False}
+    result = metaopt_lens.run_experiment(settings, tmp_path / "run", model=tiny, progress=False)
+    assert result.config == _with(seeds=(0,), n_label_draws=2, attribution=False)
+    found = result.comparison(result.config.rules[0])
+    assert found.settings["n_label_draws"] == 2
+    assert {len(rows) for rows in found.controlled.values()} == {2, 1}  # shuffles, and one flip
+    with pytest.raises(OptionError, match="shots"):
+        metaopt_lens.run_experiment({**settings, "shots": 0}, tmp_path / "other")
 
 
 def test_the_learning_rate_is_chosen_and_updates_are_stored(tiny: Any, tmp_path: Path) -> None:

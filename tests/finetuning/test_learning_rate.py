@@ -10,7 +10,7 @@ import torch
 from hosts import build, left_as_it_was, shared
 from torch import Tensor
 
-from metaopt_lens import Demo, ICLPrompt, MetaoptLensError, Template
+from metaopt_lens import Demo, ICLPrompt, MetaoptLensError, Template, load_tiny
 from metaopt_lens.finetuning import choose_learning_rate, finetune
 from metaopt_lens.finetuning._finetune import prepare
 from metaopt_lens.models import wrap
@@ -92,15 +92,17 @@ def test_rates_that_diverge_are_nan_and_never_chosen() -> None:
         choose_learning_rate(model, TRAIN, TEST, rates=(1e25, 1e26))
 
 
-def test_a_rate_whose_loss_is_hopeless_is_given_up_before_it_overflows() -> None:
+def test_a_rate_is_given_up_once_its_loss_is_twice_that_of_guessing() -> None:
     """Its losses are finite, so `finetune` goes to the end; nobody would choose it."""
-    model = shared("bridge:gpt2")
-    wild = finetune(model, TRAIN, lr=1e4, progress=False)
-    guessing = math.log(wrap(model).info.d_vocab)
-    assert max(wild.losses) > 2 * max(wild.losses[0], guessing)
-    choice = choose_learning_rate(model, TRAIN, TEST, rates=(1e4, 0.1))
+    model = load_tiny()
+    demos = [("apple", "dax"), ("hammer", "wug"), ("plum", "dax"), ("saw", "wug"), ("pear", "dax")]
+    held_out = [("cherry", "dax"), ("drill", "wug")]
+    losses = finetune(model, demos, lr=1e4, progress=False).losses
+    limit = 2 * max(losses[0], math.log(wrap(model).info.d_vocab))
+    assert [loss > limit for loss in losses] == [False, False, False, True, False]
+    choice = choose_learning_rate(model, demos, held_out, rates=(1e4, 0.02))
     assert math.isnan(choice.loss[0])
-    assert choice.lr == 0.1
+    assert choice.lr == 0.02
 
 
 @pytest.mark.parametrize("settings", [{}, {"layer_causal": True}, {"batch_size": 3, "order": "shuffled", "epochs": 2}])
