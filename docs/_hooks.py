@@ -17,7 +17,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "metaopt_lens"
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
-FIRST = ("theory.md", "results.md", "momentum.md")
+FIRST = ("models.md", "theory.md", "results.md", "momentum.md")
 ORDER = (
     "prompts",
     "tasks",
@@ -178,14 +178,13 @@ def _front() -> str:
         for alias in node.names
         if alias.asname
     }
+    if strange := set(home.values()) - {room for rooms in SECTIONS.values() for room in rooms}:
+        raise ValueError(f"SECTIONS of docs/_hooks.py has no place for the public names of {strange}")
     parts = ["# metaopt_lens", "```python\nimport metaopt_lens as ml\n```"]
     for title, rooms in SECTIONS.items():
-        parts.append(f"## {title}")
-        parts += [
-            f"::: metaopt_lens.{name}\n    options: {{ heading_level: 3 }}"
-            for name in _public_names("")
-            if home[name] in rooms
-        ]
+        names = [name for name in _public_names("") if home[name] in rooms]
+        parts += [f"## {title}"] * bool(names)
+        parts += [f"::: metaopt_lens.{name}\n    options: {{ heading_level: 3 }}" for name in names]
     return "\n\n".join(parts) + "\n"
 
 

@@ -124,7 +124,7 @@ def other_query_null(
 def derangement(n: int, *, seed: Seed) -> Int[Tensor, " query"]:
     """A permutation of n things, drawn uniformly from those that leave nothing in its place."""
     if n < 2:
-        raise OptionError(f"giving every query another one needs at least 2 queries, got {n}: add queries.")
+        raise OptionError(f"pairing every query with another one needs at least 2 queries, got {n}: add queries.")
     generator = as_generator(seed)
     here = torch.arange(n)
     while True:  # each attempt succeeds with probability about 1/e

@@ -48,7 +48,7 @@ def run(
     device: options.Device = None,
     n_devices: of_run.Devices = None,
     device_map: of_run.DeviceMap = None,
-    threads: of_run.Threads = None,
+    threads: options.Threads = None,
     batch_size: of_run.Together = None,
     save_updates: of_run.SaveUpdates = None,
     recompute_damaged: options.Recompute = False,
@@ -101,11 +101,11 @@ def report(
     ] = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
 ) -> None:
-    """Write one self-contained page about one or several runs, and every table as CSV beside it."""
+    """Write one self-contained page about one or several runs, and every table as CSV."""
     from metaopt_lens.experiments import ExperimentResult
     from metaopt_lens.viz import write_report
 
     results = [ExperimentResult.load(path) for path in runs]
     written = write_report(results, out or runs[0] / "report.html", title=title)
     say_written([written["page"]])
-    say(f"and {len(written) - 1} tables as CSV beside it")
+    say(f"and {len(written) - 1} tables as CSV in the folder of the same name")

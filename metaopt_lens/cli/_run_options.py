@@ -45,7 +45,6 @@ Reference = Annotated[
 ]
 Devices = Annotated[int | None, typer.Option(help="Spread the model over this many devices.")]
 DeviceMap = Annotated[str | None, typer.Option(help="Such as auto: passed to TransformerLens.")]
-Threads = Annotated[int | None, typer.Option(help="Threads of torch (default: its choice; 1 if small).")]
 Together = Annotated[int | None, typer.Option(help="Sequences run together (default 16).")]
 SaveUpdates = Annotated[
     bool | None, typer.Option("--save-updates/--no-save-updates", help="Store the weight updates as well.")

@@ -1,4 +1,4 @@
-"""run_experiment(): one model on one task, piece by piece, so that it can stop and be resumed at any time."""
+"""run_experiment(): one model on one task, piece by piece, so that it can be stopped and resumed at any time."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from metaopt_lens._errors import MetaoptLensError
+from metaopt_lens._progress import Progress
 from metaopt_lens._threads import torch_threads
 from metaopt_lens.experiments._attribution_stage import attribution
 from metaopt_lens.experiments._plan import Piece, Plan
-from metaopt_lens.experiments._progress import Progress
 from metaopt_lens.experiments._run_config import RunConfig
 from metaopt_lens.experiments._run_inputs import RunInputs, seeds_of
 from metaopt_lens.experiments._run_log import RunLog
@@ -43,8 +43,8 @@ def run_experiment(
         model: a loaded model instead of the one that `config.model` names.
         task: a task instead of the one that `config.task` names.
         only_seeds: work on these seeds only; the tables are made by whoever finds all seeds finished.
-        recompute_damaged: compute damaged pieces again instead of refusing them.
-        progress: show how far the run is and the time left: a bar on a terminal, a line for each piece elsewhere.
+        recompute_damaged: recompute damaged pieces instead of refusing them.
+        progress: show the time left: a bar on a terminal, elsewhere a line for each piece in the log `metaopt_lens`.
 
     Returns:
         An `ExperimentResult`, which reads from `out`.
@@ -85,22 +85,15 @@ def _make(
 ) -> None:
     log = RunLog(store, plan.config, inputs.model.device)
     title = f"{plan.config.model} on {inputs.task.name}"
-    took: dict[Piece, float] = {}
-    with Progress(title, sum(piece.share for piece in todo), show=progress) as shown:
-
-        def done(piece: Piece) -> None:
-            shown.finish(piece.name, piece.share, seconds=took.get(piece))
-
-        for piece in plan.in_turn(todo, store, done):
-            shown.begin(piece.name)
+    with Progress(sum(piece.share for piece in todo), title, shown=progress) as shown:
+        for piece in plan.in_turn(todo, store, lambda done: shown.advance(done.share, done.name)):
             started = time.monotonic()
             try:
                 save = _compute(piece, inputs, result)
             except MetaoptLensError as error:
                 raise explain(error, f"piece {piece.name} of {store.folder}") from error
             store.write(piece.name, save)
-            took[piece] = time.monotonic() - started
-            log.add(piece.name, took[piece])
+            log.add(piece.name, time.monotonic() - started)
     log.end()
 
 

@@ -45,7 +45,7 @@ class RunConfig:
         shots: demonstrations, or as many of them as fit the context window.
         seeds: one demonstration set each; a number n stands for seeds 0 to n - 1.
         queries: how many rows to ask; None for all. The same for every seed (but for tasks made by seed).
-        lr: learning rate, or ``"auto"``: chosen for every seed and rule on `held_out` rows beside the demonstrations.
+        lr: learning rate, or ``"auto"``: chosen for every seed and rule on `held_out` rows that are not demonstrations.
         variant: ``"published"`` templates, or ``"one-line"`` ones as in the released code.
         selection, permutation: of demonstrations, see `select_demos`.
         rules: ``"gd"`` (ordinary finetuning) and ``"lcgd"`` (layer-causal).

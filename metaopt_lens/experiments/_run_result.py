@@ -97,7 +97,9 @@ class ExperimentResult:
     def attribution(self, seed: int) -> HeadEffects | None:
         """Effects of every head's meta-gradient; None if the model's heads could not be knocked out."""
         if not self.config.attribution:
-            raise OptionError(f"the run in {self.path} was told to leave the attribution to heads out.")
+            raise OptionError(
+                f"the run in {self.path} was made without the attribution to heads (attribution = false)."
+            )
         return load_attribution(self._piece(seed, "attribution"))
 
     def example(self) -> Decomposition | None:
@@ -126,7 +128,7 @@ class ExperimentResult:
 
         folder = self._store.path("tables")
         if not self.is_complete:
-            raise OptionError(f"the run in {self.path} is not finished: run it again to go on.")
+            raise OptionError(f"the run in {self.path} is not finished: run it again to resume it.")
         file = folder / f"{name}.parquet"
         if not file.is_file():
             raise OptionError(f"there is no table {name!r}; this run has {', '.join(self.table_names)}.")
@@ -190,7 +192,7 @@ class ExperimentResult:
             raise OptionError(f"the run in {self.path} has the seeds {list(self.seeds)}, not {seed}.")
         name = f"seed-{seed}/{stage}"
         if not self._store.is_finished(name):
-            raise FileFormatError(f"the run in {self.path} has no piece {name} (yet): run it again to go on.")
+            raise FileFormatError(f"the run in {self.path} has no piece {name} (yet): run it again to resume it.")
         return self._store.path(name)
 
     def __repr__(self) -> str:

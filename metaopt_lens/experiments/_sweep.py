@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import field
 from functools import lru_cache
@@ -16,7 +15,7 @@ from pydantic import BeforeValidator, Field
 
 from metaopt_lens._configuration import Count, Different, read, read_file, settings
 from metaopt_lens._errors import MetaoptLensError, OptionError
-from metaopt_lens.experiments._progress import Progress
+from metaopt_lens._progress import Progress
 from metaopt_lens.experiments._run import run_experiment
 from metaopt_lens.experiments._run_config import LearningRate, RunConfig, Seeds
 from metaopt_lens.experiments._run_inputs import find_run_task, load_run_model
@@ -120,14 +119,14 @@ def run_sweep(
 ) -> SweepResult:
     """Make all runs of a sweep, each in a directory of its own; every seed of every run is a job.
 
-    Jobs are as safe against being killed as runs are: what is finished is kept, and a sweep that was stopped goes on.
+    Jobs are as safe against being killed as runs are: what is finished is kept, and a stopped sweep is resumed.
     On a Dask cluster the jobs of a lost worker are given to others.
 
     Args:
         config: what to go over.
         out: directory of the results, with one for every run.
-        recompute_damaged: compute damaged pieces again instead of refusing them.
-        progress: show how far the sweep is and the time left: a bar on a terminal, a line for each job elsewhere.
+        recompute_damaged: recompute damaged pieces instead of refusing them.
+        progress: show the time left: a bar on a terminal, elsewhere a line for each job in the log `metaopt_lens`.
 
     Returns:
         A `SweepResult`, which reads from `out`.
@@ -152,9 +151,9 @@ def run_sweep(
         for seed in run.seeds
     ]
     failed: dict[str, str] = {}
-    with Progress("sweep", len(jobs), show=progress) as shown:
-        for name, seed, seconds, problem in config.workers.run(_job, jobs):
-            shown.finish(f"{name}, seed {seed}", seconds=seconds)
+    with Progress(len(jobs), "sweep", shown=progress) as shown:
+        for name, seed, problem in config.workers.run(_job, jobs):
+            shown.advance(1, f"{name}, seed {seed}")
             if problem is not None:
                 failed.setdefault(name, problem)
     if failed:
@@ -175,12 +174,12 @@ def _prepare(store: RunStore) -> None:
 
 def _job(
     name: str, config: RunConfig, task: Task, out: str, seed: int, threads: int, recompute_damaged: bool
-) -> tuple[str, int, float, str | None]:
-    """One seed of one run, in a worker; how long it took, and what went wrong."""
+) -> tuple[str, int, str | None]:
+    """One seed of one run, in a worker, and what went wrong."""
     import torch
 
     torch.set_num_threads(threads)
-    started, problem = time.monotonic(), None
+    problem = None
     try:
         run_experiment(
             config,
@@ -193,7 +192,7 @@ def _job(
         )
     except MetaoptLensError as error:
         problem = str(error)
-    return name, seed, time.monotonic() - started, problem
+    return name, seed, problem
 
 
 @lru_cache(maxsize=1)

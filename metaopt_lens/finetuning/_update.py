@@ -1,4 +1,4 @@
-"""A weight update that lives beside the model: dW and db per layer and head, applied by hooks."""
+"""A weight update kept apart from the model: dW and db per layer and head, applied by hooks."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def join_etas(etas: Sequence[Float[Tensor, "layer head"]]) -> Float[Tensor, "lay
 
 
 def refuse_momentum(model: LensModel, what: str) -> None:
-    """Raise `OptionError` if momentum is on already: `what` computes z anew and would drop it."""
+    """Raise `OptionError` if momentum is on already: `what` recomputes z and would drop it."""
     if active_momentum(model) is not None:
         raise OptionError(
             f"momentum attention is on already, and {what} would undo it: give both to the same intervene(model, ...)."

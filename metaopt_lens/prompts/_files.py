@@ -98,8 +98,8 @@ def prompts_of(where: str, item: Any) -> list[ICLPrompt]:
         others = [key for key in item if key not in {"text", "label", "candidates"}]
         if others:
             raise FileFormatError(
-                f'{where}: "text" is a whole prompt, so {", ".join(map(repr, others))} beside it has no '
-                f"meaning: give one or the other."
+                f'{where}: "text" is a whole prompt, so {", ".join(map(repr, others))} cannot be '
+                "given with it: give one or the other."
             )
         text = _text(where, item, "text", required=True)
         label, words = _text(where, item, "label"), _words(where, item, "candidates")

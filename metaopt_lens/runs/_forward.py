@@ -35,7 +35,7 @@ class Keep:
 
     @property
     def whole_pass(self) -> bool:
-        """Whether a pass must go on after the last layer's attention."""
+        """Whether a pass must continue after the last layer's attention."""
         return self.residual or bool(self.logits)
 
 

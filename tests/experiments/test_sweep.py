@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -197,6 +198,7 @@ def test_the_run_command(tmp_path: Path) -> None:
     found = _call("run", "--config", file, "--seeds", 1, "--no-attribution", "--out", out)
     assert found.exit_code == 0, found.output
     assert "gd: accuracy ZS" in found.output
+    assert re.search(r"\d\d:\d\d:\d\d tiny on synthetic-2: seed-0/gd, \d+ %, about \d+ s left\n", found.stderr)
     config = ExperimentResult.load(out).config
     assert config == dataclasses.replace(SMALL, seeds=(0,), attribution=False)
     part = tmp_path / "part.json"
