@@ -39,6 +39,7 @@ def run(
     variant: of_run.TemplateVariant = None,
     selection: of_run.Chosen = None,
     rules: of_run.Rules = None,
+    controls: of_run.ControlsPreset = None,
     n_label_draws: of_run.LabelDraws = None,
     random_weights: of_run.RandomWeights = None,
     unrelated: of_run.Unrelated = None,
@@ -82,7 +83,7 @@ def _settings(file: Path | None, given: dict[str, Any]) -> RunConfig:
 
 
 def sweep(
-    file: Annotated[Path, typer.Argument(help="TOML file that says what to go over.")],
+    file: Annotated[Path, typer.Argument(help="TOML file that lists models, tasks, shots and learning rates.")],
     out: Annotated[Path, typer.Option("--out", help="Directory of the results; an unfinished sweep there is resumed.")],
     recompute_damaged: options.Recompute = False,
 ) -> None:

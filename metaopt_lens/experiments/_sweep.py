@@ -107,6 +107,9 @@ class SweepConfig:
             n = 2
             engine = "processes"   # or "dask", with cluster = "slurm", [workers.options] queue = "gpu", ...
 
+        Args:
+            path: the TOML file.
+
         Raises:
             FileFormatError: the file is missing or not valid.
             OptionError: an unknown field, or a value that makes no sense.

@@ -34,6 +34,9 @@ class SweepResult:
     def load(cls, path: str | os.PathLike[str]) -> SweepResult:
         """Open the directory of a sweep, finished or not.
 
+        Args:
+            path: the sweep's directory.
+
         Raises:
             FileFormatError: it holds no sweep.
         """
@@ -48,7 +51,11 @@ class SweepResult:
         return {name: ExperimentResult.load(self.path / name) for name in self.names}
 
     def table(self, name: str) -> pd.DataFrame:
-        """A table (see `ExperimentResult.table`) of all runs below each other, with columns model, task, shots, lr."""
+        """A table (see `ExperimentResult.table`) of all runs below each other, with columns model, task, shots, lr.
+
+        Args:
+            name: see `ExperimentResult.table`.
+        """
         import pandas as pd
 
         frames = [

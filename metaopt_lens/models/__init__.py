@@ -1,6 +1,8 @@
 """The only code that knows which TransformerLens class it holds."""
 
+from metaopt_lens._types import HeadRef as HeadRef
 from metaopt_lens.models._attention_call import AttentionCall as AttentionCall
+from metaopt_lens.models._fixed_norm import FixedNorm as FixedNorm
 from metaopt_lens.models._gguf_conversion import CacheRebuiltWarning as CacheRebuiltWarning
 from metaopt_lens.models._hooks import Hook as Hook
 from metaopt_lens.models._hooks import HostFunction as HostFunction

@@ -29,6 +29,9 @@ def load_prompts(path: str | os.PathLike[str]) -> list[ICLPrompt]:
       string (`ICLPrompt.from_string`), optionally with "label" and "candidates".
     * ``.jsonl``: one such object a line; blank lines are skipped.
     * anything else: plain text, read by `ICLPrompt.from_string`; a line ``---`` separates prompts.
+
+    Args:
+        path: a .json, .jsonl or text file.
     """
     file = Path(path)
     if not file.is_file():

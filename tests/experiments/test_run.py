@@ -31,7 +31,9 @@ from metaopt_lens._errors import (
     PromptError,
 )
 from metaopt_lens.experiments import ExperimentResult, RunConfig, run_experiment
+from metaopt_lens.experiments._prompt_set import PromptSet
 from metaopt_lens.experiments._run_store import RunStore
+from metaopt_lens.experiments._stages import _controls
 from metaopt_lens.tasks import Row, Task, TaskRows
 
 _KILLS = 20
@@ -136,6 +138,24 @@ def test_the_log_gets_a_line_for_each_piece_with_the_time_left(
         caplog.clear()
         _run(config, tmp_path / "silent", tiny)
         assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, (4, True, True, True)),
+        ({"controls": "quick"}, (0, False, False, False)),
+        ({"controls": "standard"}, (1, True, True, False)),
+        ({"controls": "standard", "n_label_draws": 3, "unrelated": False}, (3, True, False, False)),
+        ({"controls": "quick", "random_weights": True}, (0, False, False, True)),
+    ],
+)
+def test_controls_are_those_of_a_preset_but_for_what_is_said(changes: dict[str, Any], expected: Any) -> None:
+    prompts = PromptSet((), (), ("w1 w2",), {}, ())
+    asked = _controls(RunConfig("tiny", "synthetic", n_null_draws=7, **changes), prompts)
+    assert (asked.shuffled_labels, asked.flipped_labels, asked.unrelated_text, asked.random_weights) == expected
+    assert asked.texts == ({"unrelated text": ("w1 w2",)} if asked.unrelated_text else {})
+    assert asked.n_null_draws == 7
 
 
 def test_a_table_of_settings_will_do_and_shuffles_are_as_many_as_asked_for(tiny: Any, tmp_path: Path) -> None:
