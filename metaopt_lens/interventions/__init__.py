@@ -2,11 +2,10 @@
 
 from metaopt_lens.interventions._apply import AppliedMetaGradient as AppliedMetaGradient
 from metaopt_lens.interventions._attribution import head_effects as head_effects
+from metaopt_lens.interventions._demo_tokens import DemoTokens as DemoTokens
 from metaopt_lens.interventions._head_effects import HeadEffects as HeadEffects
 from metaopt_lens.interventions._head_effects import ICLHeads as ICLHeads
 from metaopt_lens.interventions._head_effects import rank_by_effect as rank_by_effect
-from metaopt_lens.interventions._implicit import ImplicitUpdate as ImplicitUpdate
-from metaopt_lens.interventions._implicit import implicit_update as implicit_update
 from metaopt_lens.interventions._intervene import intervene as intervene
 from metaopt_lens.interventions._knock_out import KnockOut as KnockOut
 from metaopt_lens.interventions._meta_gradient import MetaGradient as MetaGradient
