@@ -50,7 +50,9 @@ def ridge_right_factors(inputs: Float[Tensor, "fit d_in"], ridge: float) -> Floa
     """
     gram = inputs @ inputs.mT
     penalty = ridge * gram.diagonal().mean()
-    return torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), inputs)
+    ridged = gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    found: Tensor = torch.linalg.solve(ridged, inputs)
+    return found
 
 
 def ridge_scale(

@@ -50,7 +50,7 @@ class ExpertsSite:
         """What an expert's output matrix is applied to, of one expert for each token."""
         held = self.experts_module
         rows: list[Tensor] = [torch.empty(0)] * len(x)
-        for expert in experts.unique().tolist():
+        for expert in sorted(set(experts.tolist())):
             at = (experts == expert).nonzero()[:, 0]
             product = x[at] @ self.w_in(expert).mT
             if held.has_bias:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -12,9 +12,10 @@ from torch import Tensor
 from metaopt_lens.models import Hook
 from metaopt_lens.patches._site import PatchSite
 
-Rows = Float[Tensor, "row d"]
+Rows = Float[Tensor, "row _"]
 
 
+@runtime_checkable
 class Changes(Protocol):
     """What one block's changes add, to tensors of a running pass with one row for every token."""
 

@@ -253,8 +253,8 @@ class _Compiling:
         hidden = experts.hidden(own, chosen).to(self._dtype)
         self._keep_right("out", hidden, "what an expert's output matrix is applied to")
         self.changes.other["chosen"] = chosen
-        left["expert_out"] = self.u / weights.gather(1, best).to(self._dtype)
         left["router"] = shift @ experts.w_router.detach().to(shift).mT
+        left["expert_out"] = self.u / weights.gather(1, best).to(self._dtype)
         products = [
             torch.stack([experts.w_in(int(expert)).detach().to(shift) @ row for expert in used])
             for used, row in zip(active, shift, strict=True)
@@ -262,13 +262,13 @@ class _Compiling:
         self.experts |= {"active": active, "left_in": torch.stack(products)}
         return self.changes.experts_output(x, out)
 
-    def _own(self, rows: Rows) -> Rows:
+    def _own(self, rows: Tensor) -> Tensor:
         return rows[self._demos.start :].to(self._dtype)
 
-    def _difference(self, key: str, rows: Rows) -> Rows:
+    def _difference(self, key: str, rows: Tensor) -> Tensor:
         return self._target[key].to(self._dtype) - self._own(rows)
 
-    def _keep_right(self, side: str, x: Rows, what: str) -> None:
+    def _keep_right(self, side: str, x: Tensor, what: str) -> None:
         there = x.square().sum(-1) > 0
         if not bool(there.all()):
             self._refuse(there, f"{what} is 0 there, and no matrix maps 0 to anything else")

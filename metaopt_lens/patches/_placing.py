@@ -52,8 +52,8 @@ class PatchedRows:
             raise SpanError(
                 f"the patch has changes for {n} tokens behind S (positions {self.tokens.start} to "
                 f"{self.tokens.start + n - 1} of the zero-shot prompt), and the pass has one at position "
-                f"{self.tokens.start + int(rows.max())}: extend the patch with generate_without_prompt(...), or compile "
-                "a prompt with the longer query."
+                f"{self.tokens.start + int(rows.max())}: extend the patch with generate_without_prompt(...), or "
+                "compile a prompt with the longer query."
             )
         if host_pass.tokens is None:
             return

@@ -88,8 +88,8 @@ class WeightPatch(Stored):
     continuation: tuple[int, ...]
     next_token: int
     precision: str
-    left: Mapping[str, Float[Tensor, "layer pos d_out"]]
-    right: Mapping[str, Float[Tensor, "layer pos d_in"]]
+    left: Mapping[str, Float[Tensor, "layer pos _"]]
+    right: Mapping[str, Float[Tensor, "layer pos _"]]
     u: Float[Tensor, "layer pos d_model"]
     scale: Float[Tensor, "layer pos d_model"] | None
     smallest: Float[Tensor, "layer pos"] | None
