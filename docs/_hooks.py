@@ -34,6 +34,16 @@ ORDER = (
     "runs",
     "dual",
 )
+SECTIONS = {
+    "Prompts": ("prompts",),
+    "Models": ("models", "models.tiny"),
+    "Decompose": ("decomposition", "_types"),
+    "Finetune": ("finetuning",),
+    "Intervene": ("interventions",),
+    "Compare": ("analysis",),
+    "Experiments": ("experiments",),
+    "Errors": ("_errors",),
+}
 
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#|mailto:)([^)\s]+)\)")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
@@ -43,10 +53,10 @@ _STYLE = re.compile(r"<style.*?</style>", re.DOTALL)
 
 
 def _modules() -> list[str]:
-    """All public packages that export something, the known ones in the order of the work."""
+    """All packages with names for users that the front page has not, the known ones in the order of the work."""
     folders = (path.parent.relative_to(PACKAGE).parts for path in PACKAGE.rglob("__init__.py"))
     public = [".".join(parts) for parts in folders if parts and not any(part.startswith("_") for part in parts)]
-    found = [module for module in public if _exported_names(module)]
+    found = [module for module in public if set(_public_names(module)) - set(_public_names(""))]
     return [*(m for m in ORDER if m in found), *sorted(m for m in found if m not in ORDER)]
 
 
@@ -76,9 +86,9 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
         add(f"tutorials/{path.name}", path.read_bytes())
         for name, png in pictures.items():
             add(f"tutorials/{name}", png)
-    add("api/index.md", _api("metaopt_lens", _exported_names("")))
+    add("api/index.md", _front())
     for module in _modules():
-        add(f"api/{module}.md", _api(f"metaopt_lens.{module}", _exported_names(module)))
+        add(f"api/{module}.md", _api(module))
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -145,17 +155,44 @@ def _notebook(path: Path) -> tuple[str, dict[str, bytes]]:
     return "\n\n".join(parts) + "\n", pictures
 
 
-def _exported_names(module: str) -> list[str]:
-    """Names that a package imports ``as`` themselves, at once or (where it loads them lazily) for type checkers."""
+def _public_names(module: str) -> list[str]:
+    """What a package lists in ``__all__``, in the order of its imports; nothing where it is for this package alone."""
     tree = ast.parse((PACKAGE / module.replace(".", "/") / "__init__.py").read_text(encoding="utf-8"))
-    return [
-        name.asname for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for name in node.names if name.asname
+    lists = [
+        node.value for node in tree.body if isinstance(node, ast.Assign) and "__all__" in map(ast.unparse, node.targets)
     ]
+    if not lists:
+        return []
+    imported = [node.asname for found in ast.walk(tree) if isinstance(found, ast.ImportFrom) for node in found.names]
+    literal = {item.value for item in getattr(lists[0], "elts", []) if isinstance(item, ast.Constant)}
+    return [name for name in imported if name and (name in literal or not literal)]  # a lazy package lists all
 
 
-def _api(module: str, names: list[str]) -> str:
-    members = "".join(f"        - {name}\n" for name in names)
+def _front() -> str:
+    """The page of the names that `metaopt_lens` itself has, by what they are about."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    home = {
+        alias.name: (node.module or "").removeprefix("metaopt_lens").removeprefix(".")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname
+    }
+    parts = ["# metaopt_lens", "```python\nimport metaopt_lens as ml\n```"]
+    for title, rooms in SECTIONS.items():
+        parts.append(f"## {title}")
+        parts += [
+            f"::: metaopt_lens.{name}\n    options: {{ heading_level: 3 }}"
+            for name in _public_names("")
+            if home[name] in rooms
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _api(module: str) -> str:
+    front = _public_names("")
+    members = "".join(f"        - {name}\n" for name in _public_names(module) if name not in front)
     return (
-        f"# {module}\n\n::: {module}\n    options:\n      show_root_heading: false\n      show_root_toc_entry: false\n"
-        f"      members:\n{members}"
+        f"# metaopt_lens.{module}\n\n::: metaopt_lens.{module}\n    options:\n      show_root_heading: false\n"
+        f"      show_root_toc_entry: false\n      members:\n{members}"
     )

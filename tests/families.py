@@ -51,6 +51,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "multi_query": True,
     },
     "opt": {"model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": True},
+    "gpt_neo": {
+        "model_type": "gpt_neo",
+        "num_layers": 3,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1], [["local"], 1]],
+        "window_size": 6,
+    },
     "llama": {"model_type": "llama", **_GROUPED},
     "llama_mqa": {"model_type": "llama", "num_key_value_heads": 1},
     "mistral": {"model_type": "mistral", "sliding_window": 6, "head_dim": 8, **_GROUPED},
@@ -62,6 +69,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"model_type": "gpt_neox", "rotary_pct": 0.5},
     "gptj": {"model_type": "gptj", "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": N_CTX, "rotary_dim": 4},
     "bloom": {"model_type": "bloom", "n_layer": 3, "n_head": 4},
+    "mpt": {"model_type": "mpt", "d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": N_CTX},
+    "falcon": {"model_type": "falcon", "alibi": False, "multi_query": True, "parallel_attn": True, "bias": True},
     "gemma": {"model_type": "gemma", "head_dim": 8, **_GROUPED},
     "gemma2": {
         "model_type": "gemma2",
@@ -227,6 +236,13 @@ HOOKED: dict[str, dict[str, Any]] = {
     },
     "alibi": {"normalization_type": "LN", "positional_embedding_type": "alibi"},
     "attn_only": {"normalization_type": "LN", "attn_only": True},
+    "gpt_neo": {
+        "normalization_type": "LN",
+        "use_attn_scale": False,
+        "use_local_attn": True,
+        "window_size": 6,
+        "attn_types": ["global", "local", "local"],
+    },
     "no_norm": {"normalization_type": None},
     "window_softcap": {
         "normalization_type": "RMS",

@@ -37,10 +37,12 @@ HOST_NAMES = [
 ]
 HOOKED_NAMES = [name for name in HOST_NAMES if name.startswith("hooked:")]
 
-# transformers' own attention runs inside these bridges, and its softmax in float32 whatever the dtype.
-FLOAT32_SOFTMAX = {"bridge:opt", "bridge:gptj"}
 # The attention inside is the host's own: edits of scores and pattern are discarded.
-NATIVE_ATTENTION = {*FLOAT32_SOFTMAX, *NATIVE_NAMES}
+NATIVE_ATTENTION = {"bridge:opt", "bridge:gptj", "bridge:gpt_neo", *NATIVE_NAMES}
+# Softmax in float32 whatever the dtype, of scores that are rebuilt, or (MPT) shifted by a constant in a longer run.
+FLOAT32_SOFTMAX = {"bridge:opt", "bridge:gptj", "bridge:gpt_neo", "bridge:mpt"}
+# The bridge ignores a cache under TransformerLens 3.x.
+FORGETFUL = {"bridge:mpt"} if has_hooked_transformer() else set()
 # The attention output is normalised inside or right after the attention module.
 POST_NORMED = {"hooked:window_softcap"}
 

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 Example = tuple[list[int], list[int]]  # token ids, and the indices of the tokens whose prediction counts
 
 View = Callable[[Tensor], Tensor]
-_FUSED = {"gpt2": "equal", "gpt_bigcode": "multi-query", "gpt_neox": "interleaved", "bloom": "interleaved"}
+_FUSED = {
+    "gpt2": "equal",
+    "mpt": "equal",
+    "gpt_bigcode": "multi-query",
+    "falcon": "multi-query",
+    "gpt_neox": "interleaved",
+    "bloom": "interleaved",
+}
 
 
 def example(words: str, *, n_label: int | None = None) -> Example:
@@ -54,14 +61,17 @@ class OwnParameters:
 
     def attention(self, layer: int) -> Any:
         names = ("attn", "self_attn", "self_attention", "attention")
-        return next(getattr(self.blocks()[layer], n) for n in names if hasattr(self.blocks()[layer], n))
+        attn = next(getattr(self.blocks()[layer], n) for n in names if hasattr(self.blocks()[layer], n))
+        return attn.attention if self.family == "gpt_neo" and self.kind == "bridge" else attn
 
     def blocks(self) -> Any:
         if self.kind == "hooked":
             return self.model.blocks
         if self.kind == "native":
             return self.model.layers
-        return self._first("transformer.h", "model.layers", "gpt_neox.layers", "model.decoder.layers")
+        return self._first(
+            "transformer.h", "transformer.blocks", "model.layers", "gpt_neox.layers", "model.decoder.layers"
+        )
 
     def unembed(self, residual: Tensor) -> Tensor:
         """Final norm, unembedding and soft-cap."""
@@ -71,7 +81,7 @@ class OwnParameters:
             logits: Tensor = self.model.head(self.model.ln_out(residual))
             cap = self.model.output_logits_soft_cap
             return cap * torch.tanh(logits / cap) if cap > 0 else logits
-        norm = self._first("transformer.ln_f", "model.norm", "gpt_neox.final_layer_norm")
+        norm = self._first("transformer.ln_f", "transformer.norm_f", "model.norm", "gpt_neox.final_layer_norm")
         logits = self.model.get_output_embeddings()(norm(residual))
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -124,7 +134,9 @@ class OwnParameters:
         kv = width if layout == "equal" else d  # multi-query: one key and one value head behind the queries
         start = (0, width, width + kv)[index]
         stop = (width, width + kv, width + 2 * kv)[index]
-        return attn.c_attn, lambda t: t[start:stop].unflatten(0, (-1, d))
+        names = ("c_attn", "Wqkv", "query_key_value")
+        fused = next(getattr(attn, n) for n in names if hasattr(attn, n))
+        return fused, lambda t: t[start:stop].unflatten(0, (-1, d))
 
     def read(self, projection: str, kind: str = "w") -> Tensor | None:
         """All layers' weights or biases of a projection; None where there are none."""

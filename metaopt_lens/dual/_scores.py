@@ -20,7 +20,7 @@ class ScoreRule:
         scale: factor on ``q . k`` (usually ``d_head ** -0.5``).
         softcap: ``c`` in ``c tanh(score / c)`` (Gemma-2), applied after the scale.
         window: a query at position j sees only keys at ``i > j - window`` (sliding window).
-        alibi_slopes: per head, the score falls by slope times distance (BLOOM).
+        alibi_slopes: per head, the score falls by slope times distance (BLOOM, MPT).
         sinks: per head, the logit of a sink that takes part in the softmax and has no value (GPT-OSS).
     """
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from metaopt_lens._errors import UnsupportedModelError
 from metaopt_lens.models._bridge_block import BridgeBlock
-from metaopt_lens.models._bridge_passes import cache_of, watching
+from metaopt_lens.models._bridge_passes import cache_of, forgets_cache, reminded, watching
 from metaopt_lens.models._families import Family, family_of
 from metaopt_lens.models._gguf_conversion import quantization_of
 from metaopt_lens.models._hooks import StopForward, check_hook_names
@@ -46,7 +46,8 @@ class BridgeHost:
         if prefix is None:
             return self.model(tokens)  # type: ignore[no-any-return]
         cache = cache_of(prefix, tokens.shape[0])
-        return self.model(tokens, past_key_values=cache, use_cache=True)  # type: ignore[no-any-return]
+        with reminded([block.block.attn for block in self.blocks], prefix):
+            return self.model(tokens, past_key_values=cache, use_cache=True)  # type: ignore[no-any-return]
 
     def fill(self, tokens: Tensor) -> Callable[[], tuple[Tensor, ...]]:
         with suppress(StopForward):
@@ -54,7 +55,8 @@ class BridgeHost:
         return tuple  # the host's cache holds keys as the scores see them: nothing else to keep
 
     def watching(self, begin: Callable[[HostPass], Tensor | None]) -> AbstractContextManager[None]:
-        return watching(self.model.original_model, self.info, begin)
+        forgets = any(forgets_cache(block.block.attn) for block in self.blocks)
+        return watching(self.model.original_model, self.info, begin, forgets=forgets)
 
 
 def read_bridge(model: Any, hook_points: Mapping[str, HookPoint]) -> tuple[ModelInfo, tuple[BridgeBlock, ...], Family]:
@@ -164,7 +166,7 @@ def _refuse_unsupported(model: Any, owner: str) -> None:
     from transformer_lens.model_bridge.generalized_components.mla_attention import MLAAttentionBridge
 
     cfg, config = model.cfg, _config(model)
-    refused = family_of(str(cfg.architecture), "").refused
+    refused = family_of(str(cfg.architecture), _positions(cfg)).refused
     if refused:
         raise UnsupportedModelError(f"{owner} is not supported: {refused}.")
     if getattr(config, "is_encoder_decoder", False):
@@ -177,6 +179,10 @@ def _refuse_unsupported(model: Any, owner: str) -> None:
         if "attn" not in block._modules:
             raise UnsupportedModelError(
                 f"{owner}: layer {layer} has no attention (state-space and hybrid models are not supported)."
+            )
+        if getattr(block.attn.original_component, "clip_qkv", None):
+            raise UnsupportedModelError(
+                f"{owner}: layer {layer} clips queries, keys and values (clip_qkv), behind the hooks that show them."
             )
         if isinstance(block.attn, MLAAttentionBridge):
             raise UnsupportedModelError(

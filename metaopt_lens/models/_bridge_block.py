@@ -26,7 +26,7 @@ class BridgeBlock:
         block: TransformerLens's own.
         layer: which it is.
         family: its row of the table.
-        window: of its attention, None without one.
+        window: of its attention as transformers' cache knows it, None without one.
         pattern_before_z: whether the attention pattern is seen before z.
         n_heads: query heads. d_head: size of one.
     """
@@ -48,7 +48,7 @@ class BridgeBlock:
         return ScoreRule(
             scale=self.family.scale(self._module, self.d_head),
             softcap=self.family.softcap(self._module),
-            window=self.window,
+            window=self.window if self.family.window is None else self.family.window(self._module),
             alibi_slopes=None if slopes is None else slopes(self.n_heads, self._device),
             sinks=getattr(self._module, "sinks", None),
         )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from inspect import signature
 from typing import Any
 
@@ -17,13 +17,16 @@ from metaopt_lens.models._prefix import Prefix
 
 
 @contextmanager
-def watching(model: Any, info: ModelInfo, begin: Callable[[HostPass], Tensor | None]) -> Iterator[None]:
+def watching(
+    model: Any, info: ModelInfo, begin: Callable[[HostPass], Tensor | None], *, forgets: bool = False
+) -> Iterator[None]:
     """Call `begin` before every pass of the model inside a bridge; positions it returns are given to the model.
 
     Args:
         model: what is inside the bridge.
         info: names it in errors.
         begin: see `Host.watching`.
+        forgets: whether the bridge ignores a cache; see `forgets_cache`.
     """
     takes_positions = "position_ids" in signature(model.forward).parameters
 
@@ -32,6 +35,12 @@ def watching(model: Any, info: ModelInfo, begin: Callable[[HostPass], Tensor | N
         source = options["inputs_embeds"] if tokens is None else tokens
         cache = options.get("past_key_values")
         n_past = 0 if cache is None else int(cache.get_seq_length())
+        if forgets and cache is not None and n_past == 0:  # filled only by us; see `reminded`
+            raise UnsupportedModelError(
+                f"{info.name} ({info.architecture}): its bridge ignores the cache in this TransformerLens, so that "
+                "cached passes see no earlier token. Run without a cache (use_past_kv_cache=False), or install "
+                "transformer-lens>=4."
+            )
         batch, n_all = source.shape[0], n_past + source.shape[1]
         mask = options.get("attention_mask")
         if mask is None:
@@ -77,6 +86,49 @@ def cache_of(prefix: Prefix, batch: int) -> Any:
         held.keys, held.values = k, v  # views: `update` would copy them for every sequence
         cache.layers.append(held)
     return cache
+
+
+def forgets_cache(attention: Any) -> bool:
+    """Whether an attention ignores the cache it is given (MPT under TransformerLens 3.9)."""
+    from transformer_lens.model_bridge.generalized_components import ALiBiJointQKVAttentionBridge
+
+    if not isinstance(attention, ALiBiJointQKVAttentionBridge):
+        return False
+    return "_update_kv_cache" not in type(attention)._reconstruct_attention.__code__.co_names
+
+
+@contextmanager
+def reminded(attentions: Sequence[Any], prefix: Prefix) -> Iterator[None]:
+    """Within it attentions that forget the cache see a prefix: its keys and values stand before the new tokens'.
+
+    Args:
+        attentions: of every layer.
+        prefix: what they are to see.
+    """
+    with ExitStack() as stack:
+        for attention, k, v in zip(attentions, prefix.k, prefix.v, strict=True):
+            if forgets_cache(attention):
+                stack.enter_context(_reminded(attention, k, v))
+        yield
+
+
+@contextmanager
+def _reminded(attention: Any, past_k: Tensor, past_v: Tensor) -> Iterator[None]:
+    to_heads = attention._reshape_qkv_to_heads
+
+    def reshape(*args: Any) -> tuple[Any, ...]:
+        q, k, v, *sizes = to_heads(*args)
+        k, v = (
+            torch.cat([past.to(new).transpose(0, 1).expand(len(new), -1, -1, -1), new], dim=2)  # [batch, head, pos, d]
+            for past, new in ((past_k, k), (past_v, v))
+        )
+        return (q, k, v, *sizes)
+
+    vars(attention)["_reshape_qkv_to_heads"] = reshape
+    try:
+        yield
+    finally:
+        del vars(attention)["_reshape_qkv_to_heads"]  # the class's own again
 
 
 def _past(cache: Any) -> Callable[[int], PastKeysValues]:

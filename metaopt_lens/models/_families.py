@@ -39,6 +39,16 @@ def _bloom_slopes(n_heads: int, device: torch.device) -> Tensor:
     return build_alibi_tensor(mask, n_heads, torch.float32)[:, 0, 1]  # type: ignore[no-any-return]
 
 
+def _mpt_slopes(n_heads: int, device: torch.device) -> Tensor:
+    from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
+
+    return -build_mpt_alibi_tensor(n_heads, 2, device=device)[:, 0, 0]  # type: ignore[no-any-return]
+
+
+def _gpt_neo_window(module: Any) -> int | None:
+    return int(module.config.window_size) if module.attention_type == "local" else None
+
+
 @dataclass(frozen=True)
 class Family:
     """One row of the table.
@@ -51,6 +61,8 @@ class Family:
         softcap: soft-cap of the scores, from the attention module.
         logit_cap: soft-cap of the logits, from the whole model.
         slopes: ALiBi slopes, from the number of heads; None without ALiBi.
+        positions: how positions enter, where the architecture leaves a choice; see `ModelInfo`.
+        window: sliding window, from the attention module; None where transformers' configuration states it.
         post_norm: whether the outputs of attention and MLP are normalised, and not their inputs.
         refused: why models of this architecture are refused; "" where they are not.
     """
@@ -62,16 +74,23 @@ class Family:
     softcap: Callable[[Any], float | None] = _softcap
     logit_cap: Callable[[Any], float | None] = _logit_cap
     slopes: Callable[[int, torch.device], Float[Tensor, " head"]] | None = None
+    positions: str = ""
+    window: Callable[[Any], int | None] | None = None
     post_norm: bool = False
     refused: str = ""
 
 
 _LLAMA_4 = "some of its layers attend in chunks, others scale queries by their position, and no hook shows it"
+_FALCON_ALIBI = (
+    "transformers' eager attention, which TransformerLens runs, adds Falcon's ALiBi bias twice, so this is not the "
+    "model that was trained"
+)
 
 FAMILIES = (
     Family("GPT-2", "GPT2LMHeadModel", PLAIN),
     Family("GPT-BigCode", "GPTBigCodeForCausalLM", PLAIN),
     Family("OPT", "OPTForCausalLM", PLAIN),
+    Family("GPT-Neo", "GPTNeoForCausalLM", PLAIN, scale=lambda *_: 1.0, window=_gpt_neo_window),
     Family("Llama", "LlamaForCausalLM"),
     Family("Qwen2", "Qwen2ForCausalLM"),
     Family("Mixtral", "MixtralForCausalLM"),
@@ -92,17 +111,24 @@ FAMILIES = (
         slopes=_bloom_slopes,
     ),
     Family(
+        "MPT", "MptForCausalLM", PLAIN,
+        scale=lambda module, _: float(module.softmax_scale),
+        slopes=_mpt_slopes,
+    ),
+    Family("Falcon", "FalconForCausalLM", NEOX, positions="rotary"),
+    Family(
         "TransformerLens's own model", "TransformerLensNative", NATIVE,
         scale=lambda module, _: 1.0 / float(module.scale),
         softcap=lambda module: _enabled(module.attn_scores_soft_cap),
         logit_cap=lambda model: _enabled(model.output_logits_soft_cap),
     ),
     Family("", "Olmo3ForCausalLM", post_norm=True),
+    Family("", "FalconForCausalLM", positions="alibi", refused=_FALCON_ALIBI),
     Family("", "Llama4ForCausalLM", refused=_LLAMA_4),
     Family("", "Llama4ForConditionalGeneration", refused=_LLAMA_4),
 )  # fmt: skip
 
-_BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES}
+_ROWS = {(family.architecture, family.positions): family for family in FAMILIES}
 
 
 def family_of(architecture: str, positions: str, attention: type | None = None) -> Family:
@@ -113,7 +139,7 @@ def family_of(architecture: str, positions: str, attention: type | None = None) 
         positions: how positions enter; see `ModelInfo`.
         attention: class of the bridge's attention, which tells where an unknown family shows q and k.
     """
-    known = _BY_ARCHITECTURE.get(architecture)
+    known = _ROWS.get((architecture, positions)) or _ROWS.get((architecture, ""))
     if known is not None:
         return known
     if positions != "rotary":

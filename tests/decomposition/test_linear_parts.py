@@ -15,7 +15,8 @@ from torch import Tensor
 from metaopt_lens import Decomposition, ICLPrompt, decompose
 
 PROMPT = prompt()
-WINDOWED = {"bridge:mistral", "bridge:gemma2", "bridge:gemma3", "bridge:gpt_oss", "hooked:window_softcap"}
+WINDOWED = {"bridge:mistral", "bridge:gemma2", "bridge:gemma3", "bridge:gpt_oss", "bridge:gpt_neo"}
+WINDOWED |= {"hooked:window_softcap", "hooked:gpt_neo"}
 FEW = ["bridge:gpt2", "bridge:llama", "bridge:mistral", "bridge:bloom", *HOOKED_NAMES[:1]]
 
 

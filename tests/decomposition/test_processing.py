@@ -18,7 +18,7 @@ from metaopt_lens.models import ProcessedWeightsWarning
 
 PROMPT = prompt()
 # No value bias and no LayerNorm bias: nothing to move into b_O, so the parts stay too.
-NO_BIASES = {"llama", "llama_mqa", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "mixtral"}
+NO_BIASES = {"llama", "llama_mqa", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "mixtral", "mpt"}
 
 
 def process(name: str) -> Any:

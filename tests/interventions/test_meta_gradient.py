@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from hosts import HOOKED_NAMES, HOST_NAMES, NATIVE_NAMES, build, left_as_it_was, prompt, shared, tokenized
+from hosts import FORGETFUL, HOOKED_NAMES, HOST_NAMES, NATIVE_NAMES, build, left_as_it_was, prompt, shared, tokenized
 from rounding import PASS, STEP, assert_agree, of_pass, rounding
 from torch import Tensor
 
 from metaopt_lens import ICLPrompt, KnockOut, MetaGradient, MetaoptLensError, Template, intervene, meta_gradient, wrap
+from metaopt_lens._errors import UnsupportedModelError
 from metaopt_lens.finetuning import WeightUpdate
 from metaopt_lens.models.tiny import load_tiny
 from metaopt_lens.runs import score_candidates
@@ -23,7 +24,7 @@ QUERIES = ("w16 w17 :", "w40 :", "w31 w90 w16 w60 :")
 # transformers' mixture-of-experts kernels have no float64.
 NO_DOUBLE = {"bridge:gpt_oss", "bridge:mixtral"}
 # The other bridges drop to float32 inside transformers (norms, softmax, rotary tables) whatever the dtype.
-DOUBLE = {"bridge:gpt2", "bridge:gpt_bigcode", "bridge:gpt_neox", *NATIVE_NAMES, *HOOKED_NAMES}
+DOUBLE = {"bridge:gpt2", "bridge:gpt_bigcode", "bridge:gpt_neox", "bridge:falcon", *NATIVE_NAMES, *HOOKED_NAMES}
 SOME = ["bridge:gpt2", "bridge:mistral", "bridge:bloom", "bridge:gpt_oss", *HOOKED_NAMES[1:4:2]]
 
 
@@ -108,8 +109,21 @@ def test_padded_batches(name: str, side: str) -> None:
         assert_agree(merged[row, last], logits(model, [full])[0, -1], of_pass(name))
 
 
-@pytest.mark.parametrize("cached", [True, False])
-@pytest.mark.parametrize("name", HOST_NAMES)
+GENERATING = [(name, cached) for name in HOST_NAMES for cached in (True, False) if not (cached and name in FORGETFUL)]
+
+
+@pytest.mark.skipif(not FORGETFUL, reason="since TransformerLens 4 every bridge keeps its cache")
+def test_cached_generation_is_refused_where_the_bridge_ignores_the_cache() -> None:
+    (name,) = FORGETFUL
+    zero_shot = torch.tensor([ids(name, QUERIES[0])[1]])
+    with (
+        intervene(shared(name), made(name)),
+        pytest.raises(UnsupportedModelError, match=r"its bridge ignores the cache.* \(use_past_kv_cache=False\)"),
+    ):
+        shared(name).generate(zero_shot, max_new_tokens=3, verbose=False)
+
+
+@pytest.mark.parametrize(("name", "cached"), GENERATING)
 def test_generation(name: str, cached: bool) -> None:
     model = shared(name)
     options = {"max_new_tokens": 8, "do_sample": False, "stop_at_eos": False, "verbose": False}

@@ -177,7 +177,7 @@ def test_stopping_after_attention_runs_no_unembedding(name: str) -> None:
     if "no_norm" in name:
         hooks = [("blocks.2.hook_mlp_out", hooks[0][1])]
     assert wrapped.run(TOKENS, hooks=hooks, stop_after_attention=True) is None
-    parallel = {"bridge:phi", "bridge:gptj", "bridge:gpt_neox", "hooked:partial_rotary_parallel"}
+    parallel = {"bridge:phi", "bridge:gptj", "bridge:gpt_neox", "bridge:falcon", "hooked:partial_rotary_parallel"}
     assert name in parallel or not fired
     assert wrapped.run(TOKENS, hooks=hooks) is not None
     assert fired
@@ -238,6 +238,8 @@ def test_windows_and_rules_of_layers() -> None:
     assert [wrap(shared("bridge:mistral")).score_rule(i).window for i in range(3)] == [6, 6, 6]
     gpt2 = wrap(shared("bridge:gpt2"))
     assert [gpt2.score_rule(i).scale for i in range(3)] == pytest.approx([8**-0.5 / (i + 1) for i in range(3)])
+    neo = wrap(shared("bridge:gpt_neo"))
+    assert [(neo.score_rule(i).scale, neo.score_rule(i).window) for i in range(3)] == [(1.0, None), (1.0, 6), (1.0, 6)]
     assert wrap(shared("bridge:gpt_oss")).score_rule(1).sinks is not None
     assert wrap(shared("bridge:bloom")).score_rule(1).alibi_slopes is not None
 

@@ -45,7 +45,7 @@ def test_every_family_is_tested() -> None:
 
 
 def test_architectures_are_listed_once() -> None:
-    names = [family.architecture for family in families.FAMILIES]
+    names = [(family.architecture, family.positions) for family in families.FAMILIES]
     assert len(set(names)) == len(names)
 
 

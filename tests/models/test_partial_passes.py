@@ -234,6 +234,6 @@ def test_the_mlps_matrices_are_those_of_its_products(name: str) -> None:
         assert_agree(changes(seen["u"]) @ matrix.mT, changes(seen[key]), SUM, of=(seen["u"], seen[key]))
     if not (name.startswith("hooked:") and site.is_normed):  # there the hook shows the normed output
         assert_agree(changes(seen["act"]) @ site.w_out.mT, changes(seen["out"]), SUM, of=(seen["act"], seen["out"]))
-    parallel = {"bridge:phi", "bridge:gptj", "bridge:gpt_neox", "hooked:partial_rotary_parallel"}
+    parallel = {"bridge:phi", "bridge:gptj", "bridge:gpt_neox", "bridge:falcon", "hooked:partial_rotary_parallel"}
     normed = {"bridge:gemma2", "bridge:gemma3", "bridge:olmo2", "hooked:window_softcap"}
     assert (site.parallel, site.is_normed) == (name in parallel, name in normed)

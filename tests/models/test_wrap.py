@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -66,11 +67,11 @@ def dynamic_ntk() -> Any:
 
 
 def falcon_with_alibi() -> Any:
-    """transformers scales this bias along with the scores; the bridge shows neither."""
-    config = transformers.FalconConfig(
-        vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
-    )
-    return transformers.FalconForCausalLM(config)
+    return make_hf("falcon", alibi=True)
+
+
+def clipped_mpt() -> Any:
+    return make_hf("mpt", attn_config={"clip_qkv": 6.0})
 
 
 @pytest.mark.parametrize(
@@ -82,12 +83,25 @@ def falcon_with_alibi() -> Any:
         (tiny_deepseek, r"DeepseekV3ForCausalLM\) uses multi-head latent attention \(MLA\)"),
         (tiny_llama4, r"Llama4ForCausalLM\) is not supported: some of its layers attend in chunks"),
         (dynamic_ntk, r"LlamaForCausalLM\) has a rotary embedding that depends on the sequence length \(dynamic\)"),
-        (falcon_with_alibi, r"FalconForCausalLM\): rebuilding the attention pattern from q and k of layer 0 misses"),
+        (falcon_with_alibi, r"FalconForCausalLM\) is not supported: .* adds Falcon's ALiBi bias twice"),
+        (clipped_mpt, r"MptForCausalLM\): layer 0 clips queries, keys and values \(clip_qkv\)"),
     ],
 )
 def test_architectures_that_cannot_be_split_are_refused_by_name(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         wrap(bridge_of(make()))
+
+
+def test_eager_falcon_with_alibi_is_another_model_than_the_trained_one() -> None:
+    """Why it is refused: attention with the fused kernel, as Falcon was trained, adds the bias once."""
+    eager = falcon_with_alibi()
+    fused = transformers.AutoModelForCausalLM.from_config(
+        copy.deepcopy(eager.config), attn_implementation="sdpa"
+    ).eval()
+    fused.load_state_dict(eager.state_dict())
+    tokens = torch.arange(6, 30)[None]
+    with torch.no_grad():
+        assert (eager(tokens).logits - fused(tokens).logits).abs().max() > 0.01
 
 
 @requires_hooked
