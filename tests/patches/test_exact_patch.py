@@ -15,7 +15,7 @@ from metaopt_lens.interventions import KnockOut
 
 MIXTURES = {"bridge:mixtral", "bridge:gpt_oss"}
 # Softmax or norms in float32 whatever the dtype, so that two equal passes differ by float32's rounding.
-FLOAT32_INSIDE = {"bridge:gptj", "bridge:gpt_oss", "bridge:gpt_neo"}
+FLOAT32_INSIDE = {"bridge:gptj", "bridge:gpt_oss", "bridge:gpt_neo", "bridge:mpt"}
 CHANGED = {
     "bridge:gpt2": ("in", "out"),
     "bridge:llama": ("gate", "in", "out"),
