@@ -18,6 +18,7 @@ from metaopt_lens._types import HeadRef
 from metaopt_lens.interventions._apply import AppliedMetaGradient
 from metaopt_lens.interventions._demo_tokens import DemoTokens
 from metaopt_lens.interventions._heads import Heads, head_mask
+from metaopt_lens.interventions._stages import Change
 from metaopt_lens.models import Fingerprint, Hook, LensModel, ModelInfo, Prefix, fingerprint_of, first_difference, wrap
 from metaopt_lens.prompts import Demo, ICLPrompt, PromptLike, Template, as_prompt
 from metaopt_lens.runs import memory_of, refuse_acting, run_shared_prefix
@@ -180,9 +181,13 @@ class MetaGradient(Stored):
         selected = self.select(heads).scaled(strength)
         return AppliedMetaGradient(meta_gradient=selected, form=form, scale=scale)
 
+    def change(self, model: LensModel) -> Change:
+        """The exact merge; see `apply`."""
+        return self.apply().change(model)
+
     def hooks(self, model: Any) -> list[Hook]:
         """Hooks of the exact merge on a host or a wrapped model; see `apply`."""
-        return self.apply().hooks(wrap(model))
+        return self.apply().hooks(model)
 
     @property
     def prefix(self) -> Prefix:

@@ -7,7 +7,11 @@ from metaopt_lens.models._fingerprint import fingerprint_of as fingerprint_of
 from metaopt_lens.models._fingerprint import first_difference as first_difference
 from metaopt_lens.models._gguf_conversion import CacheRebuiltWarning as CacheRebuiltWarning
 from metaopt_lens.models._hooks import Hook as Hook
+from metaopt_lens.models._hooks import HostFunction as HostFunction
 from metaopt_lens.models._hooks import Late as Late
+from metaopt_lens.models._hooks import as_host_hooks as as_host_hooks
+from metaopt_lens.models._hooks import check_hook_names as check_hook_names
+from metaopt_lens.models._hooks import from_host_hook as from_host_hook
 from metaopt_lens.models._hooks import functions_at as functions_at
 from metaopt_lens.models._info import ModelInfo as ModelInfo
 from metaopt_lens.models._info import dtype_name as dtype_name

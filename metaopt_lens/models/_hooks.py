@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # Called with a tensor; the one hook named `PASS`, with a `HostPass`.
 HookFunction = Callable[[Any], Tensor | None]
 Hook = tuple[str, HookFunction]
+# TransformerLens's own: called with the tensor and, by name, its hook point.
+HostFunction = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,17 @@ class _Attached:
 
     def __call__(self, tensor: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG002 - the host passes it by name
         return self.function(tensor)
+
+
+def as_host_hooks(hooks: Sequence[Hook]) -> list[tuple[str, HostFunction]]:
+    """Our hooks as TransformerLens takes them (``fwd_hooks``), late ones last."""
+    late = [hook for hook in hooks if isinstance(hook[1], Late)]
+    return [(name, _Attached(function)) for name, function in [*(h for h in hooks if h not in late), *late]]
+
+
+def from_host_hook(name: str, function: HostFunction, point: HookPoint) -> Hook:
+    """A hook of TransformerLens's own as ours."""
+    return name, lambda tensor: function(tensor, hook=point)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metaopt_lens._errors import OptionError, UndefinedMetricError
 from metaopt_lens.dual import at_least_float32, right_factor
-from metaopt_lens.interventions import DemoTokens
+from metaopt_lens.interventions import DemoTokens, pipeline
 from metaopt_lens.models import Hook, LensModel, Prefix, Readout, dtype_name, fingerprint_of, wrap
 from metaopt_lens.patches._changes import Rows, change_hooks, rows_of
 from metaopt_lens.patches._placing import PatchedRows
@@ -132,13 +132,14 @@ class Compiler:
         targets = self._in_context(queries)
         demos = DemoTokens.of(tokens)
         placing = PatchedRows(self.model, demos, queries)
-        hooks = self.model.placed_hooks(placing, lambda _: None, layers=[])
+        hooks: list[Hook] = []
         compiling = []
         for site, target in zip(self.sites, targets, strict=True):
             own = _Compiling(site, target, TokenChanges(placing, experts=site.experts), demos, self.dtype)
             compiling.append(own)
             hooks += [(site.before, own.keep_before), *change_hooks(site, own, self.dtype)]
         ids = torch.tensor([[*tokens.ids[: demos.start], *queries]])
+        hooks = pipeline(self.model, [placing.change(hooks)])
         logits = self.model.run(ids, hooks=hooks, read=Readout(torch.tensor([[ids.shape[1] - 1]])))
         assert logits is not None
         return self._patch(tokens, tuple(continuation), int(logits.argmax()), compiling)

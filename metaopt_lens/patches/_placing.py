@@ -10,8 +10,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from metaopt_lens._errors import SpanError
-from metaopt_lens.interventions import DemoTokens
-from metaopt_lens.models import HostPass, LensModel
+from metaopt_lens.interventions import Change, DemoTokens, Visibility
+from metaopt_lens.models import Hook, HostPass, LensModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +44,15 @@ class PatchedRows:
         positions = torch.where(index >= self.tokens.start, index + self.tokens.n_demo_tokens, index)
         self.model.check_window(int(positions.max()) + 1, "the prompt, moved behind the demonstrations,")
         return positions
+
+    def change(self, hooks: Sequence[Hook]) -> Change:
+        """Hooks on tokens that stand where they do in context; no head sees anything else for it.
+
+        Args:
+            hooks: of the blocks' changes.
+        """
+        none = torch.zeros(self.model.info.n_layers, self.model.info.n_heads, dtype=torch.bool)
+        return Change(hooks=hooks, visibility=Visibility("a weight patch", none, place=self))
 
     def _check(self, host_pass: HostPass, rows: Int[Tensor, "batch pos"]) -> None:
         assert self.queries is not None

@@ -14,7 +14,7 @@ from metaopt_lens._codec import Stored
 from metaopt_lens._errors import HeadError, ModelMismatchError, OptionError
 from metaopt_lens._storage import provenance
 from metaopt_lens.dual import rank_one_product
-from metaopt_lens.interventions import DemoTokens
+from metaopt_lens.interventions import Change, DemoTokens, pipeline
 from metaopt_lens.models import (
     ExpertsSite,
     Fingerprint,
@@ -194,26 +194,34 @@ class WeightPatch(Stored):
 
     # ---- application --------------------------------------------------------------------------------------------
 
-    def hooks(self, model: Any) -> list[Hook]:
-        """Hooks that apply it to the zero-shot prompt, at in-context positions; see `intervene`.
+    def change(self, model: LensModel) -> Change:
+        """What it does to the zero-shot prompt, whose tokens it puts at their in-context positions; see `intervene`.
 
         Args:
-            model: the model it was compiled for, or that model wrapped.
+            model: the model it was compiled for, wrapped.
 
         Raises:
             ModelMismatchError: another model, other weights or another dtype.
             UnsupportedModelError: the model's tokens cannot be moved to their in-context positions.
         """
-        wrapped = wrap(model)
-        self.check_model(wrapped)
-        wrapped.check_movable()
-        placing = PatchedRows(wrapped, DemoTokens.of(self.tokens), self.query_ids)
+        self.check_model(model)
+        model.check_movable()
+        placing = PatchedRows(model, DemoTokens.of(self.tokens), self.query_ids)
         dtype = getattr(torch, self.precision)
-        hooks = wrapped.placed_hooks(placing, lambda _: None, layers=[])
-        for layer in range(wrapped.info.n_layers):
-            site = patch_site(wrapped, layer)
+        hooks: list[Hook] = []
+        for layer in range(model.info.n_layers):
+            site = patch_site(model, layer)
             hooks += change_hooks(site, self.changes(layer, placing, site.experts), dtype)
-        return hooks
+        return placing.change(hooks)
+
+    def hooks(self, model: Any) -> list[Hook]:
+        """The hooks that apply it alone; raises as `change` does.
+
+        Args:
+            model: the model it was compiled for, or that model wrapped.
+        """
+        wrapped = wrap(model)
+        return pipeline(wrapped, [self.change(wrapped)])
 
     def changes(self, layer: int, placing: PatchedRows, experts: ExpertsSite | None) -> TokenChanges:
         """The changes of one block, in a pass that `placing` watches.

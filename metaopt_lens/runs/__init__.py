@@ -11,6 +11,7 @@ from metaopt_lens.runs._forward import Row as Row
 from metaopt_lens.runs._forward import run_rows as run_rows
 from metaopt_lens.runs._forward import run_shared_prefix as run_shared_prefix
 from metaopt_lens.runs._guard import acting as acting
+from metaopt_lens.runs._guard import acting_now as acting_now
 from metaopt_lens.runs._guard import refuse_acting as refuse_acting
 from metaopt_lens.runs._head_order import rank_heads as rank_heads
 from metaopt_lens.runs._outputs import attention_output as attention_output
