@@ -24,7 +24,7 @@ from metaopt_lens.models._output_head import OutputHead
 from metaopt_lens.models._partial_passes import Readout, Start
 from metaopt_lens.models._passes import HostPass
 from metaopt_lens.models._prefix import Prefix
-from metaopt_lens.models._running import hooked, run, run_prefix
+from metaopt_lens.models._running import hooked, run, run_prefix, try_exit
 
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
@@ -57,9 +57,9 @@ class LensModel:
         tried: what was tried once; likewise.
     """
 
-    def __init__(self, adapter: Host) -> None:
+    def __init__(self, adapter: Host, tried: Tried | None = None) -> None:
         self.adapter = adapter
-        self.tried = Tried()
+        self.tried = Tried() if tried is None else tried
         self.info: ModelInfo = adapter.info
         self.host: Any = adapter.model
 
@@ -132,6 +132,16 @@ class LensModel:
             tokens: only these tokens' logits; None for the whole vocabulary.
         """
         return self.head.logits(residual, tokens)
+
+    @property
+    def exits_exactly(self) -> bool:
+        """Whether `early_exit` of the last residual stream gives the model's own logits.
+
+        Tried once. If so, a pass that reads logits at some positions computes no others.
+        """
+        if self.tried.exits is None:
+            self.tried.exits = try_exit(self)
+        return self.tried.exits
 
     def hook_name(self, kind: str, layer: int) -> str:
         """Name of a hook point.
