@@ -6,6 +6,7 @@ from metaopt_lens.analysis._comparison import OTHER_QUERY as OTHER_QUERY
 from metaopt_lens.analysis._comparison import SHUFFLED_LABELS as SHUFFLED_LABELS
 from metaopt_lens.analysis._comparison import Comparison as Comparison
 from metaopt_lens.analysis._comparison import Statistic as Statistic
+from metaopt_lens.analysis._contribution_intervals import contribution_intervals as contribution_intervals
 from metaopt_lens.analysis._controls import flip_labels as flip_labels
 from metaopt_lens.analysis._controls import randomized_copy as randomized_copy
 from metaopt_lens.analysis._controls import shuffle_labels as shuffle_labels

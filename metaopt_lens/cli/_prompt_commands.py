@@ -106,7 +106,8 @@ def compare(
     prompts: Annotated[
         Path,
         typer.Option(
-            "--prompts", help="Prompts: a .json, .jsonl or text file; two or more queries behind each demonstrations."
+            "--prompts",
+            help="Prompts: a .json, .jsonl or text file; at least two queries for each set of demonstrations.",
         ),
     ],
     lr: options.Rate = "auto",
@@ -115,14 +116,12 @@ def compare(
         bool, typer.Option("--layer-causal", help="Every layer learns from its own early exit (arXiv:2311.07772).")
     ] = False,
     unrelated: Annotated[
-        Path | None, typer.Option(help="Text file, a text a line, for the control that learns something else.")
+        Path | None, typer.Option(help="Text file, one text per line, for the control that learns something else.")
     ] = None,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Also run everything on permuted weights.")
     ] = False,
-    reference: Annotated[
-        bool, typer.Option("--reference", help="The published code's choices in the metrics.")
-    ] = False,
+    reference: Annotated[bool, typer.Option("--reference", help="Metrics with the published code's choices.")] = False,
     dtype: options.WeightsType = options.DType.float32,
     device: options.Device = None,
     batch_size: options.BatchSize = None,

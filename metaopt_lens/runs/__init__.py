@@ -40,6 +40,7 @@ from metaopt_lens.runs._prompt_run import SETTINGS as SETTINGS
 from metaopt_lens.runs._prompt_run import Run as Run
 from metaopt_lens.runs._prompt_run import Runs as Runs
 from metaopt_lens.runs._prompt_run import Setting as Setting
+from metaopt_lens.runs._prompt_run import Stream as Stream
 from metaopt_lens.runs._recording import record as record
 from metaopt_lens.runs._recording import record_batches as record_batches
 from metaopt_lens.runs._runs_file import StoredRuns as StoredRuns

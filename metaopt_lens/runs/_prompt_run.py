@@ -24,6 +24,20 @@ CHANGED = frozenset({"ft", "ft_matched"})
 
 
 @dataclass(frozen=True, eq=False)
+class Stream:
+    """What stands in the residual stream at the destinations, but for what the heads write.
+
+    Attributes:
+        start: before the first block. end: after the last.
+        mlp: what every MLP (or mixture of experts) adds, after a norm that follows it; 0 in a layer without one.
+    """
+
+    start: Float[Tensor, "dst d_model"]
+    end: Float[Tensor, "dst d_model"]
+    mlp: Float[Tensor, "dst layer d_model"]
+
+
+@dataclass(frozen=True, eq=False)
 class Run:
     """One prompt in one setting, at the destinations asked for. The destination axis is always there.
 
@@ -46,6 +60,7 @@ class Run:
         eta: of every head, under momentum attention.
         residual: residual stream before every block and after the last, if kept.
         attention_input: what the projections read, if kept. raw_q: queries before rotary and QK-norm, if kept.
+        stream: the residual stream's ends and what the MLPs write, if kept.
         asked: token ids whose logits were kept. logits: theirs, in float32 at least. log_normaliser: logsumexp of all
             logits, so that ``logits - log_normaliser`` are log-probabilities.
     """
@@ -66,6 +81,7 @@ class Run:
     residual: Float[Tensor, "dst layer_and_end d_model"] | None = None
     attention_input: Float[Tensor, "dst layer d_model"] | None = None
     raw_q: Float[Tensor, "dst layer head d_head"] | None = None
+    stream: Stream | None = None
     asked: tuple[int, ...] = ()
     logits: Float[Tensor, "dst asked"] | None = None
     log_normaliser: Float[Tensor, " dst"] | None = None

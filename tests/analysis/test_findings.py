@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 import pytest
 import torch
@@ -85,6 +86,18 @@ def test_beyond_every_control_means_every_control(info: ModelInfo) -> None:
     assert "beyond every control" not in headline(equal)
     assert "over 1 of 2 controls (my own text) no excess is shown" in headline(equal)
     assert "no evidence" in headline(equal)
+
+
+def test_headline_is_no_stronger_than_the_findings(info: ModelInfo) -> None:
+    found = findings(planted(info, 6, nulls={"my own text": 0.0}))
+
+    def with_answer(answer: Literal["yes", "no", "unclear", "undecided"]) -> str:
+        return headline(tuple(dataclasses.replace(f, answer=answer) if f.key == "direction" else f for f in found))
+
+    assert "does not prove one" in with_answer("yes")
+    assert "opposite directions" in with_answer("no")
+    assert "No common direction" in with_answer("unclear")
+    assert "No common direction" in with_answer("undecided")
 
 
 def test_one_set_decides_nothing(info: ModelInfo) -> None:
