@@ -9,3 +9,12 @@ from metaopt_lens.decomposition._effects import Effects as Effects
 from metaopt_lens.decomposition._effects import ResidualParts as ResidualParts
 from metaopt_lens.decomposition._effects import effects_of as effects_of
 from metaopt_lens.decomposition._logit_contributions import LogitContributions as LogitContributions
+
+__all__ = [
+    "Decomposition",
+    "DecompositionSet",
+    "Effects",
+    "LogitContributions",
+    "ResidualParts",
+    "decompose",
+]
