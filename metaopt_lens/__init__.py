@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from metaopt_lens.decomposition import Decomposition as Decomposition
     from metaopt_lens.decomposition import DecompositionSet as DecompositionSet
     from metaopt_lens.decomposition import decompose as decompose
+    from metaopt_lens.experiments import run_experiment as run_experiment
     from metaopt_lens.finetuning import WeightUpdate as WeightUpdate
     from metaopt_lens.finetuning import choose_learning_rate as choose_learning_rate
     from metaopt_lens.finetuning import finetune as finetune
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from metaopt_lens.models import load_model as load_model
     from metaopt_lens.models import wrap as wrap
     from metaopt_lens.models.tiny import load_tiny as load_tiny
+    from metaopt_lens.patches import WeightPatch as WeightPatch
+    from metaopt_lens.patches import compile_context as compile_context
     from metaopt_lens.prompts import Demo as Demo
     from metaopt_lens.prompts import ICLPrompt as ICLPrompt
     from metaopt_lens.prompts import Template as Template
@@ -39,9 +42,11 @@ _HOME = {
     "MetaoptLensError": "_errors",
     "MomentumAttention": "interventions",
     "Template": "prompts",
+    "WeightPatch": "patches",
     "WeightUpdate": "finetuning",
     "choose_learning_rate": "finetuning",
     "compare": "analysis",
+    "compile_context": "patches",
     "decompose": "decomposition",
     "finetune": "finetuning",
     "head_effects": "interventions",
@@ -50,6 +55,7 @@ _HOME = {
     "load_prompts": "prompts",
     "load_tiny": "models.tiny",
     "meta_gradient": "interventions",
+    "run_experiment": "experiments",
     "wrap": "models",
 }
 # Rarely written out, and public in their rooms; here for code written for 0.1.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,19 +16,15 @@ from metaopt_lens._errors import ModelMismatchError, OptionError, PromptError
 from metaopt_lens._storage import provenance
 from metaopt_lens._types import HeadRef
 from metaopt_lens.interventions._apply import AppliedMetaGradient
-from metaopt_lens.interventions._checksum import checksum
 from metaopt_lens.interventions._demo_tokens import DemoTokens
 from metaopt_lens.interventions._heads import Heads, head_mask
 from metaopt_lens.interventions._stages import Change
-from metaopt_lens.models import Hook, LensModel, ModelInfo, Prefix, wrap
+from metaopt_lens.models import Fingerprint, Hook, LensModel, ModelInfo, Prefix, fingerprint_of, first_difference, wrap
 from metaopt_lens.prompts import Demo, ICLPrompt, PromptLike, Template, as_prompt
 from metaopt_lens.runs import memory_of, refuse_acting, run_shared_prefix
 
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
-
-# Of every parameter: its name and a checksum of its bits.
-Fingerprint = tuple[tuple[str, int], ...]
 
 
 def meta_gradient(
@@ -83,7 +78,7 @@ def meta_gradient(
         host_k=None if prefix.host_k is prefix.k else host_k,
         heads=head_mask(wrapped.info),
         chosen=tuple(range(len(prompt.demos))),
-        fingerprint=_fingerprint(wrapped),
+        fingerprint=fingerprint_of(wrapped),
     )
 
 
@@ -234,7 +229,7 @@ class MetaGradient(Stored):
                     f"this meta-gradient was made with {self.model.name} ({fact} = {mine}); "
                     f"{model.info.name} has {fact} = {theirs}. Make a new one with meta_gradient(model, ...)."
                 )
-        differs = _difference(self.fingerprint, _fingerprint(model))
+        differs = first_difference(self.fingerprint, fingerprint_of(model))
         if differs is not None:
             raise ModelMismatchError(
                 f"this meta-gradient was made with other weights than those of {model.info.name} ({differs} differs): "
@@ -265,19 +260,3 @@ class MetaGradient(Stored):
 
 def _stack(layers: Sequence[Tensor]) -> Tensor:
     return torch.stack([layer.detach().to(layers[0].device) for layer in layers])
-
-
-def _fingerprint(model: LensModel) -> Fingerprint:
-    """Of every parameter its name and checksum, computed anew every time: weights may be changed behind any cache."""
-    found: dict[str, Tensor] = {}
-    for root in model.adapter.roots:
-        found |= dict(root.named_parameters())
-    return tuple((name, int(checksum(found[name]))) for name in sorted(found))
-
-
-def _difference(mine: Fingerprint, theirs: Fingerprint) -> str | None:
-    """The first parameter that is not the same to the bit; None if all are."""
-    for (name, value), (other, found) in zip_longest(mine, theirs, fillvalue=("", 0)):
-        if (name, value) != (other, found):
-            return name or other
-    return None

@@ -520,7 +520,7 @@ def test_a_weight_changed_behind_autograd_is_seen_at_the_next_intervene() -> Non
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("size", [1, 7, 121, 1000])
 def test_checksums_differ_whatever_number_is_changed(dtype: torch.dtype, size: int) -> None:
-    from metaopt_lens.interventions._checksum import checksum
+    from metaopt_lens.models._checksum import checksum
 
     whole = (100 * torch.rand(size + 1, generator=torch.Generator().manual_seed(size))).to(dtype)
     values = whole[1:]  # not aligned to words
