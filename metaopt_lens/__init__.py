@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from metaopt_lens.models import load_model as load_model
     from metaopt_lens.models import wrap as wrap
     from metaopt_lens.models.tiny import load_tiny as load_tiny
+    from metaopt_lens.patches import WeightPatch as WeightPatch
+    from metaopt_lens.patches import compile_context as compile_context
     from metaopt_lens.prompts import Demo as Demo
     from metaopt_lens.prompts import ICLPrompt as ICLPrompt
     from metaopt_lens.prompts import Template as Template
@@ -39,9 +41,11 @@ _HOME = {
     "MetaoptLensError": "_errors",
     "MomentumAttention": "interventions",
     "Template": "prompts",
+    "WeightPatch": "patches",
     "WeightUpdate": "finetuning",
     "choose_learning_rate": "finetuning",
     "compare": "analysis",
+    "compile_context": "patches",
     "decompose": "decomposition",
     "finetune": "finetuning",
     "head_effects": "interventions",

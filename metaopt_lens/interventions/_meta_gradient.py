@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -20,15 +19,12 @@ from metaopt_lens.interventions._apply import AppliedMetaGradient
 from metaopt_lens.interventions._demo_tokens import DemoTokens
 from metaopt_lens.interventions._heads import Heads, head_mask
 from metaopt_lens.interventions._stages import Change
-from metaopt_lens.models import Hook, LensModel, ModelInfo, Prefix, wrap
+from metaopt_lens.models import Fingerprint, Hook, LensModel, ModelInfo, Prefix, fingerprint_of, first_difference, wrap
 from metaopt_lens.prompts import Demo, ICLPrompt, PromptLike, Template, as_prompt
 from metaopt_lens.runs import memory_of, refuse_acting, run_shared_prefix
 
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
-
-# Of every parameter: its name and two sums.
-Fingerprint = tuple[tuple[str, float, float], ...]
 
 
 def meta_gradient(
@@ -82,7 +78,7 @@ def meta_gradient(
         host_k=None if prefix.host_k is prefix.k else host_k,
         heads=head_mask(wrapped.info),
         chosen=tuple(range(len(prompt.demos))),
-        fingerprint=_fingerprint(wrapped),
+        fingerprint=fingerprint_of(wrapped),
     )
 
 
@@ -233,7 +229,7 @@ class MetaGradient(Stored):
                     f"this meta-gradient was made with {self.model.name} ({fact} = {mine}); "
                     f"{model.info.name} has {fact} = {theirs}. Make a new one with meta_gradient(model, ...)."
                 )
-        differs = _difference(self.fingerprint, _fingerprint(model))
+        differs = first_difference(self.fingerprint, fingerprint_of(model))
         if differs is not None:
             raise ModelMismatchError(
                 f"this meta-gradient was made with other weights than those of {model.info.name} ({differs} differs): "
@@ -264,27 +260,3 @@ class MetaGradient(Stored):
 
 def _stack(layers: Sequence[Tensor]) -> Tensor:
     return torch.stack([layer.detach().to(layers[0].device) for layer in layers])
-
-
-def _fingerprint(model: LensModel) -> Fingerprint:
-    """Of every parameter its name, its sum, and a sum of squares with weights that tell places apart; in float64."""
-    found: dict[str, Tensor] = {}
-    for root in model.adapter.roots:
-        found |= dict(root.named_parameters())
-    sums = []
-    for name, parameter in sorted(found.items()):
-        flat = parameter.detach().flatten()
-        some = flat[::7].double()
-        places = torch.arange(1, len(some) + 1, dtype=torch.float64, device=some.device)
-        sums.append((name, flat.sum(dtype=torch.float64), (some.square() * places).sum() / max(len(some), 1)))
-    return tuple((name, float(total), float(squares)) for name, total, squares in sums)
-
-
-def _difference(mine: Fingerprint, theirs: Fingerprint) -> str | None:
-    """The first parameter that is not the same, to the rounding of sums in another order; None if all are."""
-    for (name, *values), (other, *others) in zip_longest(mine, theirs, fillvalue=("", 0.0, 0.0)):
-        if name != other:
-            return name or other
-        if any(abs(a - b) > 1e-9 * max(abs(a), 1.0) for a, b in zip(values, others, strict=True)):
-            return name
-    return None

@@ -14,6 +14,7 @@ from torch import Tensor
 from metaopt_lens._errors import UnsupportedModelError
 from metaopt_lens.dual import ScoreRule
 from metaopt_lens.models._attention_hooks import AttentionCallback, own_hooks, placed_hooks
+from metaopt_lens.models._experts import ExpertsSite
 from metaopt_lens.models._fixed_norm import FixedNorm
 from metaopt_lens.models._hooks import Hook
 from metaopt_lens.models._host import Host
@@ -109,15 +110,22 @@ class LensModel:
         Raises:
             UnsupportedModelError: there is none, or one of another kind than plain and gated.
         """
+        mlp = self.block_mlp(layer)
+        if isinstance(mlp, MlpSite):
+            return mlp
+        why = "it is attention-only" if mlp is None else "the MLP is a mixture of experts"
+        raise UnsupportedModelError(f"the MLP in layer {layer} of {self.info.name} cannot be read: {why}.")
+
+    def block_mlp(self, layer: int) -> MlpSite | ExpertsSite | None:
+        """What follows or accompanies the layer's attention; None where nothing does.
+
+        Raises:
+            UnsupportedModelError: something of an unknown kind.
+        """
         mlp = self.adapter.blocks[layer].mlp()
         if isinstance(mlp, str):
             raise UnsupportedModelError(f"the MLP in layer {layer} of {self.info.name} cannot be read: {mlp}.")
         return mlp
-
-    def why_no_mlp(self, layer: int) -> str | None:
-        """Why `mlp_site` would refuse; None where it would not."""
-        mlp = self.adapter.blocks[layer].mlp()
-        return mlp if isinstance(mlp, str) else None
 
     def early_exit(
         self, residual: Float[Tensor, "*batch d_model"], tokens: Int[Tensor, " token"] | None = None
