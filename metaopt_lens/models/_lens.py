@@ -109,7 +109,11 @@ class LensModel:
         return self.adapter.blocks[layer].b_o()
 
     def norm_after_attention(self, layer: int) -> FixedNorm | None:
-        """The norm between a layer's attention output and the residual stream; None where there is none."""
+        """The norm between a layer's attention output and the residual stream; None where there is none.
+
+        Args:
+            layer: counted from 0.
+        """
         return self.adapter.blocks[layer].norm_after_attention()
 
     def has_bias(self, projection: str, layer: int) -> bool:
@@ -138,6 +142,9 @@ class LensModel:
 
     def block_mlp(self, layer: int) -> MlpSite | ExpertsSite | None:
         """What follows or accompanies the layer's attention; None where nothing does.
+
+        Args:
+            layer: counted from 0.
 
         Raises:
             UnsupportedModelError: something of an unknown kind.
