@@ -6,14 +6,14 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from metaopt_lens._errors import OptionError, UndefinedMetricError
 from metaopt_lens.analysis._checks import Seed, as_generator, check_finite, check_positive
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Factors:
     """Matrices ``left @ right`` (a TransformerLens ``FactoredMatrix`` gives ``Factors(m.A, m.B)``).
 
@@ -37,7 +37,7 @@ class Factors:
         return self.left.shape[-2], self.right.shape[-1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PrincipalAngles:
     """Angles in radians, ascending, between the leading singular subspaces of two matrices.
 
@@ -64,6 +64,80 @@ class PrincipalAngles:
         return k / self.d_left, k / self.d_right
 
 
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """Singular value decomposition ``left @ diag(values) @ right.mT``, thin, in float64.
+
+    Attributes:
+        left, right: singular vectors in columns. values: descending.
+        rank: how many values are larger than rounding.
+    """
+
+    left: Float[Tensor, "*item d_model vector"]
+    values: Float[Tensor, "*item rank"]
+    right: Float[Tensor, "*item d_head vector"]
+    rank: Int[Tensor, "*item"]
+
+    @property
+    def effective_rank(self) -> Float[Tensor, "*item"]:
+        """Exponential of the entropy of the singular values divided by their sum; NaN where the matrix is zero."""
+        share = self.values / self.values.sum(-1, keepdim=True)
+        found: Tensor = torch.special.entr(share).sum(-1).exp()
+        return found
+
+    @property
+    def norm(self) -> Float[Tensor, "*item"]:
+        """Frobenius norm."""
+        found: Tensor = self.values.norm(dim=-1)
+        return found
+
+    def cosine_with(self, other: Factors, *, norm: Float[Tensor, "*other"]) -> Float[Tensor, ...]:
+        """Frobenius cosine with another matrix; NaN where one is zero.
+
+        Args:
+            other: as factors, along axes that broadcast.
+            norm: its Frobenius norm.
+        """
+        inner = _inner(Factors(self.left * self.values[..., None, :], self.right.mT), other)
+        return inner / (self.norm * norm)
+
+    def leading(self, k: int) -> Spectrum:
+        """The same with the first k singular vectors only; all values stay.
+
+        Args:
+            k: how many.
+        """
+        # Copies, so that the other vectors' memory is freed.
+        return Spectrum(self.left[..., :k].clone(), self.values, self.right[..., :k].clone(), self.rank)
+
+
+def spectrum(matrix: Factors) -> Spectrum:
+    """Singular values and vectors of every product, through two QR factorisations of its factors.
+
+    Args:
+        matrix: one matrix, or many along leading axes.
+    """
+    left, values, right = _svd(matrix)
+    large = values > _threshold(matrix, values) if values.numel() else torch.zeros_like(values, dtype=torch.bool)
+    return Spectrum(left, values, right, large.sum(-1))
+
+
+def overlap(first: Spectrum, second: Spectrum, *, k: int) -> tuple[Float[Tensor, ...], Float[Tensor, ...]]:
+    """Mean squared cosine of the principal angles of the k leading singular subspaces, left and right.
+
+    The squared cosines are those of the singular values of ``A.mT @ B``, so their sum is its squared Frobenius norm.
+
+    Args:
+        first: of one matrix, or many.
+        second: of as many others, along axes that broadcast.
+        k: dimension of the subspaces; NaN where a rank is below it.
+    """
+    enough = (first.rank >= k) & (second.rank >= k)
+    sides = ((first.left, second.left), (first.right, second.right))
+    left, right = ((a[..., :k].mT @ b[..., :k]).square().sum((-2, -1)) / k for a, b in sides)
+    return torch.where(enough, left, torch.nan), torch.where(enough, right, torch.nan)
+
+
 def frobenius_cosine(first: Factors, second: Factors) -> Float[Tensor, ...]:
     """Cosine of two matrices in the Frobenius inner product, in float64; NaN where a matrix is zero."""
     _check_comparable(first, second)
@@ -86,14 +160,14 @@ def principal_angles(first: Factors, second: Factors, *, k: int) -> PrincipalAng
     check_positive(k=k)
     bases = []
     for name, matrix in (("first", first), ("second", second)):
-        left, values, right = _svd(matrix)
-        rank = int((values > _threshold(matrix, values)).sum(-1).min()) if values.numel() else 0
+        found = spectrum(matrix)
+        rank = int(found.rank.min()) if found.values.numel() else 0
         if k > rank:
             raise UndefinedMetricError(
                 f"{k} leading singular directions are asked for, but the {name} matrix has rank {rank}: "
                 f"choose k <= {rank}."
             )
-        bases.append((left[..., :k], right[..., :k]))
+        bases.append((found.left[..., :k], found.right[..., :k]))
     (left_a, right_a), (left_b, right_b) = bases
     return PrincipalAngles(
         left=_angles(left_a, left_b),
@@ -108,10 +182,7 @@ def effective_rank(matrix: Factors) -> Float[Tensor, ...]:
 
     Between 1 and the rank; NaN where the matrix is zero.
     """
-    values = singular_values(matrix)
-    share = values / values.sum(-1, keepdim=True)
-    rank: Tensor = torch.special.entr(share).sum(-1).exp()
-    return rank
+    return spectrum(matrix).effective_rank
 
 
 def random_factors(like: Factors, *, seed: Seed) -> Factors:

@@ -12,7 +12,7 @@ from torch import Tensor
 from metaopt_lens._errors import OptionError, UndefinedMetricError
 from metaopt_lens.analysis._checks import check_finite, check_positive, check_same_shape
 from metaopt_lens.analysis._convention import Convention
-from metaopt_lens.analysis._statistic import QueryStatistic
+from metaopt_lens.analysis._query_statistic import QueryStatistic
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,11 @@ def run(
     seeds: Annotated[
         str | None, typer.Option(help="How many demonstration sets, or their seeds, such as 1,2,5 (default 3).")
     ] = None,
-    queries: Annotated[int | None, typer.Option(help="How many rows to ask (default: all).")] = None,
+    queries: Annotated[int | None, typer.Option(help="How many rows to use as queries (default: all).")] = None,
     lr: options.MaybeRate = None,
     variant: Annotated[
-        options.Variant | None, typer.Option(help="Published templates, or the released code's.")
+        options.Variant | None,
+        typer.Option(help="Form of the templates: as published, or the released code's one-line form."),
     ] = None,
     selection: Annotated[
         options.Selection | None, typer.Option(help="How demonstrations are chosen (default balanced).")
@@ -50,13 +51,15 @@ def run(
         typer.Option("--attribution/--no-attribution", help="Measure every head's effect (default yes)."),
     ] = None,
     reference: Annotated[
-        bool | None, typer.Option("--reference/--no-reference", help="The published code's choices in the metrics.")
+        bool | None, typer.Option("--reference/--no-reference", help="Metrics with the published code's choices.")
     ] = None,
     dtype: options.MaybeWeightsType = None,
     device: options.Device = None,
     n_devices: Annotated[int | None, typer.Option(help="Spread the model over this many devices.")] = None,
-    device_map: Annotated[str | None, typer.Option(help="Such as auto: passed to TransformerLens.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of torch (default: its choice; 1 if small).")] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="Placement of the modules, such as auto; passed to TransformerLens.")
+    ] = None,
+    threads: options.Threads = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences run together (default 16).")] = None,
     save_updates: Annotated[
         bool | None, typer.Option("--save-updates/--no-save-updates", help="Store the weight updates as well.")
@@ -92,7 +95,7 @@ def run(
 
 
 def sweep(
-    file: Annotated[Path, typer.Argument(help="TOML file that says what to go over.")],
+    file: Annotated[Path, typer.Argument(help="TOML file that lists models, tasks, shots and learning rates.")],
     out: Annotated[Path, typer.Option("--out", help="Directory of the results; an unfinished sweep there is resumed.")],
     recompute_damaged: options.Recompute = False,
 ) -> None:
@@ -111,11 +114,11 @@ def report(
     ] = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
 ) -> None:
-    """Write one self-contained page about one or several runs, and every table as CSV beside it."""
+    """Write one self-contained page about one or several runs, and every table as CSV."""
     from metaopt_lens.experiments import ExperimentResult
     from metaopt_lens.viz import write_report
 
     results = [ExperimentResult.load(path) for path in runs]
     written = write_report(results, out or runs[0] / "report.html", title=title)
     say_written([written["page"]])
-    say(f"and {len(written) - 1} tables as CSV beside it")
+    say(f"and {len(written) - 1} tables as CSV in the folder of the same name")

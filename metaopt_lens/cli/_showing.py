@@ -11,8 +11,9 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from metaopt_lens.analysis import Comparison
     from metaopt_lens.decomposition import Decomposition, DecompositionSet
-    from metaopt_lens.experiments import ExperimentResult, PromptComparison
+    from metaopt_lens.experiments import ExperimentResult
     from metaopt_lens.runs import LabelPrediction
 
 
@@ -50,7 +51,7 @@ def show_decomposition(
     console.print(heads_text(result, heads=heads, top=top))
 
 
-def show_comparison(found: PromptComparison) -> None:
+def show_comparison(found: Comparison) -> None:
     """Updates, predictions and similarities."""
     from metaopt_lens._errors import UndefinedMetricError
     from metaopt_lens.viz import accuracies_text, comparison_sentences, comparison_text
@@ -61,12 +62,14 @@ def show_comparison(found: PromptComparison) -> None:
         choice = found.learning_rate
         console.print(f"learning rate {choice.lr:g}, the best of {list(choice.rates)} on held-out demonstrations")
     try:
-        console.print(accuracies_text(found.comparison))
-        for sentence in comparison_sentences(found.comparison):
+        console.print(accuracies_text(found))
+        for sentence in comparison_sentences(found):
             console.print(sentence, markup=False)
     except UndefinedMetricError as error:
         console.print(f"no predictions: {error}", markup=False)
-    console.print(comparison_text(found.comparison))
+    console.print(comparison_text(found))
+    for note in found.notes:
+        console.print(f"note: {note}", markup=False)
 
 
 def show_run(result: ExperimentResult) -> None:

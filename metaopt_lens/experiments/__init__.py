@@ -1,8 +1,6 @@
 """Runs of experiments and their stored results."""
 
-from metaopt_lens.experiments._prompt_comparison import PromptComparison as PromptComparison
-from metaopt_lens.experiments._prompt_comparison import compare_prompts as compare_prompts
-from metaopt_lens.experiments._prompt_comparison import episode_prompts as episode_prompts
+from metaopt_lens.experiments._episode_prompts import episode_prompts as episode_prompts
 from metaopt_lens.experiments._published import published_numbers as published_numbers
 from metaopt_lens.experiments._run import find_run_task as find_run_task
 from metaopt_lens.experiments._run import load_run_model as load_run_model

@@ -1,4 +1,4 @@
-"""run_experiment(): one model on one task, piece by piece, so that it can stop and go on at any time."""
+"""run_experiment(): one model on one task, piece by piece, so that it can be stopped and resumed at any time."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def run_experiment(
 ) -> ExperimentResult:
     """Zero-shot, finetuned and in-context runs of a model on a task, compared head by head and stored.
 
-    What is finished in `out` stays as it is; a run that was interrupted goes on, and several processes may work on one
+    What is finished in `out` stays as it is; an interrupted run is resumed, and several processes may work on one
     directory. Equal configurations, models and data give equal files, but for ``provenance/``.
 
     Args:
@@ -88,7 +88,7 @@ def run_experiment(
         model: a loaded model instead of the one that `config.model` names.
         task: a task instead of the one that `config.task` names.
         only_seeds: work on these seeds only; the tables are made by whoever finds all seeds finished.
-        recompute_damaged: compute damaged pieces anew instead of refusing them.
+        recompute_damaged: recompute damaged pieces instead of refusing them.
         progress: show a progress bar with the time left (on a terminal).
 
     Returns:
@@ -126,6 +126,9 @@ def load_run_model(config: RunConfig, *, cache: bool = True) -> Any:
 
 def find_run_task(config: RunConfig) -> Task:
     """The task that a configuration names, in its variant.
+
+    Args:
+        config: names the task.
 
     Raises:
         OptionError: there is no such task.

@@ -32,7 +32,8 @@ class ExperimentResult:
 
     Attributes:
         path: the directory.
-        config: what was run; task: on what (without the function of a task made by one).
+        config: what was run.
+        task: on what (without the function of a task made by one).
     """
 
     path: Path
@@ -42,6 +43,9 @@ class ExperimentResult:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ExperimentResult:
         """Open the directory of a run, finished or not.
+
+        Args:
+            path: the run's directory.
 
         Raises:
             FileFormatError: it holds no run, or its description is damaged.
@@ -69,26 +73,50 @@ class ExperimentResult:
     # ---- pieces -------------------------------------------------------------------------------------------------
 
     def prompts(self, seed: int) -> PromptSet:
-        """Demonstrations, queries and held-out rows of a seed."""
+        """Demonstrations, queries and held-out rows of a seed.
+
+        Args:
+            seed: of the demonstration set.
+        """
         return PromptSet.from_dict(read_json(self._piece(seed, "prompts") / "prompts.json"))
 
     def learning_rate(self, rule: Rule, seed: int) -> LearningRateChoice | None:
-        """How the learning rate was chosen; None if it was given."""
+        """How the learning rate was chosen; None if it was given.
+
+        Args:
+            rule: ``"gd"`` or ``"lcgd"``.
+            seed: of the demonstration set.
+        """
         return load_learning_rate(self._piece(seed, f"lr-{rule}")) if self.config.lr == "auto" else None
 
     def finetuning(self, rule: Rule, seed: int) -> dict[str, Any]:
-        """``lr``, ``losses`` (before every step) and ``notes``."""
+        """``lr``, ``losses`` (before every step) and ``notes``.
+
+        Args:
+            rule: ``"gd"`` or ``"lcgd"``.
+            seed: of the demonstration set.
+        """
         found: dict[str, Any] = read_json(self._piece(seed, self._rule(rule)) / "finetuning.json")
         return found
 
     def update(self, rule: Rule, seed: int) -> WeightUpdate:
-        """The weight update, if the run was told to store it (``save_updates``)."""
+        """The weight update, if the run was told to store it (``save_updates``).
+
+        Args:
+            rule: ``"gd"`` or ``"lcgd"``.
+            seed: of the demonstration set.
+        """
         if not self.config.save_updates:
             raise OptionError(f"{self.path} stores no weight updates: run with save_updates (--save-updates).")
         return WeightUpdate.load(self._piece(seed, self._rule(rule)) / "update")
 
     def comparison(self, rule: Rule, seed: int | None = None) -> Comparison:
-        """In-context updates against those of finetuning by `rule`: of one seed, or of all together."""
+        """In-context updates against those of finetuning by `rule`: of one seed, or of all together.
+
+        Args:
+            rule: ``"gd"`` or ``"lcgd"``.
+            seed: of the demonstration set; None for all.
+        """
         if seed is not None:
             return load_comparison(self._piece(seed, self._rule(rule)))
         if rule not in self._joined:
@@ -96,9 +124,15 @@ class ExperimentResult:
         return self._joined[rule]
 
     def attribution(self, seed: int) -> HeadEffects | None:
-        """Effects of every head's meta-gradient; None if the model's heads could not be knocked out."""
+        """Effects of every head's meta-gradient; None if the model's heads could not be knocked out.
+
+        Args:
+            seed: of the demonstration set.
+        """
         if not self.config.attribution:
-            raise OptionError(f"the run in {self.path} was told to leave the attribution to heads out.")
+            raise OptionError(
+                f"the run in {self.path} was made without the attribution to heads (attribution = false)."
+            )
         return load_attribution(self._piece(seed, "attribution"))
 
     def example(self) -> Decomposition | None:
@@ -120,6 +154,9 @@ class ExperimentResult:
           ``attribution_seeds``: per seed, gain and the heads that recover 90 percent of it on held-out queries;
           ``attribution_recovery``: how many heads that takes over all seeds, one row per metric.
 
+        Args:
+            name: one of those above.
+
         Raises:
             OptionError: there is no such table, or the run is not finished.
         """
@@ -127,7 +164,7 @@ class ExperimentResult:
 
         folder = self._store.path("tables")
         if not self.is_complete:
-            raise OptionError(f"the run in {self.path} is not finished: run it again to go on.")
+            raise OptionError(f"the run in {self.path} is not finished: run it again to resume it.")
         file = folder / f"{name}.parquet"
         if not file.is_file():
             raise OptionError(f"there is no table {name!r}; this run has {', '.join(self.table_names)}.")
@@ -191,7 +228,7 @@ class ExperimentResult:
             raise OptionError(f"the run in {self.path} has the seeds {list(self.seeds)}, not {seed}.")
         name = f"seed-{seed}/{stage}"
         if not self._store.is_finished(name):
-            raise FileFormatError(f"the run in {self.path} has no piece {name} (yet): run it again to go on.")
+            raise FileFormatError(f"the run in {self.path} has no piece {name} (yet): run it again to resume it.")
         return self._store.path(name)
 
     def __repr__(self) -> str:

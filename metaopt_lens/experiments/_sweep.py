@@ -110,6 +110,9 @@ class SweepConfig:
             n = 2
             engine = "processes"   # or "dask", with cluster = "slurm", [workers.options] queue = "gpu", ...
 
+        Args:
+            path: the TOML file.
+
         Raises:
             FileFormatError: the file is missing or not valid.
             OptionError: an unknown field, or a value that makes no sense.
@@ -133,6 +136,9 @@ class SweepResult:
     def load(cls, path: str | os.PathLike[str]) -> SweepResult:
         """Open the directory of a sweep, finished or not.
 
+        Args:
+            path: the sweep's directory.
+
         Raises:
             FileFormatError: it holds no sweep.
         """
@@ -147,7 +153,11 @@ class SweepResult:
         return {name: ExperimentResult.load(self.path / name) for name in self.names}
 
     def table(self, name: str) -> pd.DataFrame:
-        """A table (see `ExperimentResult.table`) of all runs below each other, with columns model, task, shots, lr."""
+        """A table (see `ExperimentResult.table`) of all runs below each other, with columns model, task, shots, lr.
+
+        Args:
+            name: see `ExperimentResult.table`.
+        """
         import pandas as pd
 
         frames = [
@@ -164,8 +174,14 @@ def run_sweep(
 ) -> SweepResult:
     """Make all runs of a sweep, each in a directory of its own; every seed of every run is a job.
 
-    Jobs are as safe against being killed as runs are: what is finished is kept, and a sweep that was stopped goes on.
+    Jobs are as safe against being killed as runs are: what is finished is kept, and a stopped sweep is resumed.
     On a Dask cluster the jobs of a lost worker are given to others.
+
+    Args:
+        config: what to go over.
+        out: directory of the results.
+        recompute_damaged: recompute damaged pieces instead of refusing them.
+        progress: show a progress bar (on a terminal).
 
     Raises:
         OptionError: a value that makes no sense, an unknown task.

@@ -43,7 +43,8 @@ def answer_metric(
 
     Args:
         model: a wrapped model.
-        prompts: the queries as text. tokens: the same as token ids.
+        prompts: the queries as text.
+        tokens: the same as token ids.
         metric: see `head_effects`.
 
     Raises:

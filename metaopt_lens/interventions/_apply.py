@@ -44,6 +44,9 @@ class AppliedMetaGradient:
     def change(self, model: LensModel) -> Change:
         """The demonstrations as a memory of the chosen heads.
 
+        Args:
+            model: a wrapped model.
+
         Raises:
             ModelMismatchError: it was made with another model or dtype.
             UnsupportedModelError: the model's tokens cannot be moved to their in-context positions.
@@ -72,6 +75,10 @@ class AppliedMetaGradient:
         return Change(visibility=Visibility("a meta-gradient", mg.heads, place=place, memory=memory))
 
     def hooks(self, model: Any) -> list[Hook]:
-        """The hooks that apply it alone, to a host or a wrapped model; raises as `change` does."""
+        """The hooks that apply it alone, to a host or a wrapped model; raises as `change` does.
+
+        Args:
+            model: the wrapped model that the hooks are for.
+        """
         wrapped = wrap(model)
         return pipeline(wrapped, [self.change(wrapped)])

@@ -50,9 +50,10 @@ def head_effects(
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model. It is not modified.
         prompts: queries behind the same demonstrations, each with its label, in the forms `decompose` takes.
         metric: ``"logit_difference"``, the label's first token against the mean of the other candidates';
-            ``"label_log_prob"``, mean log-probability of the label's tokens; ``"loss"``, its negative; or a function
-            of the logits that follow the query, ``[d_vocab]``, that gives a number.
-        heads: only these heads (as in ``["L3H7"]``). layers: only heads of these layers.
+            ``"label_log_prob"``, mean log-probability of the label's tokens; ``"loss"``, its negative; or a function of
+            the logits that follow the query, ``[d_vocab]``, that gives a number.
+        heads: only these heads (as in ``["L3H7"]``).
+        layers: only heads of these layers.
         exact: False for the first-order estimates alone.
         per_demo: also knock out every demonstration in every head (as many runs as heads times demonstrations).
         prepend_bos: put BOS first; None for the model's default.

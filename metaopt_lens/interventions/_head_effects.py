@@ -42,7 +42,8 @@ class HeadEffects(Stored):
     """Effect of every head's meta-gradient on a metric: with it minus without it.
 
     Attributes:
-        metric: what was measured; n_demos: how many demonstrations there are.
+        metric: what was measured.
+        n_demos: how many demonstrations there are.
         in_context, zero_shot: the metric of the in-context run and of the position-matched zero-shot run (all heads
             knocked out).
         exact, first_order: effect of each head, by knock-out and by its first-order estimate; NaN for heads that were
@@ -52,8 +53,8 @@ class HeadEffects(Stored):
         demo_exact_per_head: the same by knock-out, where asked for.
         held_out: the queries on which heads were not ranked for the recovery; none if there is only one query, or if
             not all heads were knocked out.
-        selection_order: heads by exact mean effect on the other queries, in the direction of the gain, as
-            ``layer * n_heads + head``.
+        selection_order: heads by exact mean effect on the other queries, in the direction of the gain, as ``layer *
+            n_heads + head``.
         added: the metric of the held-out queries with only the first n heads of that order in place, n from 0 to all.
         demos: the demonstrations' texts (none in files of version 0.1).
         provenance: versions and time.
@@ -109,11 +110,18 @@ class HeadEffects(Stored):
         return _pearson(self.demo_first_order.sum((1, 2))[known], self.demo_exact[known])
 
     def ranked(self, top: int | None = None) -> tuple[HeadRef, ...]:
-        """Heads by their mean effect over all queries (`map`), those that give most of the gain first."""
+        """Heads by their mean effect over all queries (`map`), those that give most of the gain first.
+
+        Args:
+            top: how many; None for all.
+        """
         return tuple(rank_by_effect(self.map, self.gain)[:top])
 
     def recovery(self, share: float = 0.9) -> Recovery:
         """How many heads, ranked on the other queries, give `share` of the mean gain of the held-out queries.
+
+        Args:
+            share: of the mean gain, above 0 and at most 1.
 
         Raises:
             OptionError: a share outside (0, 1].
@@ -129,6 +137,9 @@ class HeadEffects(Stored):
 
     def icl_heads(self, share: float = 0.9) -> ICLHeads:
         """The heads whose meta-gradients give `share` of the mean gain, from the last upward crossing on.
+
+        Args:
+            share: of the mean gain, above 0 and at most 1.
 
         Raises:
             OptionError: a share outside (0, 1].
@@ -214,7 +225,12 @@ class HeadEffects(Stored):
 
 
 def rank_by_effect(effects: Float[Tensor, "layer head"], gain: Float[Tensor, " query"]) -> list[HeadRef]:
-    """All heads by their effect, those that give most of the mean gain first, whatever its sign."""
+    """All heads by their effect, those that give most of the mean gain first, whatever its sign.
+
+    Args:
+        effects: mean effect of every head.
+        gain: gain of every query.
+    """
     return rank_heads(effects * (1.0 if float(gain.mean()) >= 0 else -1.0))
 
 

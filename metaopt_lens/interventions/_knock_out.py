@@ -31,7 +31,8 @@ class KnockOut:
     Attributes:
         prompt: what the run begins with: a prompt (in the forms `decompose` takes; its query does not matter) or a
             meta-gradient.
-        heads: heads to knock out, as in ``["L3H7"]``; None for all. layers: only in these layers.
+        heads: heads to knock out, as in ``["L3H7"]``; None for all.
+        layers: only in these layers.
         demos: which demonstrations to hide, counted from 0; None for all.
         positions: where: ``"query"`` (every token after the demonstrations), ``"last"`` (the last token of the pass),
             or indices counted from the query's first token.
@@ -61,6 +62,9 @@ class KnockOut:
     def change(self, model: LensModel) -> Change:
         """The demonstrations, hidden from the chosen heads.
 
+        Args:
+            model: a wrapped model.
+
         Raises:
             HeadError, OptionError: unknown heads, layers or demonstrations, or an empty selection.
             ModelMismatchError: the meta-gradient was made with another model.
@@ -83,7 +87,11 @@ class KnockOut:
         return Change(visibility=Visibility("a knock-out", mask, place=place, hidden=hidden))
 
     def hooks(self, model: Any) -> list[Hook]:
-        """The hooks that make it alone, on a host or a wrapped model; raises as `change` does."""
+        """The hooks that make it alone, on a host or a wrapped model; raises as `change` does.
+
+        Args:
+            model: the wrapped model that the hooks are for.
+        """
         wrapped = wrap(model)
         return pipeline(wrapped, [self.change(wrapped)])
 

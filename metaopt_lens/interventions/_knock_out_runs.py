@@ -53,7 +53,8 @@ class KnockOutRuns:
         """The metric of queries with heads not seeing demonstrations, at all positions of the query.
 
         Args:
-            heads: which heads, of every knock-out. demos: which demonstrations they do not see.
+            heads: which heads, of every knock-out.
+            demos: which demonstrations they do not see.
             queries: which queries; all by default.
         """
         chosen = range(len(self.metric.rows)) if queries is None else queries

@@ -48,6 +48,9 @@ class MomentumAttention:
     def etas(self, model: LensModel) -> Float[Tensor, "layer head"]:
         """eta of every head; 0 for heads that were not chosen.
 
+        Args:
+            model: a wrapped model.
+
         Raises:
             OptionError: as many etas as there are neither layers nor heads.
             HeadError: an unknown head.
@@ -69,6 +72,9 @@ class MomentumAttention:
     def change(self, model: LensModel) -> Change:
         """The moving average, as what is added to z.
 
+        Args:
+            model: a wrapped model.
+
         Raises:
             OptionError, HeadError: see `etas`.
         """
@@ -80,7 +86,11 @@ class MomentumAttention:
         return Change(addition=add)
 
     def hooks(self, model: Any) -> list[Hook]:
-        """The hooks that add it alone, to a host or a wrapped model; raises as `change` does."""
+        """The hooks that add it alone, to a host or a wrapped model; raises as `change` does.
+
+        Args:
+            model: the wrapped model that the hooks are for.
+        """
         wrapped = wrap(model)
         return pipeline(wrapped, [self.change(wrapped)])
 

@@ -1,10 +1,12 @@
 """The only code that knows which TransformerLens class it holds."""
 
+from metaopt_lens._types import HeadRef as HeadRef
 from metaopt_lens.models._attention_call import AttentionCall as AttentionCall
 from metaopt_lens.models._experts import ExpertsSite as ExpertsSite
 from metaopt_lens.models._fingerprint import Fingerprint as Fingerprint
 from metaopt_lens.models._fingerprint import fingerprint_of as fingerprint_of
 from metaopt_lens.models._fingerprint import first_difference as first_difference
+from metaopt_lens.models._fixed_norm import FixedNorm as FixedNorm
 from metaopt_lens.models._gguf_conversion import CacheRebuiltWarning as CacheRebuiltWarning
 from metaopt_lens.models._hooks import Hook as Hook
 from metaopt_lens.models._hooks import HostFunction as HostFunction

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from metaopt_lens.dual import ScoreRule
+from metaopt_lens.models._bridge_norm import fixed_norm
 from metaopt_lens.models._experts import ExpertsSite, experts_of
 from metaopt_lens.models._families import Family
+from metaopt_lens.models._fixed_norm import FixedNorm
 from metaopt_lens.models._hooks import Hook
 from metaopt_lens.models._host import Positions, Use
 from metaopt_lens.models._mlp import MlpSite, OutputNorm
@@ -23,7 +25,7 @@ class BridgeBlock:
     """One block of a bridge.
 
     Attributes:
-        block: TransformerLens's own.
+        block: TransformerLens's own. cfg: the model's configuration.
         layer: which it is.
         family: its row of the table.
         window: of its attention as transformers' cache knows it, None without one.
@@ -32,6 +34,7 @@ class BridgeBlock:
     """
 
     block: Any
+    cfg: Any
     layer: int
     family: Family
     window: int | None
@@ -62,6 +65,10 @@ class BridgeBlock:
 
     def b_o(self) -> Tensor | None:
         return self.block.attn.b_O  # type: ignore[no-any-return]
+
+    def norm_after_attention(self) -> FixedNorm | None:
+        norm = self.block._modules.get("ln1" if self.family.post_norm else "ln1_post")
+        return None if norm is None else fixed_norm(norm, self.cfg)
 
     def has_bias(self, projection: str) -> bool:
         return getattr(self.block.attn, f"b_{projection.upper()}") is not None

@@ -11,6 +11,7 @@ from torch import Tensor
 from metaopt_lens._errors import UnsupportedModelError
 from metaopt_lens.dual import ScoreRule
 from metaopt_lens.models._experts import ExpertsSite
+from metaopt_lens.models._fixed_norm import FixedNorm
 from metaopt_lens.models._hooks import Hook
 from metaopt_lens.models._host import Positions, Use
 from metaopt_lens.models._mlp import MlpSite, OutputNorm
@@ -55,6 +56,11 @@ class HookedBlock:
 
     def b_o(self) -> Tensor | None:
         return self.block.attn.b_O  # type: ignore[no-any-return]
+
+    def norm_after_attention(self) -> FixedNorm | None:
+        if self.cfg.use_normalization_before_and_after:
+            return fixed_norm(self.block.ln1_post)
+        return fixed_norm(self.block.ln1) if self.post_norm else None
 
     def has_bias(self, projection: str) -> bool:  # noqa: ARG002 - a HookedTransformer has them all
         return True
@@ -135,6 +141,18 @@ def projections(attn: Any, cfg: Any) -> list[Tensor]:
     grouped = cfg.n_key_value_heads is not None
     k, v = (attn._W_K, attn._W_V) if grouped else (attn.W_K, attn.W_V)
     return [w.transpose(0, 1).flatten(1) for w in (attn.W_Q, k, v)]
+
+
+def fixed_norm(norm: Any) -> FixedNorm:
+    """A norm of HookedTransformer as a linear map with a scale; folded norms have neither gain nor bias left."""
+    own = norm._parameters
+    return FixedNorm(
+        # The final norm is RMS under `final_rms`, whatever the blocks' are.
+        kind="RMS" if type(norm).__name__.startswith("RMS") else "LN",
+        eps=float(norm.eps),
+        gain=own.get("w"),
+        bias=own.get("b"),
+    )
 
 
 def norm_gain(norm: Any, cfg: Any) -> Tensor | None:

@@ -93,7 +93,11 @@ def attached(hook_points: Mapping[str, HookPoint], hooks: Sequence[Hook]) -> Ite
 
 
 def functions_at(point: HookPoint) -> list[HookFunction]:
-    """Our functions that are attached to a hook point now, in the order they were attached."""
+    """Our functions that are attached to a hook point now, in the order they were attached.
+
+    Args:
+        point: the hook point.
+    """
     functions = [_function_of(handle) for handle in point.fwd_hooks]
     return [function for function in functions if function is not None]
 

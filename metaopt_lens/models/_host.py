@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from metaopt_lens.dual import ScoreRule
 from metaopt_lens.models._experts import ExpertsSite
+from metaopt_lens.models._fixed_norm import FixedNorm
 from metaopt_lens.models._hooks import Hook
 from metaopt_lens.models._info import ModelInfo
 from metaopt_lens.models._mlp import MlpSite
@@ -50,6 +51,10 @@ class Block(Protocol):
 
     def b_o(self) -> Float[Tensor, " d_model"] | None:
         """Output bias, which belongs to no head; None where there is none."""
+        ...
+
+    def norm_after_attention(self) -> FixedNorm | None:
+        """The norm between the attention output and the residual stream; None where there is none."""
         ...
 
     def mlp(self) -> MlpSite | ExpertsSite | str | None:

@@ -13,5 +13,9 @@ class Intervention(Protocol):
     """A change to a model that is nothing but hooks: a weight update, a meta-gradient, a knock-out, momentum, yours."""
 
     def hooks(self, model: LensModel) -> list[Hook]:
-        """The hooks that make the change; raises if it was made for another model."""
+        """The hooks that make the change; raises if it was made for another model.
+
+        Args:
+            model: the wrapped model that the hooks are for.
+        """
         ...

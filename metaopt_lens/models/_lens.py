@@ -15,6 +15,7 @@ from metaopt_lens._errors import UnsupportedModelError
 from metaopt_lens.dual import ScoreRule
 from metaopt_lens.models._attention_hooks import AttentionCallback, own_hooks, placed_hooks
 from metaopt_lens.models._experts import ExpertsSite
+from metaopt_lens.models._fixed_norm import FixedNorm
 from metaopt_lens.models._hooks import Hook
 from metaopt_lens.models._host import Host
 from metaopt_lens.models._info import ModelInfo
@@ -94,6 +95,10 @@ class LensModel:
     def b_o(self, layer: int) -> Float[Tensor, " d_model"] | None:
         """Output bias, which belongs to no head; None where there is none."""
         return self.adapter.blocks[layer].b_o()
+
+    def norm_after_attention(self, layer: int) -> FixedNorm | None:
+        """The norm between a layer's attention output and the residual stream; None where there is none."""
+        return self.adapter.blocks[layer].norm_after_attention()
 
     def has_bias(self, projection: str, layer: int) -> bool:
         """Whether projection `"q"`, `"k"`, `"v"` or `"o"` of a layer has a bias."""
@@ -184,7 +189,7 @@ class LensModel:
         Args:
             place: called before every pass; returns the position every slot is to have, ``[batch, slot]``, or None to
                 leave them as they are. The host then computes with these positions; where its own masks or biases
-                go by the slot instead (sliding window, ALiBi), z is computed anew.
+                go by the slot instead (sliding window, ALiBi), z is recomputed.
             use: called with the layer's `AttentionCall` just before W_O; what it returns replaces z.
             layers: where to call `use`; all by default.
         """
@@ -203,6 +208,7 @@ class LensModel:
         start: Start | None = None,
         read: Readout | None = None,
         stop_after_attention: bool = False,
+        stop_after_blocks: bool = False,
         grad: bool = False,
     ) -> Float[Tensor, "batch chosen token"] | None:
         """One forward pass in eval mode.
@@ -214,6 +220,7 @@ class LensModel:
             start: begin at a block, with a residual stream computed before.
             read: compute the logits of these positions and tokens only.
             stop_after_attention: end the pass at the last layer's z and return None: no last MLP, no unembedding.
+            stop_after_blocks: end it at the last residual stream and return None: no unembedding.
             grad: keep the graph.
 
         Returns:
@@ -231,6 +238,7 @@ class LensModel:
             start=start,
             read=read,
             stop_after_attention=stop_after_attention,
+            stop_after_blocks=stop_after_blocks,
             grad=grad,
         )
 

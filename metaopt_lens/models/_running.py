@@ -51,6 +51,7 @@ def run(
     start: Start | None,
     read: Readout | None,
     stop_after_attention: bool,
+    stop_after_blocks: bool,
     grad: bool,
 ) -> Tensor | None:
     """See `LensModel.run`."""
@@ -62,7 +63,9 @@ def run(
     if start is not None:
         own.append((model.residual_hook("pre", start.layer), lambda _: start.residual))
     stop: list[Hook] = []
-    if stop_after_attention:
+    if stop_after_blocks:
+        stop = [(model.residual_hook("post", last), Late(_halt))]
+    elif stop_after_attention:
         stop = [(model.hook_name("z", last), _halt)]
     elif read is not None and model.exits_exactly:
         stream: list[Tensor] = []
@@ -73,6 +76,8 @@ def run(
         try:
             logits = model.adapter.forward(tokens.to(model.device), prefix)
         except StopForward:
+            if stop_after_blocks:
+                return None
             return None if stop_after_attention else _exit(model, stream[0], read)
         return logits if read is None else read.of(logits)
 

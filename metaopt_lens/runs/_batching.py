@@ -56,7 +56,7 @@ def batches(
     A batch that runs out of memory is halved and tried again, and later batches keep the smaller size.
 
     Args:
-        items: what to run. length: of an item, in tokens. run: gives one result per item.
+        items: what to run. length: of an item, in tokens. run: gives the results of a batch.
         batch_size: items run together.
 
     Yields:

@@ -89,7 +89,8 @@ def excess_over_parts(
 
     Args:
         call: one layer of a running pass.
-        row: which sequence of the batch; at: the destinations, as indices into the pass.
+        row: which sequence of the batch.
+        at: the destinations, as indices into the pass.
         pattern: attention probabilities of this sequence at the destinations.
         eta: of the layer's momentum attention, if it is on.
         with_pattern: also require that the pattern the host shows is that of its q and k.

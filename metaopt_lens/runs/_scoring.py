@@ -22,7 +22,8 @@ def check_candidates(candidates: Sequence[Sequence[int]], names: Sequence[str], 
     """Raise `PromptError` if two candidate labels cannot be told apart.
 
     Args:
-        candidates: token ids of each label; names: the labels as text, for the message.
+        candidates: token ids of each label.
+        names: the labels as text, for the message.
         scoring: ``"mean"`` log-probability of the label's tokens, or that of its ``"first"`` token only.
     """
     if scoring not in {"mean", "first"}:

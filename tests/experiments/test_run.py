@@ -133,7 +133,7 @@ def test_the_learning_rate_is_chosen_and_updates_are_stored(tiny: Any, tmp_path:
     assert update.settings.layer_causal
     assert update.settings.lr == choice.lr
     assert len(result.table("losses")) == 4
-    with pytest.raises(OptionError, match="told to leave the attribution to heads out"):
+    with pytest.raises(OptionError, match="made without the attribution to heads"):
         result.attribution(0)
     with pytest.raises(OptionError, match="has the rules lcgd, not 'gd'"):
         result.comparison("gd")
@@ -247,7 +247,7 @@ def test_two_processes_on_one_directory(reference: tuple[Path, float], tiny: Any
 def test_seeds_on_their_own_make_the_same_run(reference: tuple[Path, float], tiny: Any, tmp_path: Path) -> None:
     first = _run(SMALL, tmp_path / "run", tiny, only_seeds=[1])
     assert not first.is_complete
-    with pytest.raises(OptionError, match="is not finished: run it again to go on"):
+    with pytest.raises(OptionError, match="is not finished: run it again to resume it"):
         first.table("heads")
     with pytest.raises(FileFormatError, match=r"has no piece seed-0/gd \(yet\)"):
         first.comparison("gd")
@@ -367,7 +367,7 @@ def _own_task(labels: tuple[str, ...] | None = ("dax", "wug"), n: int = 12) -> T
         ),
         ({"data": "x.jsonl"}, None, DataError, "'synthetic-2' makes its own rows: leave out the data x.jsonl"),
         ({}, _own_task(n=3), DataError, "4 demonstrations are needed, but a function has only 3 rows"),
-        ({"shots": 1}, _own_task(n=1), DataError, "at least 2 rows to ask are needed, but a function has 1"),
+        ({"shots": 1}, _own_task(n=1), DataError, "at least 2 query rows are needed, but a function has 1"),
         ({}, _own_task(("dax", "Dax")), PromptError, "unknown|<unk>|no token"),
         ({}, _own_task(("dax", "dax ")), PromptError, "'dax' and 'dax ' have the same token ids"),
     ],
