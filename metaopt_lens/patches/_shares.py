@@ -11,9 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metaopt_lens._codec import Stored
+from metaopt_lens._errors import UnsupportedModelError
 from metaopt_lens._storage import provenance
 from metaopt_lens._types import TokenSpan
-from metaopt_lens.models import AttentionCall, Hook, ModelInfo, wrap
+from metaopt_lens.models import AttentionCall, FixedNorm, Hook, ModelInfo, wrap
 from metaopt_lens.patches._compile import Compiler
 from metaopt_lens.patches._weight_patch import WeightPatch
 from metaopt_lens.prompts import PromptLike, TokenizedPrompt
@@ -61,9 +62,7 @@ class ContextShares(Stored):
     @property
     def of_demos(self) -> Float[Tensor, "layer pos head demo"]:
         """`by_token`, summed over each demonstration's tokens."""
-        start = self.tokens.demonstrations.start
-        spans = [TokenSpan(d.start - start, d.stop - start) for d in self.tokens.demos]
-        return torch.stack([self.by_token[..., span.slice].sum(-1) for span in spans], dim=-1)
+        return torch.stack([self.by_token[..., span].sum(-1) for span in _spans(self.tokens)], dim=-1)
 
     def to_frame(self) -> pd.DataFrame:
         """One row for every layer, position, head and demonstration: its ``share``, see `by_token`."""
@@ -124,42 +123,49 @@ def context_shares(model: Any, patch: WeightPatch) -> ContextShares:
     patch.check_model(wrapped)
     compiler = Compiler.behind(wrapped, patch.tokens, getattr(torch, patch.precision))
     demos = patch.tokens.demonstrations
-    found: list[list[Tensor]] = [[] for _ in range(wrapped.info.n_layers)]
-    scales: list[list[Tensor]] = [[] for _ in range(wrapped.info.n_layers)]
+    reads: list[Tensor] = [patch.u] * wrapped.info.n_layers
+    factors: dict[int, Tensor] = {}
 
     def read(call: AttentionCall) -> None:
-        u, weight = patch.u[call.layer], wrapped.w_o(call.layer).detach().to(patch.u)
-        found[call.layer] = list(_shares(call, demos, patch.tokens, weight, u))
+        reads[call.layer] = _read(call, demos, patch.u)
 
-    def keep(layer: int) -> Callable[[Tensor], None]:
-        return lambda tensor: scales[layer].append(tensor[0].to(patch.u))
+    def keep(layer: int, norm: FixedNorm) -> Callable[[Tensor], None]:
+        def store(tensor: Tensor) -> None:
+            attention = tensor[0].to(patch.u)
+            gain = torch.ones_like(attention) if norm.gain is None else norm.gain.detach().to(attention)
+            factors[layer] = gain / norm.scale(attention)[:, None]
+
+        return store
 
     hooks: list[Hook] = []
-    normed = any(wrapped.norms_attention(layer) for layer in range(wrapped.info.n_layers))
     for layer in range(wrapped.info.n_layers):
         hooks += wrapped.attention_hooks(layer, read, prefix=compiler.prefix)
-        if normed:
-            names = (wrapped.residual_hook("pre", layer), wrapped.hook_name("attn_out", layer))
-            hooks += [(name, keep(layer)) for name in (*names, wrapped.residual_hook("mid", layer))]
+        norm = wrapped.norm_after_attention(layer)
+        if norm is not None:
+            if norm.kind == "LN":
+                raise UnsupportedModelError(
+                    f"shares of heads are not defined for {wrapped.info.name}: its attention output goes through a "
+                    "LayerNorm, and only norms without mean are handled."
+                )
+            hooks.append((wrapped.hook_name("attn_out", layer), keep(layer, norm)))
     compiler.run_queries(patch.query_ids, hooks)
-    by_head, by_demo, by_token = (torch.stack([layer[i] for layer in found]) for i in range(3))
-    if normed:
-        fixed = torch.stack([torch.where(out == 0, 0.0, (mid - pre) / out) for pre, out, mid in scales])
-        by_head, by_demo = by_head * fixed[:, :, None], by_demo * fixed[:, :, None]
-        by_token = torch.stack(
-            [
-                _along(layer[3], wrapped.w_o(i).detach().to(patch.u), patch.u[i] * fixed[i], patch.u[i])
-                for i, layer in enumerate(found)
-            ]
-        )
+    by_head, by_demo, by_token = [], [], []
+    for layer, (u, read_there) in enumerate(zip(patch.u, reads, strict=True)):
+        w_o = wrapped.w_o(layer).detach().to(u)
+        factor = factors.get(layer, torch.ones_like(u))
+        of_demos = torch.stack([read_there[:, :, span].sum(2) for span in _spans(patch.tokens)], dim=2)
+        by_head.append(torch.einsum("thd,hdm->thm", read_there.sum(2), w_o) * factor[:, None])
+        by_demo.append(torch.einsum("thjd,hdm->tjm", of_demos, w_o) * factor[:, None])
+        along = torch.einsum("thid,thd->thi", read_there, torch.einsum("hdm,tm->thd", w_o, u * factor))
+        by_token.append(along / u.square().sum(-1)[:, None, None])
     return ContextShares(
         model=wrapped.info,
         tokens=patch.tokens,
-        norm_scale_fixed=normed,
+        norm_scale_fixed=bool(factors),
         u=patch.u,
-        by_head=by_head,
-        by_demo=by_demo,
-        by_token=by_token,
+        by_head=torch.stack(by_head),
+        by_demo=torch.stack(by_demo),
+        by_token=torch.stack(by_token),
     )
 
 
@@ -180,32 +186,16 @@ def leave_one_out(model: Any, prompt: PromptLike, shares: ContextShares) -> Left
     return LeftOut(without_share=shares.u - shares.by_demo.permute(2, 0, 1, 3), masked=torch.stack(masked))
 
 
-def _shares(
-    call: AttentionCall,
-    demos: TokenSpan,
-    tokens: TokenizedPrompt,
-    w_o: Float[Tensor, "head d_head d_model"],
-    u: Float[Tensor, "pos d_model"],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """By head, by demonstration, by token along u; and what each head reads from each token, before W_O."""
-    without = call.attend(call.inside(demos))[0][0].to(u)  # dst head d_head
-    pattern = call.pattern[0][..., demos.slice].to(u)  # head dst demo_token
-    group = w_o.shape[0] // call.v.shape[2]
-    v = call.v[0, demos.slice].to(u).repeat_interleave(group, dim=1)  # demo_token head d_head
-    read = torch.einsum("hti,thid->thid", pattern, v.transpose(0, 1)[None] - without[:, :, None])
-    spans = [slice(d.start - demos.start, d.stop - demos.start) for d in tokens.demos]
-    of_demos = torch.stack([read[:, :, span].sum(2) for span in spans], dim=2)  # dst head demo d_head
-    by_head = torch.einsum("thd,hdm->thm", read.sum(2), w_o)
-    by_demo = torch.einsum("thjd,hdm->tjm", of_demos, w_o)
-    return by_head, by_demo, _along(read, w_o, u, u), read
+def _spans(tokens: TokenizedPrompt) -> list[slice]:
+    """Each demonstration's tokens, counted from the first demonstration's first."""
+    start = tokens.demonstrations.start
+    return [slice(demo.start - start, demo.stop - start) for demo in tokens.demos]
 
 
-def _along(
-    read: Float[Tensor, "pos head demo_token d_head"],
-    w_o: Float[Tensor, "head d_head d_model"],
-    direction: Float[Tensor, "pos d_model"],
-    u: Float[Tensor, "pos d_model"],
-) -> Float[Tensor, "pos head demo_token"]:
-    """``<read W_O, direction> / |u|^2``, without the vectors ``read W_O``."""
-    along = torch.einsum("thid,thd->thi", read, torch.einsum("hdm,tm->thd", w_o, direction))
-    return along / u.square().sum(-1)[:, None, None]
+def _read(call: AttentionCall, demos: TokenSpan, like: Tensor) -> Float[Tensor, "pos head demo_token d_head"]:
+    """``a_hi (v_hi - z_without,h)``: what each head reads from each token of the demonstrations."""
+    without = call.attend(call.inside(demos))[0][0].to(like)  # pos head d_head
+    pattern = call.pattern[0][..., demos.slice].to(like)  # head pos demo_token
+    group = call.q.shape[2] // call.v.shape[2]
+    v = call.v[0, demos.slice].to(like).repeat_interleave(group, dim=1)  # demo_token head d_head
+    return torch.einsum("hti,thid->thid", pattern, v.transpose(0, 1)[None] - without[:, :, None])

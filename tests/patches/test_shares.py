@@ -18,7 +18,20 @@ PROMPT = prompt(4)
 NORMED = {"bridge:gemma2", "bridge:gemma3", "bridge:olmo2"}
 UNREADABLE = {"hooked:window_softcap"}
 # Bridges whose softmax is in float32 whatever the dtype: the heads' outputs without D are rounded so.
-_SOFTMAX = "opt llama llama_mqa mistral qwen2 qwen3 stablelm phi bloom gemma mixtral falcon".split()
+_SOFTMAX = [
+    "opt",
+    "llama",
+    "llama_mqa",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "stablelm",
+    "phi",
+    "bloom",
+    "gemma",
+    "mixtral",
+    "falcon",
+]
 COARSE = FLOAT32_INSIDE | {f"bridge:{family}" for family in _SOFTMAX}
 
 
