@@ -24,3 +24,16 @@ from metaopt_lens.interventions._stages import Change as Change
 from metaopt_lens.interventions._stages import Memory as Memory
 from metaopt_lens.interventions._stages import StagedIntervention as StagedIntervention
 from metaopt_lens.interventions._stages import Visibility as Visibility
+
+__all__ = [
+    "AppliedMetaGradient",
+    "HeadEffects",
+    "ICLHeads",
+    "KnockOut",
+    "MetaGradient",
+    "MomentumAttention",
+    "Recovery",
+    "head_effects",
+    "intervene",
+    "meta_gradient",
+]
