@@ -51,13 +51,10 @@ def main() -> None:
     queries = [episode.query, *(sample_episode(rng, n_demos=0).query for _ in range(3))]
     prompts = [ml.ICLPrompt(episode.demos, query, candidates=episode.candidates) for query in queries]
     update = ml.finetune(model, prompts[0], lr=0.02)
-    few: dict[str, Any] = {"n_label_draws": 1, "label_flipped": False}
     tasks = {
         "decompose": lambda: ml.decompose(model, prompts[0]),
         "compare": lambda: ml.compare(model, prompts, update, progress=False),
-        "compare, labels shuffled once and not flipped": lambda: ml.compare(
-            model, prompts, update, progress=False, **few
-        ),
+        "compare, no further runs": lambda: ml.compare(model, prompts, update, controls="quick", progress=False),
     }
     for name, task in tasks.items():
         task()  # warm: nothing is loaded or checked for the first time below

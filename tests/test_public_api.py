@@ -40,6 +40,14 @@ def test_there_are_few_of_them() -> None:
         assert name in metaopt_lens.__all__
 
 
+def test_names_of_0_1_can_still_be_imported() -> None:
+    from metaopt_lens.decomposition import DecompositionSet
+    from metaopt_lens.prompts import Demo
+
+    assert (metaopt_lens.Demo, metaopt_lens.DecompositionSet) == (Demo, DecompositionSet)
+    assert metaopt_lens.HeadRef.parse("L3H7") == metaopt_lens.HeadRef(3, 7)
+
+
 def test_star_import_gives_exactly_the_public_names() -> None:
     names: dict[str, object] = {}
     exec("from metaopt_lens import *", names)
@@ -101,10 +109,11 @@ def public_functions(owner: str) -> Iterator[tuple[str, Callable[..., object]]]:
     for name in module.__all__:
         value = getattr(module, name)
         members = inspect.getmembers_static(value) if inspect.isclass(value) else [("", value)]
+        fields = getattr(value, "__dataclass_fields__", {})  # a field's default may be a function
         for method, member in members:
             function = member.__func__ if isinstance(member, classmethod | staticmethod) else member
             ours = inspect.isfunction(function) and function.__module__.startswith("metaopt_lens")
-            if ours and not method.startswith("_"):
+            if ours and not method.startswith("_") and method not in fields:
                 yield f"{name}.{method}".rstrip("."), function
 
 

@@ -14,3 +14,12 @@ from metaopt_lens.decomposition._lens_words import LensWords as LensWords
 from metaopt_lens.decomposition._lens_words import UpdateDirection as UpdateDirection
 from metaopt_lens.decomposition._lens_words import read_words as read_words
 from metaopt_lens.decomposition._logit_contributions import LogitContributions as LogitContributions
+
+__all__ = [
+    "Decomposition",
+    "DecompositionSet",
+    "Effects",
+    "LogitContributions",
+    "ResidualParts",
+    "decompose",
+]

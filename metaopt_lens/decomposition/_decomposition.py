@@ -202,11 +202,21 @@ class Decomposition(Stored):
     # ---- finer splits -------------------------------------------------------------------------------------------
 
     def per_demo(self, form: Form = "softmax") -> Float[Tensor, "*dst layer head demo d_head"]:
-        """The meta-gradient split over the demonstrations (each with its separator); sums to `meta_gradient`."""
+        """The meta-gradient split over the demonstrations (each with its separator); sums to `meta_gradient`.
+
+        Args:
+            form: ``"softmax"`` for the exact split, ``"linear"`` for the relaxed one.
+        """
         return self._per_demo(lambda span: part_of(self.runs.icl, _weights(form), span))
 
     def per_token(self, layer: int, head: int, form: Form = "softmax") -> Float[Tensor, "*dst src d_head"]:
-        """One head's output split over all source tokens; sums to `meta_gradient` over D, to `zero_shot` elsewhere."""
+        """One head's output split over all source tokens; sums to `meta_gradient` over D, to `zero_shot` elsewhere.
+
+        Args:
+            layer: counted from 0.
+            head: counted from 0.
+            form: ``"softmax"`` for the exact split, ``"linear"`` for the relaxed one.
+        """
         self._check_head(layer, head)
         weights = _weights(form)(self.runs.icl, layer)[head]
         parts = weights[..., None] * self.runs.icl.v_of(layer)[:, self._kv(head)].to(weights)
@@ -216,6 +226,11 @@ class Decomposition(Stored):
         """Signed share of every token in the head's meta-gradient: its part projected on the whole, sums to 1 over D.
 
         0 outside D, and everywhere if the meta-gradient vanishes.
+
+        Args:
+            layer: counted from 0.
+            head: counted from 0.
+            form: ``"softmax"`` for the exact split, ``"linear"`` for the relaxed one.
         """
         parts = self.per_token(layer, head, form)
         inside = self.runs.icl.in_demos
@@ -240,7 +255,13 @@ class Decomposition(Stored):
         )
 
     def residual_per_token(self, layer: int, head: int, form: Form = "softmax") -> Float[Tensor, "*dst src d_model"]:
-        """`per_token` through W_O."""
+        """`per_token` through W_O.
+
+        Args:
+            layer: counted from 0.
+            head: counted from 0.
+            form: ``"softmax"`` for the exact split, ``"linear"`` for the relaxed one.
+        """
         parts = self.per_token(layer, head, form)
         w_o = self.required_source("the parts in the residual stream").w_o(layer)[head]
         return parts @ (w_o if parts.requires_grad else w_o.detach()).to(parts)
@@ -361,7 +382,13 @@ class Decomposition(Stored):
     # ---- the matrices -------------------------------------------------------------------------------------------
 
     def w_zsl(self, layer: int, head: int, *, position: int | None = None) -> FactoredMatrix:
-        """``W_ZSL = sum_{i in Z} v_i (x) k_i`` over the visible tokens of Z, factored; ``.AB @ q``."""
+        """``W_ZSL = sum_{i in Z} v_i (x) k_i`` over the visible tokens of Z, factored; ``.AB @ q``.
+
+        Args:
+            layer: counted from 0.
+            head: counted from 0.
+            position: which position of a result of several; None where there is one.
+        """
         self._check_head(layer, head)
         return w_zsl(self.runs.icl, layer, dst=self._dst(position))[self._kv(head)]
 
@@ -370,6 +397,11 @@ class Decomposition(Stored):
 
         Rank at most ``min(d_head, demonstration tokens)``. In a layer whose sliding window hides part of D
         (`demos_fully_visible`) it depends on the position.
+
+        Args:
+            layer: counted from 0.
+            head: counted from 0.
+            position: which position of a result of several; None where there is one.
         """
         self._check_head(layer, head)
         return delta_w_icl(self.runs.icl, layer, dst=self._dst(position))[self._kv(head)]
@@ -423,6 +455,9 @@ class Decomposition(Stored):
     def with_model(self, model: Any) -> Decomposition:
         """The same result with a model to take W_O from, after `load`.
 
+        Args:
+            model: `HookedTransformer`, `TransformerBridge` or a wrapped model.
+
         Raises:
             ModelMismatchError: the model has other sizes or another parametrisation.
         """
@@ -435,21 +470,37 @@ class Decomposition(Stored):
         return decomposition_frame(self)
 
     def plot(self, value: str = "mass") -> Any:
-        """A plotly layer x head map of a column of `to_frame` (mass, norms, fidelity, ...)."""
+        """A plotly layer x head map of a column of `to_frame` (mass, norms, fidelity, ...).
+
+        Args:
+            value: the column.
+        """
         return draw(self, "plot", value)
 
     def attention_view(self, heads: Sequence[str | HeadRef | tuple[int, int]] | None = None) -> Any:
-        """circuitsvis: attention of chosen heads over the tokens, demonstrations marked (default: the strongest)."""
+        """circuitsvis: attention of chosen heads over the tokens, demonstrations marked (default: the strongest).
+
+        Args:
+            heads: heads such as ``"L3H7"`` or ``(3, 7)``; None for the first four of `heads()`.
+        """
         return draw(self, "attention_view", heads)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write ``path.safetensors`` and ``path.json``, with `strength` where it is known; returns the latter."""
+        """Write ``path.safetensors`` and ``path.json``, with `strength` where it is known; returns the latter.
+
+        Args:
+            path: of either file, or without the ending.
+        """
         known = self if self.source is None else dataclasses.replace(self, stored_strength=self.strength)
         return Stored.save(known, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, model: Any | None = None) -> Decomposition:
         """Read what `save` wrote.
+
+        Args:
+            path: of either file, or without the ending.
+            model: see `with_model`; None for a result without W_O.
 
         Raises:
             FileFormatError: a file is missing, damaged, or holds something else.
@@ -519,6 +570,9 @@ class Decomposition(Stored):
 
     def required_source(self, what: str) -> LensModel:
         """The model, for `what` that needs it.
+
+        Args:
+            what: what errors call that which needs the model.
 
         Raises:
             ModelMismatchError: the result was loaded from a file.

@@ -88,7 +88,11 @@ class DecompositionSet(Sequence[Decomposition]):
         )
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write one pair of files per decomposition and an ``index.json``; returns the latter."""
+        """Write one pair of files per decomposition and an ``index.json``; returns the latter.
+
+        Args:
+            folder: where the files are written.
+        """
         base = Path(folder)
         names = [f"{index:05d}" for index in range(len(self.items))]
         for name, item in zip(names, self.items, strict=True):
@@ -98,6 +102,10 @@ class DecompositionSet(Sequence[Decomposition]):
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, model: Any | None = None) -> DecompositionSet:
         """Read what `save` wrote.
+
+        Args:
+            folder: what `save` wrote to.
+            model: see `Decomposition.with_model`.
 
         Raises:
             FileFormatError: a file is missing, damaged, or holds something else.

@@ -86,7 +86,9 @@ def target_directions(model: LensModel, run: Run, targets: Sequence[Target]) -> 
     """Directions of the targets at a run's destinations.
 
     Args:
-        model: a wrapped model. run: recorded with ``Keep(stream=True)``. targets: one per destination.
+        model: a wrapped model.
+        run: recorded with ``Keep(stream=True)``.
+        targets: one per destination.
     """
     head, end = model.head, kept_stream(run).end
     end = end.to(torch.promote_types(end.dtype, torch.float32))
@@ -191,7 +193,8 @@ def at_one_destination(run: Run, dst: int) -> Run:
     """The run at one of its destinations.
 
     Args:
-        run: any run. dst: index of the destination.
+        run: any run.
+        dst: index of the destination.
     """
     at = slice(dst, dst + 1)
     stream = kept_stream(run)

@@ -26,12 +26,14 @@ class LogitContributions:
     predicted.
 
     Attributes:
-        answer: the answer's tokens as text. versus: at each step the rivals, whose mean logit is subtracted.
+        answer: the answer's tokens as text.
+        versus: at each step the rivals, whose mean logit is subtracted.
         logit: the model's own logit, or difference of logits, before the soft-cap if there is one.
         embedding: of the residual stream before the first block.
-        zero_shot, meta_gradient: of either part of every head. momentum: of the moving average, under momentum
-            attention.
-        attention_bias: of b_O and of the bias of a norm after attention. mlp: of every MLP.
+        zero_shot, meta_gradient: of either part of every head.
+        momentum: of the moving average, under momentum attention.
+        attention_bias: of b_O and of the bias of a norm after attention.
+        mlp: of every MLP.
         bias: of the final norm and the unembedding.
         per_demo: the meta-gradient's contribution split over the demonstrations.
         per_token: over all source tokens; sums to the meta-gradient's over D, to the zero-shot part's elsewhere.

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from metaopt_lens.dual import ScoreRule
+from metaopt_lens.models._experts import ExpertsSite
 from metaopt_lens.models._fixed_norm import FixedNorm
 from metaopt_lens.models._hooks import Hook
 from metaopt_lens.models._info import ModelInfo
@@ -56,8 +57,8 @@ class Block(Protocol):
         """The norm between the attention output and the residual stream; None where there is none."""
         ...
 
-    def mlp(self) -> MlpSite | str:
-        """The MLP, or why there is none to look at."""
+    def mlp(self) -> MlpSite | ExpertsSite | str | None:
+        """The MLP, or why it cannot be looked at; None where there is none."""
         ...
 
     def has_bias(self, projection: str) -> bool:

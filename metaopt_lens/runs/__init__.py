@@ -36,11 +36,15 @@ from metaopt_lens.runs._predict import candidate_labels as candidate_labels
 from metaopt_lens.runs._predict import label_log_probs as label_log_probs
 from metaopt_lens.runs._predict import predict_labels as predict_labels
 from metaopt_lens.runs._predict import small_mass_note as small_mass_note
+from metaopt_lens.runs._prompt_run import CHANGED as CHANGED
 from metaopt_lens.runs._prompt_run import SETTINGS as SETTINGS
 from metaopt_lens.runs._prompt_run import Run as Run
 from metaopt_lens.runs._prompt_run import Runs as Runs
 from metaopt_lens.runs._prompt_run import Setting as Setting
 from metaopt_lens.runs._prompt_run import Stream as Stream
+from metaopt_lens.runs._recording import Recorder as Recorder
+from metaopt_lens.runs._recording import prepare as prepare
+from metaopt_lens.runs._recording import queries_together as queries_together
 from metaopt_lens.runs._recording import record as record
 from metaopt_lens.runs._recording import record_batches as record_batches
 from metaopt_lens.runs._runs_file import StoredRuns as StoredRuns

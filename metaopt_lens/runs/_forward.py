@@ -23,8 +23,10 @@ class Keep:
     """What a run keeps beyond its attention.
 
     Attributes:
-        residual: residual stream before every block and after the last. attention_input: what the projections read.
-        raw_q: queries before rotary and QK-norm. stream: the residual stream's ends and what the MLPs write.
+        residual: residual stream before every block and after the last.
+        attention_input: what the projections read.
+        raw_q: queries before rotary and QK-norm.
+        stream: the residual stream's ends and what the MLPs write.
         logits: token ids whose logits at the destinations are wanted, with the log-normaliser.
     """
 
@@ -57,7 +59,9 @@ def run_shared_prefix(model: LensModel, ids: Sequence[int], *, grad: bool = Fals
     """Run tokens that many prompts begin with, once; None if there are none.
 
     Args:
-        model: a wrapped model. ids: token ids of S, or of S and D. grad: keep the graph.
+        model: a wrapped model.
+        ids: token ids of S, or of S and D.
+        grad: keep the graph.
 
     Raises:
         NonFiniteError: keys or values are NaN or infinite; names the first such layer.

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from metaopt_lens import load_tiny
-from metaopt_lens.analysis import Comparison, Finding, Statistic, findings, headline
+from metaopt_lens.analysis import Comparison, Finding, Measured, findings, headline
 from metaopt_lens.models import ModelInfo, wrap
 
 PER_SET = 4
@@ -43,8 +43,8 @@ def planted(
 
     named = {"other query": 0.0, **(nulls or {})}
     statistics = (
-        Statistic("z total", "", "head", "query", around(value), {k: around(v) for k, v in named.items()}),
-        Statistic("SimAOU", "", "layer", "query", around(0.4), {"analytic": around(0.3)}),
+        Measured("z total", "", "head", "query", around(value), {k: around(v) for k, v in named.items()}),
+        Measured("SimAOU", "", "layer", "query", around(0.4), {"analytic": around(0.3)}),
     )
     right = torch.ones(n, dtype=torch.int64)
     return Comparison(
