@@ -359,8 +359,15 @@ class Decomposition(Stored):
         keys lie along them most.
 
         Args:
-            layer, head: which. k: how many directions. top: how many words and tokens.
+            layer: counted from 0.
+            head: counted from 0.
+            k: how many directions.
+            top: how many words and tokens.
             maps: see `lens`.
+
+        Raises:
+            HeadError: a head that the model does not have.
+            ModelMismatchError: the result was loaded from a file; give it its model with `with_model` first.
         """
         model = self.required_source("words")
         self._check_head(layer, head)
