@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from metaopt_lens.models import load_model as load_model
     from metaopt_lens.models import wrap as wrap
     from metaopt_lens.models.tiny import load_tiny as load_tiny
+    from metaopt_lens.prompts import ContextPrompt as ContextPrompt
     from metaopt_lens.prompts import Demo as Demo
     from metaopt_lens.prompts import ICLPrompt as ICLPrompt
     from metaopt_lens.prompts import Template as Template
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Comparison": "analysis",
+    "ContextPrompt": "prompts",
     "Decomposition": "decomposition",
     "DecompositionSet": "decomposition",
     "Demo": "prompts",

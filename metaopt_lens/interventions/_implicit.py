@@ -13,7 +13,7 @@ from torch import Tensor
 from metaopt_lens._errors import HeadError, OptionError, UnsupportedModelError
 from metaopt_lens.dual import implicit_weight_update
 from metaopt_lens.models import Hook, LensModel, MlpSite, ModelInfo, wrap
-from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt
+from metaopt_lens.prompts import PromptLike, TokenizedPrompt, as_prompt
 from metaopt_lens.runs import tokenize_for
 
 if TYPE_CHECKING:
@@ -140,12 +140,12 @@ class _BlockPass:
     after: Tensor
 
 
-def implicit_update(model: Any, prompt: ICLPrompt | str, *, prepend_bos: bool | None = None) -> ImplicitUpdate:
+def implicit_update(model: Any, prompt: PromptLike, *, prepend_bos: bool | None = None) -> ImplicitUpdate:
     """The rank-one MLP updates that the demonstrations are equal to, at the query's last token, block by block.
 
     Args:
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model with pre-norm blocks and plain or gated MLPs.
-        prompt: an `ICLPrompt`, or text read by `ICLPrompt.from_string`.
+        prompt: one, in the forms `decompose` takes.
         prepend_bos: put BOS first; None for the model's default.
 
     Raises:
@@ -154,8 +154,7 @@ def implicit_update(model: Any, prompt: ICLPrompt | str, *, prepend_bos: bool | 
     """
     wrapped = wrap(model)
     sites = [_sequential_mlp(wrapped, layer) for layer in range(wrapped.info.n_layers)]
-    parsed = ICLPrompt.from_string(prompt) if isinstance(prompt, str) else prompt
-    tokens = tokenize_for(wrapped, parsed, prepend_bos=prepend_bos, require_demos=True)
+    tokens = tokenize_for(wrapped, as_prompt(prompt), prepend_bos=prepend_bos, require_demos=True)
     in_context = _run(wrapped, sites, tokens.ids)
     zero_shot = _run(wrapped, sites, tokens.zero_shot().ids)
     lefts: dict[str, list[Tensor]] = {name: [] for name in sites[0].matrices}
