@@ -1,7 +1,7 @@
 """The only code that knows which TransformerLens class it holds."""
 
 from metaopt_lens.models._attention_call import AttentionCall as AttentionCall
-from metaopt_lens.models._gguf_conversion import CacheRebuiltWarning as CacheRebuiltWarning
+from metaopt_lens.models._gguf_cache import CacheRebuiltWarning as CacheRebuiltWarning
 from metaopt_lens.models._hooks import Hook as Hook
 from metaopt_lens.models._hooks import Late as Late
 from metaopt_lens.models._hooks import functions_at as functions_at
