@@ -17,7 +17,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "metaopt_lens"
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
-FIRST = ("theory.md", "results.md", "momentum.md")
+FIRST = ("models.md", "theory.md", "results.md", "momentum.md")
 ORDER = (
     "prompts",
     "tasks",
@@ -39,7 +39,7 @@ SECTIONS = {
     "Models": ("models", "models.tiny"),
     "Decompose": ("decomposition", "_types"),
     "Finetune": ("finetuning",),
-    "Intervene": ("interventions",),
+    "Intervene": ("interventions", "patches"),
     "Compare": ("analysis",),
     "Experiments": ("experiments",),
     "Errors": ("_errors",),
@@ -156,36 +156,27 @@ def _notebook(path: Path) -> tuple[str, dict[str, bytes]]:
 
 
 def _public_names(module: str) -> list[str]:
-    """What a package lists in ``__all__``, in the order of its imports; nothing where it is for this package alone."""
+    """What a package lists in ``__all__`` (or loads lazily from ``_HOME``), in the order of its imports."""
     tree = ast.parse((PACKAGE / module.replace(".", "/") / "__init__.py").read_text(encoding="utf-8"))
-    lists = [
-        node.value for node in tree.body if isinstance(node, ast.Assign) and "__all__" in map(ast.unparse, node.targets)
-    ]
-    if not lists:
+    values = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    if "__all__" not in values:  # for this package alone
         return []
-    imported = [node.asname for found in ast.walk(tree) if isinstance(found, ast.ImportFrom) for node in found.names]
-    literal = {item.value for item in getattr(lists[0], "elts", []) if isinstance(item, ast.Constant)}
-    return [name for name in imported if name and (name in literal or not literal)]  # a lazy package lists all
+    listed = ast.literal_eval(values.get("_HOME", values["__all__"]))
+    imports = [found for found in ast.walk(tree) if isinstance(found, ast.ImportFrom)]
+    return [alias.name for found in imports for alias in found.names if alias.name in listed]
 
 
 def _front() -> str:
     """The page of the names that `metaopt_lens` itself has, by what they are about."""
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
-    home = {
-        alias.name: (node.module or "").removeprefix("metaopt_lens").removeprefix(".")
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-        if alias.asname
-    }
+    (home,) = [ast.literal_eval(node.value) for node in tree.body if ast.unparse(node).startswith("_HOME = ")]
+    if strange := set(home.values()) - {room for rooms in SECTIONS.values() for room in rooms}:
+        raise ValueError(f"SECTIONS of docs/_hooks.py has no place for the public names of {strange}")
     parts = ["# metaopt_lens", "```python\nimport metaopt_lens as ml\n```"]
     for title, rooms in SECTIONS.items():
-        parts.append(f"## {title}")
-        parts += [
-            f"::: metaopt_lens.{name}\n    options: {{ heading_level: 3 }}"
-            for name in _public_names("")
-            if home[name] in rooms
-        ]
+        names = [name for name in _public_names("") if home[name] in rooms]
+        parts += [f"## {title}"] * bool(names)
+        parts += [f"::: metaopt_lens.{name}\n    options: {{ heading_level: 3 }}" for name in names]
     return "\n\n".join(parts) + "\n"
 
 

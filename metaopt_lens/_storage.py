@@ -1,4 +1,4 @@
-"""Atomic files, and results stored as safetensors with a JSON file beside them.
+"""Atomic files, and results stored as a safetensors and a JSON file.
 
 A result saved as ``x`` is two files: ``x.safetensors`` (the tensors) and ``x.json`` (everything else, with the
 SHA-256 of the tensor file). The JSON is written last, so a killed save leaves no pair that looks complete.
@@ -42,7 +42,7 @@ def _versions() -> dict[str, str]:
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path beside `path`, and rename it to `path` only if the block succeeds."""
+    """Give a temporary path in the folder of `path`, and rename it to `path` only if the block succeeds."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)

@@ -38,7 +38,11 @@ class HeadRef:
 
     @classmethod
     def parse(cls, text: str) -> HeadRef:
-        """Read ``"L3H7"``; raises `HeadError` for anything else."""
+        """Read ``"L3H7"``; raises `HeadError` for anything else.
+
+        Args:
+            text: layer and head, as in ``"L3H7"``.
+        """
         match = _HEAD.fullmatch(text.strip())
         if match is None:
             raise HeadError(f"cannot read {text!r} as a head: write layer and head as in 'L3H7'.")
@@ -46,7 +50,11 @@ class HeadRef:
 
     @classmethod
     def of(cls, head: str | HeadRef | Sequence[int]) -> HeadRef:
-        """A head in any of its forms: itself, ``"L3H7"`` or ``(3, 7)``; raises `HeadError` for anything else."""
+        """A head in any of its forms: itself, ``"L3H7"`` or ``(3, 7)``; raises `HeadError` for anything else.
+
+        Args:
+            head: the head in one of its forms.
+        """
         match head:
             case HeadRef():
                 return head
@@ -58,7 +66,12 @@ class HeadRef:
                 raise HeadError(f"cannot read {head!r} as a head: write 'L3H7' or (3, 7), layer and head.")
 
     def check(self, n_layers: int, n_heads: int) -> HeadRef:
-        """Return self, or raise `HeadError` naming the valid ranges."""
+        """Return self, or raise `HeadError` naming the valid ranges.
+
+        Args:
+            n_layers: layers of the model.
+            n_heads: heads of each layer.
+        """
         if not (0 <= self.layer < n_layers and 0 <= self.head < n_heads):
             raise HeadError(
                 f"there is no head {self}: the model has layers 0 to {n_layers - 1} with heads 0 to {n_heads - 1}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import pkgutil
@@ -37,6 +38,14 @@ def test_there_are_few_of_them() -> None:
     assert len(metaopt_lens.__all__) <= 24
     for name in ("decompose", "wrap", "ICLPrompt", "Template", "load_model", "load_tiny", "MetaoptLensError"):
         assert name in metaopt_lens.__all__
+
+
+def test_names_of_0_1_can_still_be_imported() -> None:
+    from metaopt_lens.decomposition import DecompositionSet
+    from metaopt_lens.prompts import Demo
+
+    assert (metaopt_lens.Demo, metaopt_lens.DecompositionSet) == (Demo, DecompositionSet)
+    assert metaopt_lens.HeadRef.parse("L3H7") == metaopt_lens.HeadRef(3, 7)
 
 
 def test_star_import_gives_exactly_the_public_names() -> None:
@@ -100,10 +109,11 @@ def public_functions(owner: str) -> Iterator[tuple[str, Callable[..., object]]]:
     for name in module.__all__:
         value = getattr(module, name)
         members = inspect.getmembers_static(value) if inspect.isclass(value) else [("", value)]
+        fields = getattr(value, "__dataclass_fields__", {})  # a field's default may be a function
         for method, member in members:
             function = member.__func__ if isinstance(member, classmethod | staticmethod) else member
             ours = inspect.isfunction(function) and function.__module__.startswith("metaopt_lens")
-            if ours and not method.startswith("_"):
+            if ours and not method.startswith("_") and method not in fields:
                 yield f"{name}.{method}".rstrip("."), function
 
 
@@ -131,6 +141,16 @@ def test_an_undescribed_parameter_would_be_found() -> None:
     assert described(text) == {"model"}
     assert described("Only a sentence.") == set()
     assert any(name == "View.save" for name, _ in public_functions("metaopt_lens.viz"))
+
+
+@pytest.mark.parametrize("owner", documented_rooms())
+def test_no_attribute_is_described_within_anothers_entry(owner: str) -> None:
+    """``x: this; y: that`` on one line is the entry of x alone, on the documentation's pages too."""
+    module = importlib.import_module(owner)
+    classes = [value for name in module.__all__ if dataclasses.is_dataclass(value := getattr(module, name))]
+    for kind in classes:
+        names = "|".join(field.name for field in dataclasses.fields(kind))
+        assert not re.findall(rf"[.;] ({names}): ", kind.__doc__ or ""), kind
 
 
 @pytest.mark.parametrize("owner", documented_rooms())

@@ -1,11 +1,14 @@
 """Similarity, recall, rank statistics, nulls and confidence intervals: pure functions of tensors."""
 
+from metaopt_lens.analysis._answers import Answers as Answers
+from metaopt_lens.analysis._answers import join_answers as join_answers
 from metaopt_lens.analysis._compare import compare as compare
-from metaopt_lens.analysis._comparison import FLIPPED_LABELS as FLIPPED_LABELS
-from metaopt_lens.analysis._comparison import OTHER_QUERY as OTHER_QUERY
-from metaopt_lens.analysis._comparison import SHUFFLED_LABELS as SHUFFLED_LABELS
+from metaopt_lens.analysis._compare_options import Controls as Controls
+from metaopt_lens.analysis._compare_options import Finetuning as Finetuning
+from metaopt_lens.analysis._compare_options import Measures as Measures
 from metaopt_lens.analysis._comparison import Comparison as Comparison
-from metaopt_lens.analysis._comparison import Statistic as Statistic
+from metaopt_lens.analysis._context import Context as Context
+from metaopt_lens.analysis._contribution_intervals import contribution_intervals as contribution_intervals
 from metaopt_lens.analysis._controls import flip_labels as flip_labels
 from metaopt_lens.analysis._controls import randomized_copy as randomized_copy
 from metaopt_lens.analysis._controls import shuffle_labels as shuffle_labels
@@ -14,6 +17,7 @@ from metaopt_lens.analysis._convention import Convention as Convention
 from metaopt_lens.analysis._interval import Interval as Interval
 from metaopt_lens.analysis._interval import mean_interval as mean_interval
 from metaopt_lens.analysis._interval import scope as scope
+from metaopt_lens.analysis._joining import join_measured as join_measured
 from metaopt_lens.analysis._matrices import Factors as Factors
 from metaopt_lens.analysis._matrices import PrincipalAngles as PrincipalAngles
 from metaopt_lens.analysis._matrices import effective_rank as effective_rank
@@ -22,35 +26,91 @@ from metaopt_lens.analysis._matrices import principal_angles as principal_angles
 from metaopt_lens.analysis._matrices import random_factors as random_factors
 from metaopt_lens.analysis._matrices import random_subspace_angles as random_subspace_angles
 from metaopt_lens.analysis._matrices import singular_values as singular_values
+from metaopt_lens.analysis._measured import Measured as Measured
 from metaopt_lens.analysis._multiple import adjust_p_values as adjust_p_values
+from metaopt_lens.analysis._null_names import ANALYTIC as ANALYTIC
+from metaopt_lens.analysis._null_names import FLIPPED_LABELS as FLIPPED_LABELS
+from metaopt_lens.analysis._null_names import NULLS as NULLS
+from metaopt_lens.analysis._null_names import OTHER_QUERY as OTHER_QUERY
+from metaopt_lens.analysis._null_names import SHUFFLED_LABELS as SHUFFLED_LABELS
+from metaopt_lens.analysis._null_names import UNRELATED_TEXT as UNRELATED_TEXT
+from metaopt_lens.analysis._null_names import null_of as null_of
 from metaopt_lens.analysis._nulls import NullDraws as NullDraws
 from metaopt_lens.analysis._nulls import derangement as derangement
 from metaopt_lens.analysis._nulls import other_query_null as other_query_null
 from metaopt_lens.analysis._nulls import random_like as random_like
 from metaopt_lens.analysis._nulls import random_null as random_null
+from metaopt_lens.analysis._query_statistic import QueryStatistic as QueryStatistic
 from metaopt_lens.analysis._rank import kendall_tau as kendall_tau
 from metaopt_lens.analysis._recall import Rec2FTP as Rec2FTP
 from metaopt_lens.analysis._recall import TopKRecall as TopKRecall
 from metaopt_lens.analysis._recall import exact_interval as exact_interval
 from metaopt_lens.analysis._recall import rec2ftp as rec2ftp
 from metaopt_lens.analysis._recall import topk_recall as topk_recall
-from metaopt_lens.analysis._record import SetRecord as SetRecord
-from metaopt_lens.analysis._record import record_set as record_set
-from metaopt_lens.analysis._set_statistics import demonstration_queries as demonstration_queries
-from metaopt_lens.analysis._set_statistics import usable_factors as usable_factors
 from metaopt_lens.analysis._similarity import SimAM as SimAM
 from metaopt_lens.analysis._similarity import SimAOU as SimAOU
+from metaopt_lens.analysis._similarity import am_maps as am_maps
+from metaopt_lens.analysis._similarity import aou_updates as aou_updates
 from metaopt_lens.analysis._similarity import cosine as cosine
 from metaopt_lens.analysis._similarity import difference as difference
 from metaopt_lens.analysis._similarity import sim_am as sim_am
 from metaopt_lens.analysis._similarity import sim_aou as sim_aou
 from metaopt_lens.analysis._similarity import sim_aou_null as sim_aou_null
 from metaopt_lens.analysis._similarity import unit as unit
-from metaopt_lens.analysis._statistic import QueryStatistic as QueryStatistic
+from metaopt_lens.analysis._statistic import Statistic as Statistic
+from metaopt_lens.analysis._statistics import STATISTICS as STATISTICS
+from metaopt_lens.analysis._statistics import statistic as statistic
 from metaopt_lens.analysis._training_attention import TrainingAttention as TrainingAttention
 from metaopt_lens.analysis._training_attention import context_columns as context_columns
+from metaopt_lens.analysis._training_attention import demonstration_queries as demonstration_queries
 from metaopt_lens.analysis._training_attention import finetuning_scores as finetuning_scores
 from metaopt_lens.analysis._training_attention import training_attention as training_attention
+from metaopt_lens.analysis._training_attention import usable_factors as usable_factors
 from metaopt_lens.analysis._verdict import Finding as Finding
 from metaopt_lens.analysis._verdict import findings as findings
 from metaopt_lens.analysis._verdict import headline as headline
+
+__all__ = [
+    "FLIPPED_LABELS",
+    "NULLS",
+    "OTHER_QUERY",
+    "SHUFFLED_LABELS",
+    "STATISTICS",
+    "UNRELATED_TEXT",
+    "Comparison",
+    "Controls",
+    "Convention",
+    "Factors",
+    "Finding",
+    "Finetuning",
+    "Interval",
+    "Measures",
+    "PrincipalAngles",
+    "QueryStatistic",
+    "Rec2FTP",
+    "SimAM",
+    "SimAOU",
+    "Statistic",
+    "TopKRecall",
+    "adjust_p_values",
+    "compare",
+    "cosine",
+    "difference",
+    "effective_rank",
+    "exact_interval",
+    "findings",
+    "flip_labels",
+    "frobenius_cosine",
+    "headline",
+    "kendall_tau",
+    "mean_interval",
+    "principal_angles",
+    "randomized_copy",
+    "rec2ftp",
+    "shuffle_labels",
+    "sim_am",
+    "sim_aou",
+    "sim_aou_null",
+    "topk_recall",
+    "unrelated_update",
+]

@@ -71,6 +71,12 @@ def unrelated_update(model: Any, texts: Sequence[str], *, like: WeightUpdate, pr
 
     The same settings as `like` are used, and texts are repeated or cut to its number of steps.
 
+    Args:
+        model: `HookedTransformer`, `TransformerBridge` or a wrapped model. It is not modified.
+        texts: plain texts.
+        like: the update whose settings, steps and norm are matched.
+        progress: show a progress bar (on a terminal).
+
     Raises:
         OptionError: `like` does not say how it was made, or the update on `texts` is zero.
     """
@@ -109,6 +115,11 @@ def randomized_copy(model: Any, *, seed: int, keep_embeddings: bool = False) -> 
 
     Norms and biases (one-dimensional parameters) are permuted too; with `keep_embeddings`, token and position
     embeddings and the unembedding stay as they are. Costs the model's memory once more.
+
+    Args:
+        model: `HookedTransformer`, `TransformerBridge` or a wrapped model. It is not modified.
+        seed: of the permutations.
+        keep_embeddings: leave embeddings and unembedding as they are.
     """
     # Some hosts keep tensors of their last pass; with its graph they could not be copied.
     kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]

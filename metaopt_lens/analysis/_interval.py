@@ -17,7 +17,7 @@ from torch import Tensor
 
 from metaopt_lens._errors import OptionError
 from metaopt_lens.analysis._checks import check_positive
-from metaopt_lens.analysis._statistic import QueryStatistic
+from metaopt_lens.analysis._query_statistic import QueryStatistic
 
 CONDITIONAL = "conditional on these demonstrations"
 MIN_SETS_TO_DECIDE = 2  # yes or no
@@ -59,7 +59,11 @@ class Interval:
 
 
 def scope(n_sets: int) -> str:
-    """What intervals over so many demonstration sets speak about."""
+    """What intervals over so many demonstration sets speak about.
+
+    Args:
+        n_sets: demonstration sets.
+    """
     return CONDITIONAL if n_sets < MIN_SETS_TO_DECIDE else f"over {n_sets} demonstration sets"
 
 

@@ -6,14 +6,14 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from metaopt_lens._errors import OptionError, UndefinedMetricError
 from metaopt_lens.analysis._checks import Seed, as_generator, check_finite, check_positive
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Factors:
     """Matrices ``left @ right`` (a TransformerLens ``FactoredMatrix`` gives ``Factors(m.A, m.B)``).
 
@@ -37,7 +37,7 @@ class Factors:
         return self.left.shape[-2], self.right.shape[-1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PrincipalAngles:
     """Angles in radians, ascending, between the leading singular subspaces of two matrices.
 
@@ -64,8 +64,88 @@ class PrincipalAngles:
         return k / self.d_left, k / self.d_right
 
 
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """Singular value decomposition ``left @ diag(values) @ right.mT``, thin, in float64.
+
+    Attributes:
+        left, right: singular vectors in columns.
+        values: descending.
+        rank: how many values are larger than rounding.
+    """
+
+    left: Float[Tensor, "*item d_model vector"]
+    values: Float[Tensor, "*item rank"]
+    right: Float[Tensor, "*item d_head vector"]
+    rank: Int[Tensor, "*item"]
+
+    @property
+    def effective_rank(self) -> Float[Tensor, "*item"]:
+        """Exponential of the entropy of the singular values divided by their sum; NaN where the matrix is zero."""
+        share = self.values / self.values.sum(-1, keepdim=True)
+        found: Tensor = torch.special.entr(share).sum(-1).exp()
+        return found
+
+    @property
+    def norm(self) -> Float[Tensor, "*item"]:
+        """Frobenius norm."""
+        found: Tensor = self.values.norm(dim=-1)
+        return found
+
+    def cosine_with(self, other: Factors, *, norm: Float[Tensor, "*other"]) -> Float[Tensor, ...]:
+        """Frobenius cosine with another matrix; NaN where one is zero.
+
+        Args:
+            other: as factors, along axes that broadcast.
+            norm: its Frobenius norm.
+        """
+        inner = _inner(Factors(self.left * self.values[..., None, :], self.right.mT), other)
+        return inner / (self.norm * norm)
+
+    def leading(self, k: int) -> Spectrum:
+        """The same with the first k singular vectors only; all values stay.
+
+        Args:
+            k: how many.
+        """
+        # Copies, so that the other vectors' memory is freed.
+        return Spectrum(self.left[..., :k].clone(), self.values, self.right[..., :k].clone(), self.rank)
+
+
+def spectrum(matrix: Factors) -> Spectrum:
+    """Singular values and vectors of every product, through two QR factorisations of its factors.
+
+    Args:
+        matrix: one matrix, or many along leading axes.
+    """
+    left, values, right = _svd(matrix)
+    large = values > _threshold(matrix, values) if values.numel() else torch.zeros_like(values, dtype=torch.bool)
+    return Spectrum(left, values, right, large.sum(-1))
+
+
+def overlap(first: Spectrum, second: Spectrum, *, k: int) -> tuple[Float[Tensor, ...], Float[Tensor, ...]]:
+    """Mean squared cosine of the principal angles of the k leading singular subspaces, left and right.
+
+    The squared cosines are those of the singular values of ``A.mT @ B``, so their sum is its squared Frobenius norm.
+
+    Args:
+        first: of one matrix, or many.
+        second: of as many others, along axes that broadcast.
+        k: dimension of the subspaces; NaN where a rank is below it.
+    """
+    enough = (first.rank >= k) & (second.rank >= k)
+    sides = ((first.left, second.left), (first.right, second.right))
+    left, right = ((a[..., :k].mT @ b[..., :k]).square().sum((-2, -1)) / k for a, b in sides)
+    return torch.where(enough, left, torch.nan), torch.where(enough, right, torch.nan)
+
+
 def frobenius_cosine(first: Factors, second: Factors) -> Float[Tensor, ...]:
-    """Cosine of two matrices in the Frobenius inner product, in float64; NaN where a matrix is zero."""
+    """Cosine of two matrices in the Frobenius inner product, in float64; NaN where a matrix is zero.
+
+    Args:
+        first: matrices in factors.
+        second: as many others.
+    """
     _check_comparable(first, second)
     # reducing each matrix to its singular values first would be exact for a norm, but costs far more
     norms = (_inner(first, first).clamp_min(0) * _inner(second, second).clamp_min(0)).sqrt()
@@ -73,7 +153,11 @@ def frobenius_cosine(first: Factors, second: Factors) -> Float[Tensor, ...]:
 
 
 def singular_values(matrix: Factors) -> Float[Tensor, "*item rank"]:
-    """Singular values, descending, in float64; as many as the factors allow to be non-zero."""
+    """Singular values, descending, in float64; as many as the factors allow to be non-zero.
+
+    Args:
+        matrix: in factors.
+    """
     return _svd(matrix)[1]
 
 
@@ -81,19 +165,24 @@ def principal_angles(first: Factors, second: Factors, *, k: int) -> PrincipalAng
     """Principal angles between the spaces of the k leading singular vectors of two matrices.
 
     `UndefinedMetricError` if a matrix has rank below k: its k-th singular direction is arbitrary.
+
+    Args:
+        first: matrices in factors.
+        second: as many others.
+        k: dimension of the subspaces.
     """
     _check_comparable(first, second)
     check_positive(k=k)
     bases = []
     for name, matrix in (("first", first), ("second", second)):
-        left, values, right = _svd(matrix)
-        rank = int((values > _threshold(matrix, values)).sum(-1).min()) if values.numel() else 0
+        found = spectrum(matrix)
+        rank = int(found.rank.min()) if found.values.numel() else 0
         if k > rank:
             raise UndefinedMetricError(
                 f"{k} leading singular directions are asked for, but the {name} matrix has rank {rank}: "
                 f"choose k <= {rank}."
             )
-        bases.append((left[..., :k], right[..., :k]))
+        bases.append((found.left[..., :k], found.right[..., :k]))
     (left_a, right_a), (left_b, right_b) = bases
     return PrincipalAngles(
         left=_angles(left_a, left_b),
@@ -107,15 +196,20 @@ def effective_rank(matrix: Factors) -> Float[Tensor, ...]:
     """Exponential of the entropy of the singular values divided by their sum (Roy & Vetterli 2007).
 
     Between 1 and the rank; NaN where the matrix is zero.
+
+    Args:
+        matrix: in factors.
     """
-    values = singular_values(matrix)
-    share = values / values.sum(-1, keepdim=True)
-    rank: Tensor = torch.special.entr(share).sum(-1).exp()
-    return rank
+    return spectrum(matrix).effective_rank
 
 
 def random_factors(like: Factors, *, seed: Seed) -> Factors:
-    """Gaussian factors of the same sizes, scaled so that each product keeps the given Frobenius norm."""
+    """Gaussian factors of the same sizes, scaled so that each product keeps the given Frobenius norm.
+
+    Args:
+        like: what is imitated.
+        seed: or the generator to draw from.
+    """
     generator = as_generator(seed)
     left, right = (
         torch.randn(factor.shape, generator=generator, dtype=torch.float64).to(factor.device)
@@ -127,7 +221,14 @@ def random_factors(like: Factors, *, seed: Seed) -> Factors:
 
 
 def random_subspace_angles(d: int, k: int, *, n_draws: int, seed: Seed) -> Float[Tensor, "item rank"]:
-    """Principal angles between pairs of independent, uniformly drawn k-dimensional subspaces of R^d."""
+    """Principal angles between pairs of independent, uniformly drawn k-dimensional subspaces of R^d.
+
+    Args:
+        d: dimension of the surrounding space.
+        k: dimension of the subspaces.
+        n_draws: pairs.
+        seed: or the generator to draw from.
+    """
     check_positive(d=d, k=k, n_draws=n_draws)
     if k > d:
         raise OptionError(f"a subspace of {d} dimensions has at most {d}, got k={k}: choose k <= {d}.")

@@ -18,6 +18,10 @@ def adjust_p_values(
 
     ``benjamini-hochberg`` bounds the share of false discoveries (tests independent or positively dependent);
     ``holm`` bounds the probability of any false discovery, whatever the dependence.
+
+    Args:
+        p: p values of all comparisons.
+        method: the correction.
     """
     flat = p.detach().cpu().double().flatten()
     if not bool(((flat >= 0) & (flat <= 1)).all()):

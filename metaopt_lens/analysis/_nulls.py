@@ -41,7 +41,11 @@ class NullDraws:
         return self.values.flatten(0, 1).nanmean(0)
 
     def p_value(self, observed: Float[Tensor, ...]) -> Float[Tensor, ...]:
-        """One-sided p of an observed mean over the queries: (1 + draws at least as large) / (1 + draws)."""
+        """One-sided p of an observed mean over the queries: (1 + draws at least as large) / (1 + draws).
+
+        Args:
+            observed: the mean that is tested, in the shape of one draw's mean.
+        """
         means = self.means()
         if observed.shape != means.shape[1:]:
             raise OptionError(
@@ -111,6 +115,13 @@ def other_query_null(
 
     What remains is what all queries share; only the excess over it says anything about a query. Every draw is
     a derangement: no query meets itself.
+
+    Args:
+        first: vectors along the last axis.
+        second: what is exchanged between queries.
+        n_draws: how often.
+        seed: or the generator to draw from.
+        similarity: maps two such tensors to one number per query and layer; the cosine if not given.
     """
     check_same_shape(first=first, second=second)
     check_finite(first=first, second=second)
@@ -122,9 +133,14 @@ def other_query_null(
 
 
 def derangement(n: int, *, seed: Seed) -> Int[Tensor, " query"]:
-    """A permutation of n things, drawn uniformly from those that leave nothing in its place."""
+    """A permutation of n things, drawn uniformly from those that leave nothing in its place.
+
+    Args:
+        n: how many things.
+        seed: or the generator to draw from.
+    """
     if n < 2:
-        raise OptionError(f"giving every query another one needs at least 2 queries, got {n}: add queries.")
+        raise OptionError(f"pairing every query with another one needs at least 2 queries, got {n}: add queries.")
     generator = as_generator(seed)
     here = torch.arange(n)
     while True:  # each attempt succeeds with probability about 1/e

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from metaopt_lens.analysis._checks import check_finite, check_same_shape
-from metaopt_lens.analysis._statistic import QueryStatistic
+from metaopt_lens.analysis._query_statistic import QueryStatistic
 
 _CHUNK = 1 << 18  # entries worked on at once: bounds the memory and stays in the cache
 

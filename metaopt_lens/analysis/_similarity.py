@@ -15,14 +15,14 @@ from torch import Tensor
 from metaopt_lens._errors import OptionError
 from metaopt_lens.analysis._checks import check_finite, check_same_shape
 from metaopt_lens.analysis._convention import Convention
-from metaopt_lens.analysis._statistic import QueryStatistic
+from metaopt_lens.analysis._query_statistic import QueryStatistic
 
-_ZERO_UPDATE = "one of the two updates is zero, or not above rounding, and has no direction"
+ZERO_UPDATE = "one of the two updates is zero, or not above rounding, and has no direction"
 _ROUNDING = 1e3  # rounding units a difference must exceed ...
 _LARGEST = 1 / 32  # ... but never more than this share of what is subtracted (half precision)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SimAOU:
     """Cosine of the ICL update against the finetuning update, per query and layer.
 
@@ -37,7 +37,7 @@ class SimAOU:
     null: QueryStatistic
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SimAM:
     """Cosine of two attention maps, per query, layer and head.
 
@@ -138,19 +138,44 @@ def sim_aou(
         eps: rounding unit of the recorded numbers; by default that of `zs`'s dtype (see `difference`).
         convention: its `damping` and `ignores_rounding` are used.
     """
+    normalised = cosine(
+        *aou_updates(icl, zs, ft, eps=eps, normalised=True, convention=convention), convention=convention
+    )
+    plain = cosine(*aou_updates(icl, zs, ft, eps=eps, normalised=False, convention=convention), convention=convention)
+    return SimAOU(
+        normalised=QueryStatistic(normalised, ZERO_UPDATE),
+        plain=QueryStatistic(plain, ZERO_UPDATE),
+        null=QueryStatistic(sim_aou_null(icl, zs, ft), "a hidden state is exactly zero"),
+    )
+
+
+def aou_updates(
+    icl: Float[Tensor, "query *item d_model"],
+    zs: Float[Tensor, "query *item d_model"],
+    ft: Float[Tensor, "query *item d_model"],
+    *,
+    normalised: bool,
+    eps: float | None = None,
+    convention: Convention = Convention.DEFAULT,
+) -> tuple[Float[Tensor, "query *item d_model"], Float[Tensor, "query *item d_model"]]:
+    """The in-context and the finetuning update that SimAOU compares, in float64; see `sim_aou` for the arguments.
+
+    Args:
+        icl: attention outputs in context.
+        zs: zero-shot.
+        ft: finetuned.
+        normalised: scale every output to unit length before the differences (the published form).
+        eps: rounding unit of the recorded numbers; by default that of `zs`'s dtype.
+        convention: its `damping` and `ignores_rounding` are used.
+    """
     check_same_shape(icl=icl, zs=zs, ft=ft)
     check_finite(icl=icl, zs=zs, ft=ft)
     eps = torch.finfo(zs.dtype).eps if eps is None else eps
-    icl, zs, ft = icl.double(), zs.double(), ft.double()
+    states = [h.double() for h in (icl, zs, ft)]
+    if normalised:
+        states = [unit(h, convention=convention) for h in states]
     minus = partial(difference, eps=eps) if convention.ignores_rounding else torch.sub
-    units = [unit(h, convention=convention) for h in (icl, zs, ft)]
-    normalised = cosine(minus(units[0], units[1]), minus(units[2], units[1]), convention=convention)
-    plain = cosine(minus(icl, zs), minus(ft, zs), convention=convention)
-    return SimAOU(
-        normalised=QueryStatistic(normalised, _ZERO_UPDATE),
-        plain=QueryStatistic(plain, _ZERO_UPDATE),
-        null=QueryStatistic(sim_aou_null(icl, zs, ft), "a hidden state is exactly zero"),
-    )
+    return minus(states[0], states[1]), minus(states[2], states[1])
 
 
 def sim_aou_null(
@@ -163,6 +188,11 @@ def sim_aou_null(
     Both unit vectors lie on one side of the sphere's point ``zs``, so their differences from it share the
     component along ``zs`` even when all else is independent. Exact when the components orthogonal to ``zs``
     are independent and isotropic. NaN where a hidden state is zero.
+
+    Args:
+        icl: attention outputs of the in-context run.
+        zs: of the zero-shot run.
+        ft: of the finetuned zero-shot run.
     """
     away_icl = (1 - cosine(icl, zs)).clamp_min(0)  # rounding can push a cosine above 1
     away_ft = (1 - cosine(ft, zs)).clamp_min(0)
@@ -195,6 +225,34 @@ def sim_am(
         eps: rounding unit of the recorded scores; by default that of their dtype.
         convention: its `centres_maps`, `damping` and `ignores_rounding` are used.
     """
+    maps = am_maps(first, second, lengths=lengths, baseline=baseline, eps=eps, convention=convention)
+    empty = "constant" if convention.centres_maps else "zero"
+    because = f"an attention map is {empty} over the query's tokens, up to rounding"
+    return SimAM(QueryStatistic(cosine(*maps, convention=convention), because))
+
+
+def am_maps(
+    first: Float[Tensor, "query layer head pos"],
+    second: Float[Tensor, "query layer head pos"],
+    *,
+    lengths: Int[Tensor, " query"] | None = None,
+    baseline: Float[Tensor, "query layer head pos"] | None = None,
+    eps: float | None = None,
+    convention: Convention = Convention.DEFAULT,
+) -> tuple[Float[Tensor, "query layer head pos"], Float[Tensor, "query layer head pos"]]:
+    """The two maps as SimAM compares them, in float64, 0 behind a query's end; see `sim_am` for the arguments.
+
+    Args:
+        first: attention map of the one setting.
+        second: attention map of the other.
+        lengths: tokens of each query; all of them if not given.
+        baseline: subtracted from both maps.
+        eps: rounding unit of the recorded scores; by default that of their dtype.
+        convention: its `centres_maps` and `ignores_rounding` are used.
+
+    Returns:
+        Both maps; NaN where the subtractions leave nothing but rounding.
+    """
     check_same_shape(first=first, second=second, **({} if baseline is None else {"baseline": baseline}))
     mask = _token_mask(first, lengths)
     maps = [torch.where(mask, scores, 0) for scores in (first, second, baseline) if scores is not None]
@@ -204,7 +262,6 @@ def sim_am(
     count = mask.sum(-1, keepdim=True)
 
     def compared(raw: Tensor) -> Tensor:
-        """The map as it is compared; NaN where the subtractions leave nothing but rounding."""
         map_, size = raw, raw.norm(dim=-1, keepdim=True)
         for zero in subtracted:
             map_, size = map_ - zero, torch.maximum(size, zero.norm(dim=-1, keepdim=True))
@@ -214,10 +271,7 @@ def sim_am(
             return map_
         return torch.where(map_.norm(dim=-1, keepdim=True) > tolerance * size, map_, torch.nan)
 
-    a, b = compared(a), compared(b)
-    empty = "constant" if convention.centres_maps else "zero"
-    because = f"an attention map is {empty} over the query's tokens, up to rounding"
-    return SimAM(QueryStatistic(cosine(a, b, convention=convention), because))
+    return compared(a), compared(b)
 
 
 def _token_mask(scores: Tensor, lengths: Tensor | None) -> Tensor:

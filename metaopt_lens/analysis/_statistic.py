@@ -1,67 +1,86 @@
-"""A number per query that may be undefined for some: masked, never silently 0 or NaN."""
+"""One row of the table of statistics: how it is read from runs, what it is, and which nulls it has."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from metaopt_lens._errors import UndefinedMetricError
+from metaopt_lens.analysis._context import Context
+from metaopt_lens.analysis._measured import Level, Measured, Unit
+from metaopt_lens.analysis._query_batch import QueryBatch
+
+Values = Float[Tensor, "query layer head"]
+Readings = tuple[Tensor, ...]  # each with the queries first
 
 
-@dataclass(frozen=True)
-class QueryStatistic:
-    """One number per query, and per layer and head where they follow.
+@dataclass(frozen=True, eq=False)
+class Statistic:
+    """A similarity of in-context and finetuning updates.
 
     Attributes:
-        values: the numbers in float64; NaN stands exactly where the statistic is undefined.
-        undefined_because: what makes it undefined there.
+        name: identifies it in every result; ``{token}`` and the like are filled in from `Context.words`.
+        description: what is compared, in which space.
+        level: one value a head, or one a layer.
+        unit: ``set`` where the demonstrations decide the value and queries behind them repeat it.
+        undefined: what makes a value undefined.
+        read: what the value is computed from, out of the runs of some queries of one set.
+        value: of the readings; NaN where undefined.
+        nulls: by name, the same under a null hypothesis that needs no further runs; None where these queries have no
+            such null. Further runs (with other labels, updates or weights) are nulls by `value` of their readings.
+        read_for_nulls: what only `nulls` need, behind the readings.
+        needs_factors: whether the update must have kept its steps' factors.
     """
 
-    values: Float[Tensor, "query ..."]
-    undefined_because: str
+    name: str
+    description: str
+    level: Level
+    unit: Unit
+    undefined: str
+    read: Callable[[QueryBatch], Readings]
+    value: Callable[[Readings, Context], Values]
+    nulls: Mapping[str, Callable[[Readings, Context], Values | None]]
+    read_for_nulls: Callable[[QueryBatch], Readings] = lambda batch: ()  # noqa: ARG005
+    needs_factors: bool = False
 
-    @property
-    def defined(self) -> Bool[Tensor, "query ..."]:
-        """Where there is a number."""
-        return ~self.values.isnan()
+    def called(self, context: Context) -> str:
+        """Its name, filled in.
 
-    @property
-    def n_defined(self) -> Int[Tensor, ...]:
-        """How many queries have a number, per layer (and head)."""
-        return self.defined.sum(0)
+        Args:
+            context: what the comparison was told.
+        """
+        return self.name.format(**context.words)
 
-    def require(self) -> Float[Tensor, "query ..."]:
-        """The numbers, or `UndefinedMetricError` if any is undefined."""
-        missing = int((~self.defined).sum())
-        if missing:
-            raise UndefinedMetricError(
-                f"{missing} of {self.values.numel()} values are undefined: {self.undefined_because}. "
-                "Use .mean(), which leaves them out, or .defined to select."
-            )
-        return self.values
+    def measure(self, readings: Readings, context: Context) -> Measured:
+        """Value and nulls of all queries of one demonstration set.
 
-    def mean(self) -> Float[Tensor, ...]:
-        """Mean over the queries that have a number; `UndefinedMetricError` if a layer has none at all."""
-        empty = int((self.n_defined == 0).sum())
-        if empty:
-            raise UndefinedMetricError(
-                f"no query gives a value at {empty} of {self.n_defined.numel()} places "
-                f"({len(self.values)} queries): {self.undefined_because}."
-            )
-        return self.values.nanmean(0)
+        Args:
+            readings: of these queries, joined, with those for nulls.
+            context: of the comparison.
+        """
+        nulls = {name: null(readings, context) for name, null in self.nulls.items()}
+        return Measured(
+            name=self.called(context),
+            description=self.description.format(**context.words),
+            level=self.level,
+            unit=self.unit,
+            values=self.value(readings, context).float(),
+            nulls={name: values.float() for name, values in nulls.items() if values is not None},
+        )
 
-    def over_last(self) -> QueryStatistic:
-        """Mean over the last axis (the heads); undefined where every entry is."""
-        return QueryStatistic(self.values.nanmean(-1), self.undefined_because)
 
-    def select(self, queries: Bool[Tensor, " query"]) -> QueryStatistic:
-        """The same for some of the queries."""
-        return QueryStatistic(self.values[queries], self.undefined_because)
+def join_readings(parts: Sequence[Readings]) -> Readings:
+    """The readings of successive groups of queries, the last axis filled with 0 to the longest.
 
-    @staticmethod
-    def concatenate(parts: list[QueryStatistic]) -> QueryStatistic:
-        """Join the statistics of successive groups of queries."""
-        return QueryStatistic(torch.cat([part.values for part in parts]), parts[0].undefined_because)
+    Args:
+        parts: one for each group.
+    """
+    joined = []
+    for column in zip(*parts, strict=True):
+        longest = max(t.shape[-1] for t in column)
+        padded = [t if t.ndim == 1 else torch.nn.functional.pad(t, (0, longest - t.shape[-1])) for t in column]
+        joined.append(torch.cat(padded))
+    return tuple(joined)

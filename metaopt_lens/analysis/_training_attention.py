@@ -7,6 +7,7 @@ zero-shot run with the query vectors of the demonstration tokens as the finetuni
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor
 from metaopt_lens._errors import OptionError
 from metaopt_lens.analysis._checks import check_finite, check_same_shape
 from metaopt_lens.analysis._convention import Convention
+from metaopt_lens.finetuning import StepFactors, WeightUpdate
+from metaopt_lens.models import LensModel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainingAttention:
     """Two maps over the demonstrations, each per token and per demonstration.
 
@@ -39,7 +42,12 @@ class TrainingAttention:
 def finetuning_scores(
     ft_attn_q: Float[Tensor, "src layer d_model"], attn_q: Float[Tensor, "query layer d_model"]
 ) -> Float[Tensor, "query layer src"]:
-    """Product of each query's vector with each demonstration token's, summed over all heads, in float64."""
+    """Product of each query's vector with each demonstration token's, summed over all heads, in float64.
+
+    Args:
+        ft_attn_q: query vectors of the demonstrations' tokens in finetuning.
+        attn_q: query vectors of the queries.
+    """
     if ft_attn_q.shape[1:] != attn_q.shape[1:]:
         raise OptionError(
             f"query vectors of one model are needed, got layers and width {tuple(ft_attn_q.shape[1:])} "
@@ -57,7 +65,11 @@ def finetuning_scores(
 
 def context_columns(demo_lengths: Int[Tensor, " demo"]) -> Int[Tensor, " src"]:
     """Columns of a context ``start token, demonstration, separator, demonstration, separator ...`` that are
-    demonstration tokens; `demo_lengths` counts the tokens without start token and separator."""
+    demonstration tokens; `demo_lengths` counts the tokens without start token and separator.
+
+    Args:
+        demo_lengths: tokens of each demonstration.
+    """
     lengths = demo_lengths.tolist()
     columns: list[int] = []
     start = 1
@@ -99,3 +111,65 @@ def training_attention(
     sizes = demo_lengths.tolist()
     icl_ex, ft_ex = (torch.stack([add(part, -1) for part in torch.split(w, sizes, -1)], -1) for w in (icl, ft))
     return TrainingAttention(icl, ft, icl_ex, ft_ex, logarithmic=logarithmic)
+
+
+def usable_factors(update: WeightUpdate) -> tuple[StepFactors, ...] | None:
+    """Per-step factors of a finetuning whose steps are the demonstrations in the prompt's order; else None.
+
+    Args:
+        update: what finetuning did.
+    """
+    s = update.settings
+    if update.factors is None or s is None or s.batch_size != 1 or s.epochs != 1 or s.order != "given":
+        return None
+    return update.factors
+
+
+def demonstration_queries(model: LensModel, factors: Sequence[StepFactors]) -> list[Float[Tensor, "_ layer d_q"]]:
+    """Query vectors of every demonstration's tokens (BOS first) in its own finetuning step, with the score scale, heads
+    side by side.
+
+    Args:
+        model: that was finetuned.
+        factors: of its steps.
+    """
+    scale = torch.tensor([model.score_rule(layer).scale for layer in range(model.info.n_layers)])
+    return [
+        (step.q[:, 0, : step.n_tokens[0]].flatten(2).transpose(0, 1).cpu() * scale[:, None]).to(step.q.dtype)
+        for step in factors
+    ]
+
+
+def ranked_maps(
+    context: Float[Tensor, "query layer src"],
+    attn_q: Float[Tensor, "query layer d_q"],
+    trained: Sequence[Float[Tensor, "_ layer d_q"]],
+    *,
+    convention: Convention = Convention.DEFAULT,
+) -> TrainingAttention:
+    """The maps of `training_attention`, with scores made equal that differ by rounding alone.
+
+    Args:
+        context: scores to the demonstrations' tokens in context, summed over heads.
+        attn_q: query vectors of the finetuned run, times the score scale.
+        trained: query vectors of each demonstration's tokens in finetuning, without BOS.
+        convention: its `ignores_rounding` and `ranks_logarithms` are used.
+    """
+    scores = context.double(), finetuning_scores(torch.cat(list(trained)), attn_q)
+    if convention.ignores_rounding:
+        scores = _merge_ties(scores[0], context.dtype), _merge_ties(scores[1], attn_q.dtype)
+    return training_attention(*scores, torch.tensor([len(t) for t in trained]), convention=convention)
+
+
+def _merge_ties(scores: Float[Tensor, "query layer src"], dtype: torch.dtype) -> Float[Tensor, "query layer src"]:
+    """Scores that differ by rounding alone made equal.
+
+    The same word in several demonstrations has one query vector in the lowest layer: the order that rounding gives such
+    ties is no ranking.
+    """
+    tolerance = 16 * torch.finfo(dtype).eps * scores.abs().amax(-1, keepdim=True)
+    ordered, order = scores.sort(-1)
+    place = torch.arange(scores.shape[-1]).expand_as(order)
+    starts = torch.where(ordered.diff(dim=-1, prepend=ordered[..., :1] - 2 * tolerance - 1) > tolerance, place, 0)
+    merged = ordered.gather(-1, starts.cummax(-1).values)
+    return torch.empty_like(scores).scatter_(-1, order, merged)

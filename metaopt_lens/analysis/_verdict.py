@@ -11,31 +11,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metaopt_lens._errors import UndefinedMetricError
-from metaopt_lens.analysis._comparison import (
-    FLIPPED_LABELS,
-    OTHER_QUERY,
-    RANDOM_ROTATION,
-    RANDOM_WEIGHTS,
-    SHUFFLED_LABELS,
-    Comparison,
-)
+from metaopt_lens.analysis._comparison import Comparison
 from metaopt_lens.analysis._interval import MIN_SETS_TO_DECIDE, scope
+from metaopt_lens.analysis._null_names import ANALYTIC, null_of
 
 Answer = Literal["yes", "no", "unclear", "undecided"]
 
 LEARNING, FINETUNING, DIRECTION, PUBLISHED = "in_context_learning", "finetuning", "direction", "sim_aou"
 _CONTROL = "control:"
 _LEVEL = 0.05
-_QUESTIONS = {
-    OTHER_QUERY: ("Is that similarity specific to the query?", "its excess over another query's finetuning update"),
-    SHUFFLED_LABELS: ("Does it depend on the demonstrations' labels?", "its excess over randomly shuffled labels"),
-    FLIPPED_LABELS: ("Does it depend on which label word stands for what?", "its excess over flipped labels"),
-    RANDOM_ROTATION: ("Is it more than random rotations of the update show?", "its excess over those"),
-    "random": ("Is it more than random directions show?", "its excess over random directions"),
-    **{
-        name: (f"Is it more than a model with {name} shows?", "its excess over that model's") for name in RANDOM_WEIGHTS
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -117,15 +101,13 @@ def findings(comparison: Comparison, statistic: str = "z total") -> tuple[Findin
         )
     ]
     for name, null in chosen.nulls.items():
-        question, what = _QUESTIONS.get(
-            name, (f"Is it more than the control “{name}” shows?", f"its excess over the control “{name}”")
-        )
-        questions.append((f"{_CONTROL}{name}", question, what, (chosen.values - null).nanmean((1, 2))))
+        asked = null_of(name)
+        questions.append((f"{_CONTROL}{name}", asked.question, asked.what, (chosen.values - null).nanmean((1, 2))))
     aou = comparison["SimAOU"]
-    excess = (aou.values - aou.nulls["analytic"]).nanmean((1, 2))
+    excess = (aou.values - aou.nulls[ANALYTIC]).nanmean((1, 2))
     question = "Is the published SimAOU above what its normalisation alone gives?"
     questions.append((PUBLISHED, question, "its excess", excess))
-    return (*learning, *(_finding(comparison, *asked, because=why) for asked in questions))
+    return (*learning, *(_finding(comparison, *row, because=why) for row in questions))
 
 
 _WORKS = ("the model learns in context", "finetuning helps")

@@ -36,6 +36,14 @@ class Variant(StrEnum):
     one_line = "one-line"
 
 
+class Controls(StrEnum):
+    """What similarities are compared with."""
+
+    quick = "quick"
+    standard = "standard"
+    sceptic = "sceptic"
+
+
 class Selection(StrEnum):
     """How demonstrations are chosen."""
 
@@ -68,8 +76,15 @@ BatchSize = Annotated[
 Seed = Annotated[int, typer.Option("--seed", help="Of shuffles, random draws and intervals.")]
 Top = Annotated[int, typer.Option("--top", min=1, help="How many heads the table lists.")]
 Recompute = Annotated[
-    bool, typer.Option("--recompute-damaged", help="Compute damaged pieces again instead of refusing them.")
+    bool, typer.Option("--recompute-damaged", help="Recompute damaged pieces instead of refusing them.")
 ]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Threads of torch (default: its own choice; 1 for small models).")
+]
+Eta = Annotated[float | None, typer.Option("--eta", help="Instead of the configuration's eta; 0 is plain attention.")]
+Learned = Annotated[bool, typer.Option("--learned", help="Learn one eta per head.")]
+Lags = Annotated[int | None, typer.Option("--lags", min=1, help="A control: sum only so many past tokens' values.")]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Instead of the configuration's number of steps.")]
 
 
 def load(model: str, dtype: DType, device: str | None, *, no_cache: bool) -> Any:

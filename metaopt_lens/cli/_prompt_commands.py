@@ -25,7 +25,9 @@ def demo(
     """The bundled model on a bundled prompt: needs no network and takes seconds."""
     import random
 
-    from metaopt_lens.experiments import compare_prompts, episode_prompts
+    from metaopt_lens.analysis import Finetuning
+    from metaopt_lens.analysis import compare as compare_updates
+    from metaopt_lens.experiments import episode_prompts
     from metaopt_lens.models import load_model
     from metaopt_lens.models.tiny import sample_episode
     from metaopt_lens.prompts import ICLPrompt
@@ -37,9 +39,9 @@ def demo(
         prompt = ICLPrompt(episode.demos, episode.query, label=episode.answer, candidates=episode.candidates)
         model = load_model("tiny")
         _decompose(model, [prompt], None, form=options.Format.table, out=out, top=top)
-        found = compare_prompts(model, episode_prompts(episode), lr=_DEMO_LR, progress=False)
+        found = compare_updates(model, episode_prompts(episode), finetuning=Finetuning(lr=_DEMO_LR), progress=False)
         show_comparison(found)
-        say_written(write_comparison_outputs(found.comparison, out).values())
+        say_written(write_comparison_outputs(found, out).values())
 
 
 def decompose(
@@ -106,7 +108,8 @@ def compare(
     prompts: Annotated[
         Path,
         typer.Option(
-            "--prompts", help="Prompts: a .json, .jsonl or text file; two or more queries behind each demonstrations."
+            "--prompts",
+            help="Prompts: a .json, .jsonl or text file; at least two queries for each set of demonstrations.",
         ),
     ],
     lr: options.Rate = "auto",
@@ -115,14 +118,12 @@ def compare(
         bool, typer.Option("--layer-causal", help="Every layer learns from its own early exit (arXiv:2311.07772).")
     ] = False,
     unrelated: Annotated[
-        Path | None, typer.Option(help="Text file, a text a line, for the control that learns something else.")
+        Path | None, typer.Option(help="Text file, one text per line, for the control that learns something else.")
     ] = None,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Also run everything on permuted weights.")
     ] = False,
-    reference: Annotated[
-        bool, typer.Option("--reference", help="The published code's choices in the metrics.")
-    ] = False,
+    reference: Annotated[bool, typer.Option("--reference", help="Metrics with the published code's choices.")] = False,
     dtype: options.WeightsType = options.DType.float32,
     device: options.Device = None,
     batch_size: options.BatchSize = None,
@@ -139,24 +140,22 @@ def compare(
     loaded_prompts = load_prompts(prompts)  # before the model, which takes longer
     texts = None if unrelated is None else options.lines(unrelated)
 
-    from metaopt_lens.analysis import Convention
-    from metaopt_lens.experiments import compare_prompts
+    from metaopt_lens.analysis import UNRELATED_TEXT, Controls, Convention, Finetuning, Measures
+    from metaopt_lens.analysis import compare as compare_updates
     from metaopt_lens.viz import comparison_data, write_comparison_outputs
 
-    found = compare_prompts(
+    found = compare_updates(
         options.load(model, dtype, device, no_cache=no_cache),
         loaded_prompts,
-        lr=rate,
-        unrelated_texts=texts,
-        finetuning={"epochs": epochs, "layer_causal": layer_causal},
-        random_weights=random_weights,
-        convention=Convention.PUBLISHED if reference else Convention.DEFAULT,
+        controls=Controls(random_weights=random_weights, texts={} if texts is None else {UNRELATED_TEXT: texts}),
+        finetuning=Finetuning(lr=rate, epochs=epochs, layer_causal=layer_causal),
+        measures=Measures(convention=Convention.PUBLISHED if reference else Convention.DEFAULT),
         batch_size=batch_size,
         seed=seed,
     )
     if form is options.Format.json:
-        show_json(comparison_data(found.comparison))
+        show_json(comparison_data(found))
     else:
         show_comparison(found)
-    written = write_comparison_outputs(found.comparison, out).values()
+    written = write_comparison_outputs(found, out).values()
     say_written(written, to_stderr=form is options.Format.json)

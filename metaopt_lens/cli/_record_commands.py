@@ -15,7 +15,7 @@ from metaopt_lens.cli._showing import show_json
 def analyze(
     records: Annotated[Path, typer.Argument(help="Folder with zs/, icl/, ftzs/ and ft/ record files.")],
     form: options.Form = options.Format.table,
-    reference: Annotated[bool, typer.Option("--reference", help="Exactly the published programs' choices.")] = False,
+    reference: Annotated[bool, typer.Option("--reference", help="Metrics with the published code's choices.")] = False,
     seed: options.Seed = 0,
 ) -> None:
     """Compute all metrics from the published implementation's recorded activations."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +12,32 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from metaopt_lens.analysis import Comparison
     from metaopt_lens.decomposition import Decomposition, DecompositionSet
-    from metaopt_lens.experiments import ExperimentResult, PromptComparison
+    from metaopt_lens.experiments import ExperimentResult
     from metaopt_lens.runs import LabelPrediction
 
 
 def say(text: str, *, to_stderr: bool = False) -> None:
     """A line of text as it is, however long."""
     Console(stderr=to_stderr).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def log_on_stderr() -> Iterator[None]:
+    """Within it, lines of the library's log go to stderr, each with the time of day."""
+    import logging
+
+    log, handler = logging.getLogger("metaopt_lens"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def say_written(paths: Iterable[Path], *, to_stderr: bool = False) -> None:
@@ -50,7 +69,7 @@ def show_decomposition(
     console.print(heads_text(result, heads=heads, top=top))
 
 
-def show_comparison(found: PromptComparison) -> None:
+def show_comparison(found: Comparison) -> None:
     """Updates, predictions and similarities."""
     from metaopt_lens._errors import UndefinedMetricError
     from metaopt_lens.viz import accuracies_text, comparison_sentences, comparison_text
@@ -61,12 +80,14 @@ def show_comparison(found: PromptComparison) -> None:
         choice = found.learning_rate
         console.print(f"learning rate {choice.lr:g}, the best of {list(choice.rates)} on held-out demonstrations")
     try:
-        console.print(accuracies_text(found.comparison))
-        for sentence in comparison_sentences(found.comparison):
+        console.print(accuracies_text(found))
+        for sentence in comparison_sentences(found):
             console.print(sentence, markup=False)
     except UndefinedMetricError as error:
         console.print(f"no predictions: {error}", markup=False)
-    console.print(comparison_text(found.comparison))
+    console.print(comparison_text(found))
+    for note in found.notes:
+        console.print(f"note: {note}", markup=False)
 
 
 def show_run(result: ExperimentResult) -> None:

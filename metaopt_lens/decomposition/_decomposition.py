@@ -18,8 +18,11 @@ from metaopt_lens._codec import NOT_STORED, Stored, stored_as
 from metaopt_lens._errors import ModelMismatchError, OptionError, SpanError
 from metaopt_lens._plots import draw
 from metaopt_lens._types import HeadRef, TokenSpan
+from metaopt_lens.decomposition._answer_tokens import Answer, answer_targets
 from metaopt_lens.decomposition._decomposition_frame import decomposition_frame
+from metaopt_lens.decomposition._direct_logits import at_one_destination, logit_contributions, run_through_answer
 from metaopt_lens.decomposition._effects import Effects, ResidualParts, effects_of
+from metaopt_lens.decomposition._logit_contributions import LogitContributions
 from metaopt_lens.dual import LinearParts, SoftmaxParts
 from metaopt_lens.models import LensModel, ModelInfo, wrap
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt
@@ -185,11 +188,21 @@ class Decomposition(Stored):
     # ---- finer splits -------------------------------------------------------------------------------------------
 
     def per_demo(self, form: Form = "softmax") -> Float[Tensor, "*dst layer head demo d_head"]:
-        """The meta-gradient split over the demonstrations (each with its separator); sums to `meta_gradient`."""
+        """The meta-gradient split over the demonstrations (each with its separator); sums to `meta_gradient`.
+
+        Args:
+            form: ``"softmax"`` for the exact split, ``"linear"`` for the relaxed one.
+        """
         return self._per_demo(lambda span: part_of(self.runs.icl, _weights(form), span))
 
     def per_token(self, layer: int, head: int, form: Form = "softmax") -> Float[Tensor, "*dst src d_head"]:
-        """One head's output split over all source tokens; sums to `meta_gradient` over D, to `zero_shot` elsewhere."""
+        """One head's output split over all source tokens; sums to `meta_gradient` over D, to `zero_shot` elsewhere.
+
+        Args:
+            layer: counted from 0.
+            head: counted from 0.
+            form: ``"softmax"`` for the exact split, ``"linear"`` for the relaxed one.
+        """
         self._check_head(layer, head)
         weights = _weights(form)(self.runs.icl, layer)[head]
         parts = weights[..., None] * self.runs.icl.v_of(layer)[:, self._kv(head)].to(weights)
@@ -199,6 +212,11 @@ class Decomposition(Stored):
         """Signed share of every token in the head's meta-gradient: its part projected on the whole, sums to 1 over D.
 
         0 outside D, and everywhere if the meta-gradient vanishes.
+
+        Args:
+            layer: counted from 0.
+            head: counted from 0.
+            form: ``"softmax"`` for the exact split, ``"linear"`` for the relaxed one.
         """
         parts = self.per_token(layer, head, form)
         inside = self.runs.icl.in_demos
@@ -213,7 +231,7 @@ class Decomposition(Stored):
         Raises:
             ModelMismatchError: the result was loaded from a file; give it its model with `with_model` first.
         """
-        model = self._source("the parts in the residual stream")
+        model = self.required_source("the parts in the residual stream")
         zero_shot = through_w_o(model, self.softmax.zero_shot)
         return ResidualParts(
             zero_shot=zero_shot,
@@ -223,24 +241,82 @@ class Decomposition(Stored):
         )
 
     def residual_per_token(self, layer: int, head: int, form: Form = "softmax") -> Float[Tensor, "*dst src d_model"]:
-        """`per_token` through W_O."""
+        """`per_token` through W_O.
+
+        Args:
+            layer: counted from 0.
+            head: counted from 0.
+            form: ``"softmax"`` for the exact split, ``"linear"`` for the relaxed one.
+        """
         parts = self.per_token(layer, head, form)
-        w_o = self._source("the parts in the residual stream").w_o(layer)[head]
+        w_o = self.required_source("the parts in the residual stream").w_o(layer)[head]
         return parts @ (w_o if parts.requires_grad else w_o.detach()).to(parts)
+
+    # ---- what the parts say -------------------------------------------------------------------------------------
+
+    def logits(
+        self,
+        answer: Answer | None = None,
+        *,
+        versus: Answer | Sequence[Answer] | None = None,
+        position: int | None = None,
+    ) -> LogitContributions:
+        """What every part of every head adds to the logit of an answer (docs/theory.md, "What the parts say").
+
+        Args:
+            answer: a word as the prompt's template writes a label, a token id, or several token ids; None for the
+                prompt's label. Several tokens are read one by one, each behind those before it.
+            versus: whose mean logit is subtracted: a word, or a list of them; None for the prompt's other candidates
+                (those with another first token), ``()`` for nothing.
+            position: where to read, if all positions were decomposed; the last by default.
+
+        Returns:
+            `LogitContributions`, which sum to the model's logit.
+
+        Raises:
+            PromptError: an answer of no token, or with the same first token as a rival.
+            OptionError: an answer of several tokens anywhere but at the prompt's end, or an unknown token id.
+            ModelMismatchError: the result was loaded from a file; give it its model with `with_model` first.
+            UnsupportedModelError: the contributions do not add up to the model's logit.
+        """
+        model = self.required_source("logits")
+        targets = answer_targets(model, self.prompt, answer, versus)
+        dst = self._dst(position)
+        if len(targets) == 1:
+            return logit_contributions(model, at_one_destination(self.runs.icl, dst), targets)
+        if self.positions[dst] != self.tokenized.n_tokens - 1:
+            raise OptionError(
+                f"an answer of {len(targets)} tokens is read behind the whole prompt, not at position "
+                f"{self.positions[dst]}: name its first token alone."
+            )
+        return logit_contributions(model, run_through_answer(model, self.runs.icl, targets), targets)
 
     # ---- the matrices -------------------------------------------------------------------------------------------
 
     def w_zsl(self, layer: int, head: int, *, position: int | None = None) -> FactoredMatrix:
-        """``W_ZSL = sum_{i in Z} v_i (x) k_i`` over the visible tokens of Z, factored; ``.AB @ q``."""
-        return w_zsl(self.runs.icl, layer, dst=self._dst(layer, head, position))[self._kv(head)]
+        """``W_ZSL = sum_{i in Z} v_i (x) k_i`` over the visible tokens of Z, factored; ``.AB @ q``.
+
+        Args:
+            layer: counted from 0.
+            head: counted from 0.
+            position: which position of a result of several; None where there is one.
+        """
+        self._check_head(layer, head)
+        return w_zsl(self.runs.icl, layer, dst=self._dst(position))[self._kv(head)]
 
     def delta_w_icl(self, layer: int, head: int, *, position: int | None = None) -> FactoredMatrix:
         """``dW_ICL = sum_{i in D} v_i (x) k_i`` over the visible tokens of D, factored; ``.AB @ q``.
 
         Rank at most ``min(d_head, demonstration tokens)``. In a layer whose sliding window hides part of D
         (`demos_fully_visible`) it depends on the position.
+
+        Args:
+            layer: counted from 0.
+            head: counted from 0.
+            position: which position of a result of several; None where there is one.
         """
-        return delta_w_icl(self.runs.icl, layer, dst=self._dst(layer, head, position))[self._kv(head)]
+        self._check_head(layer, head)
+        return delta_w_icl(self.runs.icl, layer, dst=self._dst(position))[self._kv(head)]
 
     @property
     def demos_fully_visible(self) -> tuple[bool, ...]:
@@ -258,7 +334,9 @@ class Decomposition(Stored):
         """
         if self.stored_strength is not None:
             return self.stored_strength
-        norm: Tensor = through_w_o(self._source("the strengths of heads"), self.softmax.meta_gradient).norm(dim=-1)
+        norm: Tensor = through_w_o(self.required_source("the strengths of heads"), self.softmax.meta_gradient).norm(
+            dim=-1
+        )
         return norm
 
     def heads(self, top: int | None = None, *, by: Float[Tensor, "layer head"] | None = None) -> list[HeadRef]:
@@ -284,10 +362,13 @@ class Decomposition(Stored):
             ModelMismatchError: the result was loaded from a file; give it its model with `with_model` first.
             PromptError: two candidates with the same tokens.
         """
-        return predict_labels(self._source("predictions"), self.prompt, self.tokenized, labels=labels)
+        return predict_labels(self.required_source("predictions"), self.prompt, self.tokenized, labels=labels)
 
     def with_model(self, model: Any) -> Decomposition:
         """The same result with a model to take W_O from, after `load`.
+
+        Args:
+            model: `HookedTransformer`, `TransformerBridge` or a wrapped model.
 
         Raises:
             ModelMismatchError: the model has other sizes or another parametrisation.
@@ -301,21 +382,37 @@ class Decomposition(Stored):
         return decomposition_frame(self)
 
     def plot(self, value: str = "mass") -> Any:
-        """A plotly layer x head map of a column of `to_frame` (mass, norms, fidelity, ...)."""
+        """A plotly layer x head map of a column of `to_frame` (mass, norms, fidelity, ...).
+
+        Args:
+            value: the column.
+        """
         return draw(self, "plot", value)
 
     def attention_view(self, heads: Sequence[str | HeadRef | tuple[int, int]] | None = None) -> Any:
-        """circuitsvis: attention of chosen heads over the tokens, demonstrations marked (default: the strongest)."""
+        """circuitsvis: attention of chosen heads over the tokens, demonstrations marked (default: the strongest).
+
+        Args:
+            heads: heads such as ``"L3H7"`` or ``(3, 7)``; None for the first four of `heads()`.
+        """
         return draw(self, "attention_view", heads)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write ``path.safetensors`` and ``path.json``, with `strength` where it is known; returns the latter."""
+        """Write ``path.safetensors`` and ``path.json``, with `strength` where it is known; returns the latter.
+
+        Args:
+            path: of either file, or without the ending.
+        """
         known = self if self.source is None else dataclasses.replace(self, stored_strength=self.strength)
         return Stored.save(known, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, model: Any | None = None) -> Decomposition:
         """Read what `save` wrote.
+
+        Args:
+            path: of either file, or without the ending.
+            model: see `with_model`; None for a result without W_O.
 
         Raises:
             FileFormatError: a file is missing, damaged, or holds something else.
@@ -370,9 +467,8 @@ class Decomposition(Stored):
     def _per_demo(self, part: Callable[[TokenSpan], Tensor]) -> Tensor:
         return torch.stack([self._squeeze(part(span)) for span in self.tokenized.demos], dim=-2)
 
-    def _dst(self, layer: int, head: int, position: int | None) -> int:
+    def _dst(self, position: int | None) -> int:
         """Which destination a position is."""
-        self._check_head(layer, head)
         at = self.positions[-1] if position is None else position
         if at not in self.positions:
             raise SpanError(f"position {at} was not decomposed; this result holds {list(self.positions)}.")
@@ -384,7 +480,15 @@ class Decomposition(Stored):
     def _check_head(self, layer: int, head: int) -> None:
         HeadRef(layer, head).check(self.model.n_layers, self.model.n_heads)
 
-    def _source(self, what: str) -> LensModel:
+    def required_source(self, what: str) -> LensModel:
+        """The model, for `what` that needs it.
+
+        Args:
+            what: what errors call that which needs the model.
+
+        Raises:
+            ModelMismatchError: the result was loaded from a file.
+        """
         if self.source is None:
             raise ModelMismatchError(f"{what} need the model: call with_model(model) on the loaded result first.")
         return self.source

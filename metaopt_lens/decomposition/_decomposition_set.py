@@ -9,14 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metaopt_lens._errors import FileFormatError
+from metaopt_lens._errors import FileFormatError, OptionError
 from metaopt_lens._storage import write_text
 from metaopt_lens._types import HeadRef
+from metaopt_lens.decomposition._answer_tokens import Answer, answer_targets
+from metaopt_lens.decomposition._contribution_set import LogitContributionSet
 from metaopt_lens.decomposition._decomposition import Decomposition, mean_strength
-from metaopt_lens.runs import rank_heads
+from metaopt_lens.decomposition._direct_logits import at_one_destination, logit_contributions
+from metaopt_lens.decomposition._logit_contributions import LogitContributions
+from metaopt_lens.runs import prompt_groups, rank_heads
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,6 +57,28 @@ class DecompositionSet(Sequence[Decomposition]):
         """
         return rank_heads(mean_strength(self.items) if by is None else by, top)
 
+    def logits(
+        self, answers: Sequence[Answer] | None = None, *, versus: Sequence[Answer] | None = None
+    ) -> LogitContributionSet:
+        """What the parts add to the logit of every prompt's answer, at its first token (see `Decomposition.logits`).
+
+        Args:
+            answers: one per prompt; None for the prompts' labels.
+            versus: the same rivals for all prompts; None for each prompt's other candidates, ``()`` for nothing.
+
+        Raises:
+            OptionError: another number of answers than prompts.
+            PromptError: an answer of no token, or with the same first token as a rival.
+        """
+        wanted = [None] * len(self) if answers is None else list(answers)
+        if len(wanted) != len(self):
+            raise OptionError(f"{len(self)} prompts need {len(self)} answers, got {len(wanted)}.")
+        items = tuple(_first_logits(item, answer, versus) for item, answer in zip(self.items, wanted, strict=True))
+        sets = torch.zeros(len(self), dtype=torch.int64)
+        for number, group in enumerate(prompt_groups([item.tokenized for item in self.items])):
+            sets[group] = number
+        return LogitContributionSet(items, sets)
+
     def to_frame(self) -> pd.DataFrame:
         """All tables below each other, with a `query` column that counts the prompts."""
         import pandas as pd
@@ -61,7 +88,11 @@ class DecompositionSet(Sequence[Decomposition]):
         )
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write one pair of files per decomposition and an ``index.json``; returns the latter."""
+        """Write one pair of files per decomposition and an ``index.json``; returns the latter.
+
+        Args:
+            folder: where the files are written.
+        """
         base = Path(folder)
         names = [f"{index:05d}" for index in range(len(self.items))]
         for name, item in zip(names, self.items, strict=True):
@@ -71,6 +102,10 @@ class DecompositionSet(Sequence[Decomposition]):
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, model: Any | None = None) -> DecompositionSet:
         """Read what `save` wrote.
+
+        Args:
+            folder: what `save` wrote to.
+            model: see `Decomposition.with_model`.
 
         Raises:
             FileFormatError: a file is missing, damaged, or holds something else.
@@ -84,3 +119,9 @@ class DecompositionSet(Sequence[Decomposition]):
 
     def __repr__(self) -> str:
         return f"DecompositionSet of {len(self.items)} prompts, the first:\n{self.items[0]!r}"
+
+
+def _first_logits(item: Decomposition, answer: Answer | None, versus: Sequence[Answer] | None) -> LogitContributions:
+    model = item.required_source("logits")
+    targets = answer_targets(model, item.prompt, answer, versus, first_only=True)
+    return logit_contributions(model, at_one_destination(item.runs.icl, len(item.positions) - 1), targets)

@@ -1,7 +1,6 @@
 """The mathematics: pure tensor functions, no model, no hook, no tokenizer."""
 
 from metaopt_lens.dual._finite import is_finite as is_finite
-from metaopt_lens.dual._implicit_weights import implicit_weight_update as implicit_weight_update
 from metaopt_lens.dual._linear_form import LinearParts as LinearParts
 from metaopt_lens.dual._linear_form import linear_memory as linear_memory
 from metaopt_lens.dual._linear_form import linear_weights as linear_weights
@@ -10,6 +9,10 @@ from metaopt_lens.dual._momentum_scan import check_eta as check_eta
 from metaopt_lens.dual._momentum_scan import momentum_state as momentum_state
 from metaopt_lens.dual._momentum_scan import momentum_values as momentum_values
 from metaopt_lens.dual._momentum_scan import momentum_weights as momentum_weights
+from metaopt_lens.dual._patch import rank_one_product as rank_one_product
+from metaopt_lens.dual._patch import ridge_right_factors as ridge_right_factors
+from metaopt_lens.dual._patch import ridge_scale as ridge_scale
+from metaopt_lens.dual._patch import right_factor as right_factor
 from metaopt_lens.dual._scores import ScoreRule as ScoreRule
 from metaopt_lens.dual._scores import attend as attend
 from metaopt_lens.dual._scores import attention_scores as attention_scores
@@ -28,13 +31,16 @@ __all__ = [
     "SoftmaxParts",
     "attend",
     "attention_scores",
-    "implicit_weight_update",
     "linear_memory",
     "linear_weights",
     "merge_softmax",
     "momentum_state",
     "momentum_values",
     "momentum_weights",
+    "rank_one_product",
+    "ridge_right_factors",
+    "ridge_scale",
+    "right_factor",
     "softmax_with_sink",
     "split_linear",
     "split_softmax",

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from metaopt_lens._errors import ModelMismatchError, OptionError
-from metaopt_lens.analysis import Comparison, Statistic
+from metaopt_lens.analysis import Comparison, join_answers, join_measured
 
 
 def join_comparisons(parts: Sequence[Comparison]) -> Comparison:
@@ -37,10 +36,9 @@ def join_comparisons(parts: Sequence[Comparison]) -> Comparison:
     settings = {**first.settings, "finetuning": [s for part in parts for s in part.settings["finetuning"]]}
     if any(part.settings["candidates"] != first.settings["candidates"] for part in parts):
         settings["candidates"] = None
-    settings["answers"] = _answers([part.settings.get("answers") for part in parts])
     return dataclasses.replace(
         first,
-        statistics=tuple(s for name in _shared(parts) if (s := _statistic(parts, name)) is not None),
+        statistics=join_measured([part.statistics for part in parts]),
         sets=torch.cat([part.sets + offset for part, offset in zip(parts, offsets, strict=True)]),
         norms={name: torch.cat([part.norms[name] for part in parts]) for name in first.norms},
         gold=joined("gold"),
@@ -54,32 +52,13 @@ def join_comparisons(parts: Sequence[Comparison]) -> Comparison:
             if all(name in part.controlled for part in parts)
         },
         n_demos=tuple(n for part in parts for n in part.n_demos),
+        answers={
+            name: join_answers([part.answers[name] for part in parts])
+            for name in first.answers
+            if all(name in part.answers for part in parts)
+        },
         settings=settings,
-    )
-
-
-def _answers(parts: Sequence[Any]) -> dict[str, dict[str, list[Any]]] | None:
-    """Absolute numbers of all queries (see `compare`), where every part has them."""
-    if any(part is None for part in parts):
-        return None
-    return {
-        setting: {name: [value for part in parts for value in part[setting][name]] for name in values}
-        for setting, values in parts[0].items()
-    }
-
-
-def _shared(parts: Sequence[Comparison]) -> list[str]:
-    names = [{s.name for s in part.statistics} for part in parts]
-    return [s.name for s in parts[0].statistics if all(s.name in there for there in names)]
-
-
-def _statistic(parts: Sequence[Comparison], name: str) -> Statistic | None:
-    found = [part[name] for part in parts]
-    nulls = [null for null in found[0].nulls if all(null in s.nulls for s in found)]
-    if not nulls:
-        return None
-    return dataclasses.replace(
-        found[0],
-        values=torch.cat([s.values for s in found]),
-        nulls={null: torch.cat([s.nulls[null] for s in found]) for null in nulls},
+        notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+        learning_rate=None,
+        updates=tuple(update for part in parts for update in part.updates),
     )

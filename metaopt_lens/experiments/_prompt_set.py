@@ -142,7 +142,7 @@ def make_prompts(config: RunConfig, task: Task, rows: TaskRows, model: LensModel
 def _queries(config: RunConfig, rows: TaskRows, notes: list[str]) -> list[Row]:
     there = list(rows.validation)
     if len(there) < 2:
-        raise DataError(f"at least 2 rows to ask are needed, but {rows.source} has {len(there)}.")
+        raise DataError(f"at least 2 query rows are needed, but {rows.source} has {len(there)}.")
     wanted = len(there) if config.queries is None else config.queries
     if wanted > len(there):
         notes.append(f"{wanted} queries were asked for, {len(there)} are there")
@@ -183,7 +183,7 @@ def _fitting(
     if fit == 0:
         raise ContextWindowError(
             f"not even one demonstration of task {task.name!r} fits the context window of {model.info.name} "
-            f"({model.info.n_ctx} tokens) beside the longest query ({longest} tokens)."
+            f"({model.info.n_ctx} tokens) together with the longest query ({longest} tokens)."
         )
     if fit < len(demos):
         notes.append(f"{fit} of {len(demos)} demonstrations fit the context window of {model.info.n_ctx} tokens")

@@ -49,7 +49,13 @@ class PublishedNumber:
 
 
 def published_numbers(model: str, task: str, rule: str) -> list[PublishedNumber]:
-    """What was published for this model, task and finetuning rule (``gd`` or ``lcgd``); empty if nothing was."""
+    """What was published for this model, task and finetuning rule (``gd`` or ``lcgd``); empty if nothing was.
+
+    Args:
+        model: its name.
+        task: its name.
+        rule: ``"gd"`` or ``"lcgd"``.
+    """
     size = next((size for name, size in _MODELS.items() if name in model.lower()), None)
     name = task.lower().removesuffix("-one-line").replace("-", "")
     if size is None or name not in _TASKS:

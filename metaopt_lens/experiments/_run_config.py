@@ -45,7 +45,7 @@ class RunConfig:
         shots: demonstrations, or as many of them as fit the context window.
         seeds: one demonstration set each; a number n stands for seeds 0 to n - 1.
         queries: how many rows to ask; None for all. The same for every seed (but for tasks made by seed).
-        lr: learning rate, or ``"auto"``: chosen for every seed and rule on `held_out` rows beside the demonstrations.
+        lr: learning rate, or ``"auto"``: chosen for every seed and rule on `held_out` rows that are not demonstrations.
         variant: ``"published"`` templates, or ``"one-line"`` ones as in the released code.
         selection, permutation: of demonstrations, see `select_demos`.
         rules: ``"gd"`` (ordinary finetuning) and ``"lcgd"`` (layer-causal).
@@ -53,15 +53,19 @@ class RunConfig:
         held_out: rows for the choice of the learning rate, at most.
         n_candidates: for open vocabularies: how many outputs each query chooses among; None for all that occur.
         scoring: of label words, ``"mean"`` log-probability of their tokens or the ``"first"`` token's.
+        controls: ``"quick"``, ``"standard"`` or ``"sceptic"`` (see `Controls`). The next three take precedence.
+        n_label_draws: how often the demonstrations' labels are shuffled; each costs a run of everything, and 0 is none.
         random_weights: also run on permuted weights (costs the model's memory once more and about doubles the time).
         unrelated: also finetune on unrelated texts.
         attribution: also measure what every head's meta-gradient does to the answers, on the first
-            `attribution_queries` queries; attribution_metric: see `head_effects` (``"auto"``: the logit difference
-            where the label words differ in their first token, else the log-probability).
+            `attribution_queries` queries.
+        attribution_metric: see `head_effects` (``"auto"``: the logit difference where the label words differ in their
+            first token, else the log-probability).
         n_null_draws, subspace_dim: see `compare`.
         reference: the published code's choices in the metrics (`Convention.PUBLISHED`).
         prepend_bos: put BOS first; None for the model's default.
-        dtype: floating-point type of the weights; revision: of a model on the hub.
+        dtype: floating-point type of the weights.
+        revision: of a model on the hub.
         batch_size: sequences run together; fixed, since sums in another order differ in their last digits.
         save_updates: store the weight updates as well.
         allow_processed: accept a model with folded norms or biases.
@@ -84,8 +88,10 @@ class RunConfig:
     held_out: Count = 32
     n_candidates: _AtLeast2 | None = None
     scoring: Scoring = "mean"
-    random_weights: Flag = True
-    unrelated: Flag = True
+    controls: Literal["quick", "standard", "sceptic"] = "sceptic"
+    n_label_draws: NonNegative | None = None
+    random_weights: Flag | None = None
+    unrelated: Flag | None = None
     attribution: Flag = True
     attribution_queries: Count = 16
     attribution_metric: Literal["auto", "logit_difference", "label_log_prob"] = "auto"
@@ -118,6 +124,10 @@ class RunConfig:
     def from_dict(cls, body: Mapping[str, Any], *, where: str = "the configuration") -> RunConfig:
         """The reverse of `to_dict`; ``seeds = 3`` means seeds 0, 1, 2.
 
+        Args:
+            body: fields and values.
+            where: the place that errors name.
+
         Raises:
             OptionError: an unknown field, a missing one, or a value that makes no sense; `where` names the place.
         """
@@ -126,6 +136,9 @@ class RunConfig:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RunConfig:
         """Read a TOML or JSON file.
+
+        Args:
+            path: a TOML or JSON file.
 
         Raises:
             FileFormatError: the file is missing or not valid.

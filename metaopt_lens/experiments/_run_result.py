@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metaopt_lens._errors import FileFormatError, OptionError, UndefinedMetricError
-from metaopt_lens.analysis import Comparison, exact_interval
+from metaopt_lens._errors import FileFormatError, OptionError
+from metaopt_lens.analysis import Comparison
 from metaopt_lens.decomposition import Decomposition
-from metaopt_lens.experiments._attribution_stage import attribution_notes, attribution_tables, load_attribution
+from metaopt_lens.experiments._attribution_stage import attribution_notes, load_attribution
 from metaopt_lens.experiments._join import join_comparisons
 from metaopt_lens.experiments._prompt_set import PromptSet
 from metaopt_lens.experiments._run_config import Rule, RunConfig
@@ -32,7 +31,8 @@ class ExperimentResult:
 
     Attributes:
         path: the directory.
-        config: what was run; task: on what (without the function of a task made by one).
+        config: what was run.
+        task: on what (without the function of a task made by one).
     """
 
     path: Path
@@ -42,6 +42,9 @@ class ExperimentResult:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ExperimentResult:
         """Open the directory of a run, finished or not.
+
+        Args:
+            path: the run's directory.
 
         Raises:
             FileFormatError: it holds no run, or its description is damaged.
@@ -69,26 +72,50 @@ class ExperimentResult:
     # ---- pieces -------------------------------------------------------------------------------------------------
 
     def prompts(self, seed: int) -> PromptSet:
-        """Demonstrations, queries and held-out rows of a seed."""
+        """Demonstrations, queries and held-out rows of a seed.
+
+        Args:
+            seed: of the demonstration set.
+        """
         return PromptSet.from_dict(read_json(self._piece(seed, "prompts") / "prompts.json"))
 
     def learning_rate(self, rule: Rule, seed: int) -> LearningRateChoice | None:
-        """How the learning rate was chosen; None if it was given."""
+        """How the learning rate was chosen; None if it was given.
+
+        Args:
+            rule: ``"gd"`` or ``"lcgd"``.
+            seed: of the demonstration set.
+        """
         return load_learning_rate(self._piece(seed, f"lr-{rule}")) if self.config.lr == "auto" else None
 
     def finetuning(self, rule: Rule, seed: int) -> dict[str, Any]:
-        """``lr``, ``losses`` (before every step) and ``notes``."""
+        """``lr``, ``losses`` (before every step) and ``notes``.
+
+        Args:
+            rule: ``"gd"`` or ``"lcgd"``.
+            seed: of the demonstration set.
+        """
         found: dict[str, Any] = read_json(self._piece(seed, self._rule(rule)) / "finetuning.json")
         return found
 
     def update(self, rule: Rule, seed: int) -> WeightUpdate:
-        """The weight update, if the run was told to store it (``save_updates``)."""
+        """The weight update, if the run was told to store it (``save_updates``).
+
+        Args:
+            rule: ``"gd"`` or ``"lcgd"``.
+            seed: of the demonstration set.
+        """
         if not self.config.save_updates:
             raise OptionError(f"{self.path} stores no weight updates: run with save_updates (--save-updates).")
         return WeightUpdate.load(self._piece(seed, self._rule(rule)) / "update")
 
     def comparison(self, rule: Rule, seed: int | None = None) -> Comparison:
-        """In-context updates against those of finetuning by `rule`: of one seed, or of all together."""
+        """In-context updates against those of finetuning by `rule`: of one seed, or of all together.
+
+        Args:
+            rule: ``"gd"`` or ``"lcgd"``.
+            seed: of the demonstration set; None for all.
+        """
         if seed is not None:
             return load_comparison(self._piece(seed, self._rule(rule)))
         if rule not in self._joined:
@@ -96,9 +123,15 @@ class ExperimentResult:
         return self._joined[rule]
 
     def attribution(self, seed: int) -> HeadEffects | None:
-        """Effects of every head's meta-gradient; None if the model's heads could not be knocked out."""
+        """Effects of every head's meta-gradient; None if the model's heads could not be knocked out.
+
+        Args:
+            seed: of the demonstration set.
+        """
         if not self.config.attribution:
-            raise OptionError(f"the run in {self.path} was told to leave the attribution to heads out.")
+            raise OptionError(
+                f"the run in {self.path} was made without the attribution to heads (attribution = false)."
+            )
         return load_attribution(self._piece(seed, "attribution"))
 
     def example(self) -> Decomposition | None:
@@ -120,6 +153,9 @@ class ExperimentResult:
           ``attribution_seeds``: per seed, gain and the heads that recover 90 percent of it on held-out queries;
           ``attribution_recovery``: how many heads that takes over all seeds, one row per metric.
 
+        Args:
+            name: one of those above.
+
         Raises:
             OptionError: there is no such table, or the run is not finished.
         """
@@ -127,7 +163,7 @@ class ExperimentResult:
 
         folder = self._store.path("tables")
         if not self.is_complete:
-            raise OptionError(f"the run in {self.path} is not finished: run it again to go on.")
+            raise OptionError(f"the run in {self.path} is not finished: run it again to resume it.")
         file = folder / f"{name}.parquet"
         if not file.is_file():
             raise OptionError(f"there is no table {name!r}; this run has {', '.join(self.table_names)}.")
@@ -191,7 +227,7 @@ class ExperimentResult:
             raise OptionError(f"the run in {self.path} has the seeds {list(self.seeds)}, not {seed}.")
         name = f"seed-{seed}/{stage}"
         if not self._store.is_finished(name):
-            raise FileFormatError(f"the run in {self.path} has no piece {name} (yet): run it again to go on.")
+            raise FileFormatError(f"the run in {self.path} has no piece {name} (yet): run it again to resume it.")
         return self._store.path(name)
 
     def __repr__(self) -> str:
@@ -201,81 +237,3 @@ class ExperimentResult:
             f"ExperimentResult of {c.model} on {c.task} in {self.path} ({state}; {c.shots} shots, "
             f"{len(c.seeds)} seeds, {' and '.join(c.rules)})"
         )
-
-
-def make_tables(result: ExperimentResult) -> dict[str, pd.DataFrame]:
-    """All tables of a run whose other pieces are finished."""
-    import pandas as pd
-
-    config = result.config
-    joined = {rule: result.comparison(rule) for rule in config.rules}
-    tables = {
-        "summary": _stack({rule: c.summary() for rule, c in joined.items()}),
-        "heads": _stack({rule: c.to_frame() for rule, c in joined.items()}),
-        "accuracies": _stack({rule: _accuracies(c) for rule, c in joined.items()}),
-        "predictions": _stack({rule: _predictions(result, rule, config.seeds) for rule in config.rules}),
-    }
-    rates, losses = [], []
-    for rule in config.rules:
-        for seed in config.seeds:
-            place = {"rule": rule, "seed": seed}
-            choice = result.learning_rate(rule, seed)
-            if choice is not None:
-                rates.append(choice.to_frame().assign(chosen=[r == choice.lr for r in choice.rates], **place))
-            found = result.finetuning(rule, seed)
-            losses.append(pd.DataFrame({**place, "step": range(len(found["losses"])), "loss": found["losses"]}))
-    if rates:
-        tables["learning_rates"] = pd.concat(rates, ignore_index=True)
-    tables["losses"] = pd.concat(losses, ignore_index=True)
-    if config.attribution:
-        effects = {seed: e for seed in config.seeds if (e := result.attribution(seed)) is not None}
-        tables |= attribution_tables(effects)
-    return tables
-
-
-def _stack(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    import pandas as pd
-
-    return pd.concat([frame.assign(rule=rule) for rule, frame in frames.items()], ignore_index=True)
-
-
-def _accuracies(comparison: Comparison) -> pd.DataFrame:
-    import pandas as pd
-
-    try:
-        table = comparison.accuracies()
-        recall = comparison.rec2ftp()
-    except UndefinedMetricError:  # a single candidate: nothing to predict
-        return pd.DataFrame({"quantity": [], "value": [], "low": [], "high": [], "n": []})
-    undefined = float("nan")
-    rows = []
-    for name, k, n in (
-        ("Rec2FTP %", recall.both, recall.ft),
-        ("Rec2FTP base rate %", recall.icl, recall.zs_wrong),
-    ):
-        low, high = exact_interval(k, n) or (undefined, undefined)
-        value = 100 * k / n if n else undefined
-        rows.append({"quantity": name, "value": value, "low": low, "high": high, "n": n})
-    return pd.concat([table, pd.DataFrame(rows)], ignore_index=True)
-
-
-def _predictions(result: ExperimentResult, rule: Rule, seeds: Sequence[int]) -> pd.DataFrame:
-    import pandas as pd
-
-    frames = []
-    for seed in seeds:
-        prompts, found = result.prompts(seed), result.comparison(rule, seed)
-        words = found.settings["candidates"] or ()
-        frame = pd.DataFrame(
-            {
-                "seed": seed,
-                "row": prompts.rows["queries"],
-                "query": [p.query for p in prompts.prompts],
-                "label": [p.label for p in prompts.prompts],
-            }
-        )
-        for name in ("zs", "icl", "ft"):
-            predicted = getattr(found, name)
-            frame[name] = None if predicted is None else [words[i] for i in predicted.tolist()]
-        frames.append(frame)
-    return pd.concat(frames, ignore_index=True)

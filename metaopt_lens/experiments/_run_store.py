@@ -106,7 +106,7 @@ class RunStore:
             field, theirs, ours = difference
             raise OutputError(
                 f"{self.folder} holds a run of another {what}: {field} is {_short(theirs)} there and {_short(ours)} "
-                "here. Give another output directory, or the same settings to go on with that run."
+                "here. Give another output directory, or the same settings to resume that run."
             )
 
     def pin(self, name: str, body: Mapping[str, Any], *, what: str) -> None:
@@ -169,7 +169,7 @@ class RunStore:
                 continue
             if not recompute:
                 raise FileFormatError(
-                    f"the stored piece {self.path(piece)} is damaged: {problem}. To compute it anew pass "
+                    f"the stored piece {self.path(piece)} is damaged: {problem}. To recompute it, pass "
                     "--recompute-damaged (recompute_damaged=True in Python)."
                 )
             with self.writing():
@@ -177,7 +177,7 @@ class RunStore:
             removed.append(piece)
         return removed
 
-    def write(self, piece: str, save: Callable[[Path], None]) -> None:
+    def write(self, piece: str, save: Callable[[Path], object]) -> None:
         """Let `save` fill a directory, and put it in place as the piece.
 
         Raises:

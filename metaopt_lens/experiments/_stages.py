@@ -8,20 +8,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from metaopt_lens._errors import FileFormatError, MetaoptLensError, NonFiniteError, OptionError, PromptError
+from metaopt_lens._errors import FileFormatError, MetaoptLensError
 from metaopt_lens._storage import provenance, write_text
-from metaopt_lens.analysis import Comparison, Convention, compare, unrelated_update
+from metaopt_lens.analysis import (
+    UNRELATED_TEXT,
+    Comparison,
+    Controls,
+    Convention,
+    Finetuning,
+    Measures,
+    compare,
+)
 from metaopt_lens.decomposition import Decomposition, decompose
-from metaopt_lens.experiments._prompt_comparison import default_unrelated_texts
 from metaopt_lens.experiments._prompt_set import PromptSet
 from metaopt_lens.experiments._run_config import Rule, RunConfig
-from metaopt_lens.finetuning import LearningRateChoice, WeightUpdate, choose_learning_rate, finetune
+from metaopt_lens.finetuning import LearningRateChoice, choose_learning_rate
 from metaopt_lens.models import LensModel
 from metaopt_lens.runs import tokenize_for
 
-Save = Callable[[Path], None]
-
-UNRELATED = "unrelated text"
+Save = Callable[[Path], object]  # fills the folder of a piece
 
 
 def write_json(path: Path, body: Any) -> None:
@@ -71,77 +76,50 @@ def load_learning_rate(folder: Path) -> LearningRateChoice:
 
 def comparison(config: RunConfig, model: LensModel, prompts: PromptSet, rule: Rule, lr: float, seed: int) -> Save:
     """The piece ``RULE``: finetuning, and its comparison with the in-context runs."""
-    notes: list[str] = []
-    update = finetune(
+    found = compare(
         model,
-        prompts.prompts[0],
-        lr=lr,
-        epochs=config.epochs,
-        layer_causal=rule == "lcgd",
+        prompts.prompts,
+        controls=_controls(config, prompts),
+        finetuning=Finetuning(lr=lr, epochs=config.epochs, layer_causal=rule == "lcgd"),
+        measures=Measures(
+            subspace_dim=min(config.subspace_dim, model.info.d_head),
+            scoring=config.scoring,
+            convention=Convention.PUBLISHED if config.reference else Convention.DEFAULT,
+        ),
         prepend_bos=config.prepend_bos,
-        keep_factors=True,
         allow_processed=config.allow_processed,
+        batch_size=config.batch_size,
+        seed=seed,
         progress=False,
     )
-    controls = _controls(config, model, prompts, update, notes)
-
-    def run(*, random_weights: bool) -> Comparison:
-        return compare(
-            model,
-            prompts.prompts,
-            update,
-            controls=controls,
-            random_weights=random_weights,
-            scoring=config.scoring,
-            subspace_dim=min(config.subspace_dim, model.info.d_head),
-            n_null_draws=config.n_null_draws,
-            batch_size=config.batch_size,
-            prepend_bos=config.prepend_bos,
-            convention=Convention.PUBLISHED if config.reference else Convention.DEFAULT,
-            allow_processed=config.allow_processed,
-            seed=seed,
-            progress=False,
-        )
-
-    try:
-        found = run(random_weights=config.random_weights)
-    except NonFiniteError as error:
-        if not config.random_weights:
-            raise
-        found = run(random_weights=False)
-        notes.append(f"the runs on permuted weights are left out ({error})")
+    (update,) = found.updates
     found = dataclasses.replace(found, provenance=versions())
 
     def save(folder: Path) -> None:
         found.save(folder / "comparison")
-        write_json(folder / "finetuning.json", {"lr": lr, "losses": list(update.losses), "notes": notes})
+        write_json(folder / "finetuning.json", {"lr": lr, "losses": list(update.losses), "notes": list(found.notes)})
         if config.save_updates:
-            untimed(update.save(folder / "update"))
+            dataclasses.replace(update, provenance=versions()).save(folder / "update")
 
     return save
+
+
+def _controls(config: RunConfig, prompts: PromptSet) -> Controls:
+    """Those of the preset, but for what the configuration says itself."""
+    said = {
+        "shuffled_labels": config.n_label_draws,
+        "unrelated_text": config.unrelated,
+        "random_weights": config.random_weights,
+    }
+    changes: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
+    asked = dataclasses.replace(Controls.of(config.controls), n_null_draws=config.n_null_draws, **changes)
+    own = asked.unrelated_text and bool(prompts.unrelated)
+    return dataclasses.replace(asked, texts={UNRELATED_TEXT: prompts.unrelated}) if own else asked
 
 
 def versions() -> dict[str, Any]:
     """Versions without the time, so that equal runs give equal bytes."""
     return {name: value for name, value in provenance().items() if name != "created"}
-
-
-def _controls(
-    config: RunConfig, model: LensModel, prompts: PromptSet, update: WeightUpdate, notes: list[str]
-) -> dict[str, WeightUpdate]:
-    if not config.unrelated:
-        return {}
-    texts = prompts.unrelated or default_unrelated_texts(model, prompts.prompts[0])
-    try:
-        return {UNRELATED: unrelated_update(model, texts, like=update)}
-    except (PromptError, OptionError, NonFiniteError) as error:
-        notes.append(f"the control run on unrelated texts is left out ({error})")
-        return {}
-
-
-def untimed(file: Path) -> None:
-    """Take the time out of a saved result's JSON file."""
-    write_json(file, {**read_json(file), "provenance": versions()})
 
 
 def load_comparison(folder: Path) -> Comparison:
@@ -165,12 +143,8 @@ def example(config: RunConfig, model: LensModel, prompts: PromptSet) -> Save:
     size = 2 * 4 * info.n_layers * n_tokens * info.n_kv_heads * info.d_head
     if size > _EXAMPLE_BYTES:
         return lambda folder: write_json(folder / "example.json", {"left_out": f"about {size >> 20} MiB"})
-    found = decompose(model, first, prepend_bos=config.prepend_bos)
-
-    def save(folder: Path) -> None:
-        untimed(found.save(folder / "decomposition"))
-
-    return save
+    found = dataclasses.replace(decompose(model, first, prepend_bos=config.prepend_bos), provenance=versions())
+    return lambda folder: found.save(folder / "decomposition")
 
 
 def load_example(folder: Path) -> Decomposition | None:

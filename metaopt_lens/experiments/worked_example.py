@@ -19,14 +19,15 @@ from metaopt_lens._storage import write_text
 from metaopt_lens.analysis import (
     SHUFFLED_LABELS,
     Comparison,
-    Statistic,
+    Controls,
+    Finetuning,
+    Measured,
     compare,
     findings,
     headline,
-    unrelated_update,
 )
-from metaopt_lens.experiments._prompt_comparison import episode_prompts
-from metaopt_lens.finetuning import choose_learning_rate, finetune
+from metaopt_lens.experiments._episode_prompts import episode_prompts
+from metaopt_lens.finetuning import choose_learning_rate
 from metaopt_lens.models import load_model, wrap
 from metaopt_lens.models.tiny import CATEGORIES, CATEGORY_OF, LABELS, Episode, sample_episodes
 from metaopt_lens.prompts import ICLPrompt
@@ -137,17 +138,18 @@ def run(
     results = []
     for method, settings in METHODS.items():
         search = search_rate(model, tuning, settings)
-        options = {"lr": search.lr, "keep_factors": True, "progress": False, **settings}
-        updates = [finetune(model, group[0], **options) for group in sets]
-        controls = {
-            name: [
-                unrelated_update(model, texts(group[0], seed + i), like=update)
-                for i, (group, update) in enumerate(zip(sets, updates, strict=True))
-            ]
-            for name, texts in (("other task", other_task), ("unrelated words", unrelated_words))
+        texts = {
+            name: [draw(group[0], seed + i) for i, group in enumerate(sets)]
+            for name, draw in (("other task", other_task), ("unrelated words", unrelated_words))
         }
-        prompts = [prompt for group in sets for prompt in group]
-        found = compare(model, prompts, updates, controls=controls, random_weights=True, seed=seed, progress=progress)
+        found = compare(
+            model,
+            [prompt for group in sets for prompt in group],
+            controls=Controls(shuffled_labels=4, unrelated_text=False, random_weights=True, texts=texts),
+            finetuning=Finetuning(lr=search.lr, **settings),
+            seed=seed,
+            progress=progress,
+        )
         results.append(WorkedExample(method, search, found))
     return results
 
@@ -234,7 +236,7 @@ def _section(result: WorkedExample) -> str:
     return "\n".join(parts)
 
 
-def _interval(comparison: Comparison, statistic: Statistic, values: torch.Tensor) -> str:
+def _interval(comparison: Comparison, statistic: Measured, values: torch.Tensor) -> str:
     """Mean over layers and heads with its interval; empty where nothing is defined."""
     found = comparison.statistic_interval(statistic, values.nanmean((1, 2)), level=0.95)
     if bool(found.estimate.isnan()):

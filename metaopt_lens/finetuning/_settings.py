@@ -28,7 +28,7 @@ class FinetuneSettings:
         bias: also update their biases, where the base has them.
         optimizer: name of a class in ``torch.optim``; optimizer_options are passed to it.
         loss: ``"all"`` predicted tokens of a demonstration (all but BOS), or those of its ``"label"`` only.
-        order: ``"given"``, ``"reversed"``, ``"shuffled"`` (anew every epoch, by seed), or a permutation.
+        order: ``"given"``, ``"reversed"``, ``"shuffled"`` (reshuffled every epoch, by seed), or a permutation.
         batch_size: demonstrations per step; None is full-batch. The loss is the mean over the demonstrations.
         layer_causal: every layer learns from its own early-exit loss only (LCGD, arXiv:2311.07772).
         readout: what LCGD reads out: the ``"block"`` output (as released) or the ``"attention"`` output (as written).

@@ -1,6 +1,6 @@
 """One step's gradients from its factors: ``grad dW = sum_i x_i (x) e_i`` with ``e_i = dL/dk_i``.
 
-Only the error signals go through autograd, so that no gradient of a weight's size is made anew in every step.
+Only the error signals go through autograd, so that no gradient of a weight's size is made in every step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A weight update that lives beside the model: dW and db per layer and head, applied by hooks."""
+"""A weight update kept apart from the model: dW and db per layer and head, applied by hooks."""
 
 from __future__ import annotations
 
@@ -127,6 +127,9 @@ class WeightUpdate(Stored):
     def select(self, heads: Sequence[str | HeadRef | tuple[int, int]]) -> WeightUpdate:
         """The update of some heads only; 0 for the others.
 
+        Args:
+            heads: heads such as ``"L3H7"`` or ``(3, 7)``.
+
         Raises:
             HeadError: no heads, an unknown head, or only some of the heads that share a key-value head.
         """
@@ -160,6 +163,9 @@ class WeightUpdate(Stored):
     def hooks(self, model: LensModel) -> list[Hook]:
         """The hooks that make `model` the finetuned model.
 
+        Args:
+            model: the wrapped model that the hooks are for.
+
         Raises:
             ModelMismatchError: the update belongs to a model of another shape or parametrisation.
         """
@@ -174,13 +180,23 @@ class WeightUpdate(Stored):
         rows: slice = slice(None),
         projections: Sequence[str] = PROJECTIONS,
     ) -> list[Hook]:
-        """Hooks of one layer; see `change_hooks`."""
+        """Hooks of one layer; see `change_hooks`.
+
+        Args:
+            model: the wrapped model that the hooks are for.
+            layer: counted from 0.
+            rows: change these sequences of the batch only.
+            projections: change these projections only.
+        """
         chosen = {name: t[layer] for name, t in self.tensors().items() if name[-1] in projections}
         return change_hooks(model, layer, chosen, rows=rows)
 
     @contextmanager
     def applied(self, model: Any) -> Iterator[Any]:
         """Within the block, `model` is the finetuned model; afterwards it is exactly what it was.
+
+        Args:
+            model: `HookedTransformer`, `TransformerBridge` or a wrapped model.
 
         Raises:
             ModelMismatchError: the update belongs to a model of another shape or parametrisation.

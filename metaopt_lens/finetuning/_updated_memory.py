@@ -26,7 +26,8 @@ class UpdatedMemory:
     the base model's zero-shot run.
 
     Attributes:
-        k, v: of the base model; k_updated, v_updated: with ``x dW + db`` added before QK-norm and rotary.
+        k, v: of the base model.
+        k_updated, v_updated: with ``x dW + db`` added before QK-norm and rotary.
     """
 
     k: Float[Tensor, "layer src kv_head d_head"]
@@ -71,7 +72,9 @@ def delta_w_ft(memory: UpdatedMemory, layer: int, seen: Bool[Tensor, " src"]) ->
     Written ``sum_Z dv (x) (k + dk) + v (x) dk``, in which nothing large cancels; rank at most ``min(d_head, 2 |Z|)``.
 
     Args:
-        memory: of one query. layer: counted from 0. seen: which sources of Z the destination sees.
+        memory: keys and values of one query.
+        layer: counted from 0.
+        seen: which sources of Z the destination sees.
     """
     k, k_new, v, v_new = (t[layer][seen] for t in (memory.k, memory.k_updated, memory.v, memory.v_updated))
     keys, values = torch.cat([k_new, k_new - k]), torch.cat([v_new - v, v])

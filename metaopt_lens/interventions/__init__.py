@@ -2,15 +2,35 @@
 
 from metaopt_lens.interventions._apply import AppliedMetaGradient as AppliedMetaGradient
 from metaopt_lens.interventions._attribution import head_effects as head_effects
+from metaopt_lens.interventions._demo_tokens import DemoTokens as DemoTokens
 from metaopt_lens.interventions._head_effects import HeadEffects as HeadEffects
 from metaopt_lens.interventions._head_effects import ICLHeads as ICLHeads
 from metaopt_lens.interventions._head_effects import rank_by_effect as rank_by_effect
-from metaopt_lens.interventions._implicit import ImplicitUpdate as ImplicitUpdate
-from metaopt_lens.interventions._implicit import implicit_update as implicit_update
+from metaopt_lens.interventions._intervene import fwd_hooks as fwd_hooks
 from metaopt_lens.interventions._intervene import intervene as intervene
 from metaopt_lens.interventions._knock_out import KnockOut as KnockOut
 from metaopt_lens.interventions._meta_gradient import MetaGradient as MetaGradient
 from metaopt_lens.interventions._meta_gradient import meta_gradient as meta_gradient
 from metaopt_lens.interventions._momentum import MomentumAttention as MomentumAttention
+from metaopt_lens.interventions._pipeline import pipeline as pipeline
 from metaopt_lens.interventions._recovery import Recovery as Recovery
 from metaopt_lens.interventions._recovery import recovery as recovery
+from metaopt_lens.interventions._sight import Sight as Sight
+from metaopt_lens.interventions._sight import Sources as Sources
+from metaopt_lens.interventions._stages import Change as Change
+from metaopt_lens.interventions._stages import Memory as Memory
+from metaopt_lens.interventions._stages import StagedIntervention as StagedIntervention
+from metaopt_lens.interventions._stages import Visibility as Visibility
+
+__all__ = [
+    "AppliedMetaGradient",
+    "HeadEffects",
+    "ICLHeads",
+    "KnockOut",
+    "MetaGradient",
+    "MomentumAttention",
+    "Recovery",
+    "head_effects",
+    "intervene",
+    "meta_gradient",
+]

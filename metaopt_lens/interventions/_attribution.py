@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from metaopt_lens._errors import OptionError, PromptError
+from metaopt_lens._progress import Progress
+from metaopt_lens._types import HeadRef
+from metaopt_lens.interventions._answer_metric import Metric, answer_metric
 from metaopt_lens.interventions._head_effects import HeadEffects, rank_by_effect
-from metaopt_lens.interventions._knock_out_runs import KnockOutRuns, RowMetric
+from metaopt_lens.interventions._heads import Heads, head_mask
+from metaopt_lens.interventions._knock_out_runs import KnockOutRuns
 from metaopt_lens.interventions._meta_gradient import meta_gradient
 from metaopt_lens.interventions._recovery import split_queries
-from metaopt_lens.models import LensModel, wrap
-from metaopt_lens.prompts import ICLPrompt, PromptLike, as_prompts, tokenize_label
-from metaopt_lens.runs import candidate_labels, refuse_acting, tokenize_for
-
-Metric = str | Callable[[Tensor], Tensor]
+from metaopt_lens.models import LensModel, active_momentum, wrap
+from metaopt_lens.prompts import ICLPrompt, PromptLike, as_prompts
+from metaopt_lens.runs import refuse_acting, tokenize_for
 
 
 def head_effects(
@@ -26,135 +28,173 @@ def head_effects(
     prompts: PromptLike | Sequence[PromptLike],
     *,
     metric: Metric = "logit_difference",
+    heads: Heads = None,
+    layers: Iterable[int] | None = None,
+    exact: bool = True,
     per_demo: bool = False,
     prepend_bos: bool | None = None,
     batch_size: int | None = None,
     seed: int = 0,
+    progress: bool = True,
 ) -> HeadEffects:
     """What every head's meta-gradient does to the model's answers.
 
     A head's effect is the metric of the in-context run minus the metric with this head's demonstrations knocked out at
     every position of the query (docs/theory.md, section 5): exactly, one run per head; and to first order, from one
-    backward pass. The demonstrations are run once. To see how many heads make the in-context gain, heads are ranked on
-    one half of the queries and added back in that order on the other half, which had no say in the ranking. With a
-    single query there is no other half, and how many heads recover the gain is undefined.
+    backward pass. The demonstrations are run once, and a knock-out starts at the layer it touches. To see how many
+    heads make the in-context gain, heads are ranked on one half of the queries and added back in that order on the
+    other half, which had no say in the ranking. With a single query, or with some heads only, how many heads recover
+    the gain is undefined.
 
     Args:
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model. It is not modified.
         prompts: queries behind the same demonstrations, each with its label, in the forms `decompose` takes.
         metric: ``"logit_difference"``, the label's first token against the mean of the other candidates';
-            ``"label_log_prob"``, mean log-probability of the label's tokens; ``"loss"``, its negative; or a function
-            of the logits that follow the query, ``[d_vocab]``, that gives a number.
+            ``"label_log_prob"``, mean log-probability of the label's tokens; ``"loss"``, its negative; or a function of
+            the logits that follow the query, ``[d_vocab]``, that gives a number.
+        heads: only these heads (as in ``["L3H7"]``).
+        layers: only heads of these layers.
+        exact: False for the first-order estimates alone.
         per_demo: also knock out every demonstration in every head (as many runs as heads times demonstrations).
+        prepend_bos: put BOS first; None for the model's default.
         batch_size: runs made together; by default as many as memory allows.
         seed: of the split into queries to rank heads on and queries to measure the recovery on.
+        progress: show a bar (on a terminal) or log the time left (elsewhere).
 
     Raises:
         PromptError: no prompts, different demonstrations, or no label or candidates where the metric needs them.
+        HeadError: an unknown head or layer, or none selected.
+        OptionError: an unknown metric, `per_demo` without `exact`, or momentum attention is on.
         ContextWindowError: a prompt is longer than the context window.
     """
     wrapped = wrap(model)
     refuse_acting(wrapped, "head_effects")
-    prompts = as_prompts(prompts)
-    mg = meta_gradient(wrapped, prompts[0], prepend_bos=prepend_bos)
-    for prompt in prompts:
-        mg.check_prompt(prompt)
-    rows, row_metric = _rows(wrapped, prompts, metric, prepend_bos)
-    runs = KnockOutRuns(wrapped, mg, rows, row_metric, batch_size)
-    n_layers, n_heads, n_demos = wrapped.info.n_layers, wrapped.info.n_heads, len(mg.demos)
-    none, every = (
-        torch.zeros(1, n_layers, n_heads, dtype=torch.bool),
-        torch.ones(1, n_layers, n_heads, dtype=torch.bool),
-    )
-    all_demos = torch.ones(1, n_demos, dtype=torch.bool)
-    each_demo = torch.eye(n_demos, dtype=torch.bool)
-    one_head = _one_each(n_layers, n_heads)
-    ends = runs.exact(torch.cat([none, every]), all_demos.expand(2, -1))
-    without = runs.exact(one_head, all_demos.expand(len(one_head), -1))
-    exact = (ends[0] - without).T.reshape(-1, n_layers, n_heads)
-    without_demo = runs.exact(every.expand(n_demos, -1, -1), each_demo)
-    estimates = runs.first_order(torch.cat([all_demos, each_demo]))  # variant query layer head
-    exact_per_demo = None
-    if per_demo:
-        heads = one_head.repeat(n_demos, 1, 1)
-        demos = each_demo.repeat_interleave(len(one_head), 0)
-        changed = ends[0] - runs.exact(heads, demos)
-        exact_per_demo = changed.view(n_demos, n_layers, n_heads, -1).permute(3, 1, 2, 0)
-    selection, held_out = split_queries(len(rows), seed)
-    gain = ends[0] - ends[1]
-    order = torch.tensor(
-        [ref.layer * n_heads + ref.head for ref in rank_by_effect(exact[selection].mean(0), gain[selection])]
-    )
-    kept_out = torch.ones(len(order) + 1, len(order), dtype=torch.bool)
-    for n in range(len(order)):
-        kept_out[n + 1 :, order[n]] = False
-    added = torch.empty(len(kept_out), 0, dtype=torch.float64)
-    if held_out:
-        # variant (layer head) -> variant layer head
-        out = kept_out.view(-1, n_layers, n_heads)
-        added = runs.exact(out, all_demos.expand(len(kept_out), -1), held_out)
-    return HeadEffects(
-        model=wrapped.info,
-        metric=metric if isinstance(metric, str) else getattr(metric, "__name__", "metric"),
-        n_demos=n_demos,
-        in_context=ends[0],
-        zero_shot=ends[1],
-        exact=exact,
-        first_order=estimates[0],
-        demo_exact=(ends[0] - without_demo).T,
-        demo_first_order=estimates[1:].permute(1, 2, 3, 0),
-        demo_exact_per_head=exact_per_demo,
-        held_out=torch.tensor(held_out, dtype=torch.int64),
-        selection_order=order,
-        added=added.T,
-    )
+    if active_momentum(wrapped) is not None:
+        raise OptionError(
+            "momentum attention is on, and head_effects does not know its share: call it outside the block."
+        )
+    if per_demo and not exact:
+        raise OptionError("per_demo=True knocks demonstrations out of heads exactly: give it with exact=True.")
+    mask = head_mask(wrapped.info, heads, layers)
+    parsed = as_prompts(prompts)
+    _check_same_demos(parsed)
+    tokens = [tokenize_for(wrapped, p, prepend_bos=prepend_bos, require_demos=True) for p in parsed]
+    measured = answer_metric(wrapped, parsed, tokens, metric)
+    mg = meta_gradient(wrapped, parsed[0], prepend_bos=prepend_bos)
+    work = _Work(wrapped, mask, n_queries=len(parsed), n_demos=len(mg.demos), seed=seed)
+    with Progress(work.n_runs(exact=exact, per_demo=per_demo), "knock-outs", shown=progress) as bar:
+        runs = KnockOutRuns(wrapped, mg, measured, batch_size, bar.advance)
+        found = work.estimates(runs)
+        if exact:
+            found |= work.knock_outs(runs, found["in_context"], found["zero_shot"])
+        if per_demo:
+            found["demo_exact_per_head"] = work.per_demo(runs, found["in_context"])
+    return HeadEffects(model=wrapped.info, metric=measured.name, n_demos=len(mg.demos), demos=mg.demos, **found)
 
 
-def _one_each(n_layers: int, n_heads: int) -> Bool[Tensor, "variant layer head"]:
-    return torch.eye(n_layers * n_heads, dtype=torch.bool).view(-1, n_layers, n_heads)
-
-
-def _rows(
-    model: LensModel, prompts: Sequence[ICLPrompt], metric: Metric, prepend_bos: bool | None
-) -> tuple[list[tuple[int, ...]], RowMetric]:
-    """Tokens behind the demonstrations, and the metric of their logits."""
-    tokens = [tokenize_for(model, p, prepend_bos=prepend_bos, require_demos=True) for p in prompts]
-    queries = [t.ids[t.query.start :] for t in tokens]
-    if not isinstance(metric, str):
-        return queries, lambda logits, query: metric(logits[len(queries[query]) - 1])
-    labels = [_label(model, prompt, prompt.label, metric) for prompt in prompts]
-    if metric == "logit_difference":
-        others = [
-            [_label(model, p, word, metric)[0] for word in candidate_labels(p) if word != p.label] for p in prompts
-        ]
-        for prompt, label, wrong in zip(prompts, labels, others, strict=True):
-            if not wrong or label[0] in wrong:
+def _check_same_demos(prompts: Sequence[ICLPrompt]) -> None:
+    first = prompts[0]
+    for prompt in prompts[1:]:
+        for what in ("template", "instruction", "demos"):
+            if getattr(prompt, what) != getattr(first, what):
                 raise PromptError(
-                    f"the logit difference of label {prompt.label!r} needs other candidates with another first token: "
-                    "give the prompt candidates, or use metric='label_log_prob'."
+                    f"queries must stand behind the same demonstrations: the {what} of query {prompt.query!r} are not "
+                    f"those of {first.query!r}. Call head_effects once for each set."
                 )
 
-        def difference(logits: Tensor, query: int) -> Tensor:
-            last = logits[-1]
-            return last[labels[query][0]] - last[others[query]].mean()
 
-        return queries, difference
-    if metric not in {"label_log_prob", "loss"}:
-        raise OptionError(f"metric must be 'logit_difference', 'label_log_prob', 'loss' or a function, got {metric!r}.")
-    rows = [query + label[:-1] for query, label in zip(queries, labels, strict=True)]
-    for row, t in zip(rows, tokens, strict=True):
-        model.check_window(t.query.start + len(row), "the longest prompt with its label")
-    sign = 1.0 if metric == "label_log_prob" else -1.0
+class _Work(NamedTuple):
+    """Which knock-outs are made, and the fields of the result that they give."""
 
-    def log_prob(logits: Tensor, query: int) -> Tensor:
-        label = torch.tensor(labels[query], device=logits.device)
-        log_probs = logits[len(queries[query]) - 1 :].log_softmax(-1)
-        return sign * log_probs[torch.arange(len(label), device=logits.device), label].mean()
+    model: LensModel
+    mask: Bool[Tensor, "layer head"]
+    n_queries: int
+    n_demos: int
+    seed: int
 
-    return rows, log_prob
+    @property
+    def all_heads(self) -> bool:
+        return bool(self.mask.all())
 
+    def n_runs(self, *, exact: bool, per_demo: bool) -> int:
+        """Knock-outs in all, each of one query."""
+        n_heads, n_held_out = int(self.mask.sum()), len(self._split()[1])
+        n_variants = 1 + exact * (n_heads + self.n_demos) + per_demo * n_heads * self.n_demos
+        return n_variants * self.n_queries + (n_heads * n_held_out if exact and self.all_heads else 0)
 
-def _label(model: LensModel, prompt: ICLPrompt, label: str | None, metric: str) -> tuple[int, ...]:
-    if label is None:
-        raise PromptError(f"metric {metric!r} needs the label of query {prompt.query!r}: ICLPrompt(..., label=...).")
-    return tokenize_label(label, prompt.template, model.tokenizer)
+    def estimates(self, runs: KnockOutRuns) -> dict[str, Any]:
+        """The metric of both ends, first-order estimates, and nothing yet of what is measured exactly."""
+        info = self.model.info
+        in_context, found = runs.first_order(torch.cat([self._all_demos(1), self._each_demo()]))
+        every = torch.ones(1, info.n_layers, info.n_heads, dtype=torch.bool)
+        return {
+            "in_context": in_context,
+            "zero_shot": runs.exact(every, self._all_demos(1))[0],
+            "exact": self._nothing(),
+            "first_order": found[0].masked_fill(~self.mask, torch.nan),
+            "demo_exact": torch.full((self.n_queries, self.n_demos), torch.nan, dtype=torch.float64),
+            "demo_first_order": found[1:].permute(1, 2, 3, 0),  # query layer head demo
+            "demo_exact_per_head": None,
+            "held_out": torch.empty(0, dtype=torch.int64),
+            "selection_order": torch.empty(0, dtype=torch.int64),
+            "added": torch.empty(0, 0, dtype=torch.float64),
+        }
+
+    def knock_outs(
+        self, runs: KnockOutRuns, in_context: Float[Tensor, " query"], zero_shot: Float[Tensor, " query"]
+    ) -> dict[str, Any]:
+        """Effects of heads and demonstrations, and, of all heads, the recovery."""
+        info = self.model.info
+        each = self._each_head()
+        exact = self._nothing()
+        exact[:, self.mask] = (in_context - runs.exact(each, self._all_demos(len(each)))).T
+        every = torch.ones(self.n_demos, info.n_layers, info.n_heads, dtype=torch.bool)
+        demo_exact = (in_context - runs.exact(every, self._each_demo())).T
+        found: dict[str, Any] = {"exact": exact, "demo_exact": demo_exact}
+        return found | (self._recovery(runs, exact, in_context - zero_shot) if self.all_heads else {})
+
+    def per_demo(self, runs: KnockOutRuns, in_context: Float[Tensor, " query"]) -> Float[Tensor, "query layer head d"]:
+        """Effects of every demonstration in every head."""
+        each, found = self._each_head(), self._nothing()[..., None].repeat(1, 1, 1, self.n_demos)
+        for demo, hidden in enumerate(self._each_demo()):
+            without = runs.exact(each, hidden.expand(len(each), -1))
+            found[:, self.mask, demo] = (in_context - without).T
+        return found
+
+    def _recovery(
+        self, runs: KnockOutRuns, exact: Float[Tensor, "query layer head"], gain: Float[Tensor, " query"]
+    ) -> dict[str, Any]:
+        """Heads ranked on some queries, and the metric of the others with the first n of them in place."""
+        selection, held_out = self._split()
+        ranked = rank_by_effect(exact[selection].mean(0), gain[selection])
+        order = torch.tensor([self._index(ref) for ref in ranked])
+        out = torch.ones(len(order) + 1, len(order), dtype=torch.bool)
+        for n, index in enumerate(order.tolist()):
+            out[n + 1 :, index] = False
+        added = torch.empty(len(out), 0, dtype=torch.float64)
+        if held_out:
+            # variant (layer head) -> variant layer head
+            added = runs.exact(out.view(-1, *self.mask.shape), self._all_demos(len(out)), held_out)
+        return {"held_out": torch.tensor(held_out, dtype=torch.int64), "selection_order": order, "added": added.T}
+
+    def _split(self) -> tuple[list[int], list[int]]:
+        return split_queries(self.n_queries, self.seed)
+
+    def _index(self, ref: HeadRef) -> int:
+        return ref.layer * self.mask.shape[1] + ref.head
+
+    def _nothing(self) -> Float[Tensor, "query layer head"]:
+        return torch.full((self.n_queries, *self.mask.shape), torch.nan, dtype=torch.float64)
+
+    def _all_demos(self, n: int) -> Bool[Tensor, "variant demo"]:
+        return torch.ones(n, self.n_demos, dtype=torch.bool)
+
+    def _each_demo(self) -> Bool[Tensor, "demo demo"]:
+        return torch.eye(self.n_demos, dtype=torch.bool)
+
+    def _each_head(self) -> Bool[Tensor, "variant layer head"]:
+        """The heads asked for, one at a time."""
+        at = self.mask.flatten().nonzero()[:, 0]
+        each = torch.zeros(len(at), self.mask.numel(), dtype=torch.bool)
+        each[torch.arange(len(at)), at] = True
+        return each.view(-1, *self.mask.shape)  # variant (layer head) -> variant layer head

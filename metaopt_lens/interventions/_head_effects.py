@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,10 +11,12 @@ from torch import Tensor
 
 from metaopt_lens._codec import Stored
 from metaopt_lens._errors import UndefinedMetricError
+from metaopt_lens._plots import draw
 from metaopt_lens._storage import provenance
 from metaopt_lens._types import HeadRef
 from metaopt_lens.interventions._recovery import Recovery, recovery
 from metaopt_lens.models import ModelInfo
+from metaopt_lens.prompts import Demo
 from metaopt_lens.runs import rank_heads
 
 if TYPE_CHECKING:
@@ -40,17 +43,21 @@ class HeadEffects(Stored):
     """Effect of every head's meta-gradient on a metric: with it minus without it.
 
     Attributes:
-        metric: what was measured; n_demos: how many demonstrations there are.
+        metric: what was measured.
+        n_demos: how many demonstrations there are.
         in_context, zero_shot: the metric of the in-context run and of the position-matched zero-shot run (all heads
             knocked out).
-        exact, first_order: effect of each head, by knock-out and by its first-order estimate.
-        demo_exact: effect of hiding each demonstration from all heads.
-        demo_first_order: estimate for each demonstration in each head.
+        exact, first_order: effect of each head, by knock-out and by its first-order estimate; NaN for heads that were
+            not asked for, and where only estimates were.
+        demo_exact: effect of hiding each demonstration from all heads; NaN where only estimates were asked for.
+        demo_first_order: estimate for each demonstration in each head, all heads.
         demo_exact_per_head: the same by knock-out, where asked for.
-        held_out: the queries on which heads were not ranked for the recovery; none if there is only one query.
-        selection_order: heads by exact mean effect on the other queries, in the direction of the gain, as
-            ``layer * n_heads + head``.
+        held_out: the queries on which heads were not ranked for the recovery; none if there is only one query, or if
+            not all heads were knocked out.
+        selection_order: heads by exact mean effect on the other queries, in the direction of the gain, as ``layer *
+            n_heads + head``.
         added: the metric of the held-out queries with only the first n heads of that order in place, n from 0 to all.
+        demos: the demonstrations' texts.
         provenance: versions and time.
     """
 
@@ -69,7 +76,18 @@ class HeadEffects(Stored):
     held_out: Int[Tensor, " held_out"]
     selection_order: Int[Tensor, " rank"]
     added: Float[Tensor, "held_out n_added"]
+    demos: tuple[Demo, ...] = ()
     provenance: dict[str, Any] = field(default_factory=provenance)
+
+    @classmethod
+    def _refusal(cls, body: Mapping[str, Any]) -> str | None:
+        """Files of 0.1 do not say which queries were held out (nor the demonstrations' texts)."""
+        if "demos" in body:
+            return None
+        return (
+            "was written by metaopt-lens 0.1, which ranked heads and counted their recovery on the same queries: "
+            "measure them again with head_effects(model, prompts)."
+        )
 
     @property
     def gain(self) -> Float[Tensor, " query"]:
@@ -78,38 +96,65 @@ class HeadEffects(Stored):
 
     @property
     def map(self) -> Float[Tensor, "layer head"]:
-        """Exact effects, mean over queries."""
-        return self.exact.mean(0)
+        """Exact effects, mean over queries, or the estimates where nothing was knocked out; NaN: not asked for."""
+        return (self.exact if self.is_exact else self.first_order).mean(0)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether heads were knocked out, and not only estimated."""
+        return not bool(self.exact.isnan().all())
 
     @property
     def correlation(self) -> float:
-        """Pearson correlation of first-order and exact effects over all queries and heads."""
-        return _pearson(self.first_order.flatten(), self.exact.flatten())
+        """Pearson correlation of first-order and exact effects over all queries and heads asked for.
+
+        Raises:
+            UndefinedMetricError: nothing was knocked out, or all effects are equal.
+        """
+        known = ~self.exact.isnan()
+        return _pearson(self.first_order[known], self.exact[known])
 
     @property
     def demo_correlation(self) -> float:
         """The same over queries and demonstrations, all heads together (estimates summed over heads)."""
-        return _pearson(self.demo_first_order.sum((1, 2)).flatten(), self.demo_exact.flatten())
+        known = ~self.demo_exact.isnan()
+        return _pearson(self.demo_first_order.sum((1, 2))[known], self.demo_exact[known])
 
     def ranked(self, top: int | None = None) -> tuple[HeadRef, ...]:
-        """Heads by exact mean effect over all queries, those that give most of the gain first."""
+        """Heads by their mean effect over all queries (`map`), those that give most of the gain first.
+
+        Args:
+            top: how many; None for all.
+        """
         return tuple(rank_by_effect(self.map, self.gain)[:top])
 
     def recovery(self, share: float = 0.9) -> Recovery:
         """How many heads, ranked on the other queries, give `share` of the mean gain of the held-out queries.
 
+        Args:
+            share: of the mean gain, above 0 and at most 1.
+
         Raises:
             OptionError: a share outside (0, 1].
-            UndefinedMetricError: a single query, or demonstrations that change nothing: there is no gain to recover.
+            UndefinedMetricError: a single query, heads that were not knocked out, or demonstrations that change
+                nothing: there is no gain to recover.
         """
+        if not len(self.selection_order):
+            raise UndefinedMetricError(
+                "how many heads recover the gain is not defined, as not all heads were knocked out: call head_effects "
+                "without heads, layers and exact=False."
+            )
         return recovery(self.added, share, "held-out queries")
 
     def icl_heads(self, share: float = 0.9) -> ICLHeads:
         """The heads whose meta-gradients give `share` of the mean gain, from the last upward crossing on.
 
+        Args:
+            share: of the mean gain, above 0 and at most 1.
+
         Raises:
             OptionError: a share outside (0, 1].
-            UndefinedMetricError: a single query, or demonstrations that change nothing.
+            UndefinedMetricError: as `recovery` does.
         """
         found = self.recovery(share)
         chosen = self.selection_order[: found.n_heads].tolist()
@@ -141,7 +186,7 @@ class HeadEffects(Stored):
         """One row per number of heads, from 0: the head added last, and the share of the held-out gain they give.
 
         Raises:
-            UndefinedMetricError: a single query, or demonstrations that change nothing.
+            UndefinedMetricError: as `recovery` does.
         """
         import pandas as pd
 
@@ -151,17 +196,23 @@ class HeadEffects(Stored):
         return pd.DataFrame({"heads": range(len(curve)), "added": ["", *added], "recovered": curve})
 
     def demos_to_frame(self) -> pd.DataFrame:
-        """One row per demonstration: effect of hiding it from all heads, and its estimate."""
+        """One row per demonstration: its text, effect of hiding it from all heads, and its estimate."""
         import pandas as pd
 
         estimates = self.demo_first_order.sum((1, 2)).mean(0)
+        texts = {"input": [d.input for d in self.demos], "label": [d.label for d in self.demos]} if self.demos else {}
         return pd.DataFrame(
             {
                 "demo": range(self.n_demos),
+                **texts,
                 "exact": self.demo_exact.mean(0).numpy(),
                 "first_order": estimates.numpy(),
             }
         )
+
+    def plot(self) -> Any:
+        """A plotly figure: layer x head maps of exact effects and estimates, and the recovered gain."""
+        return draw(self, "plot")
 
     def __repr__(self) -> str:
         lines = [
@@ -185,7 +236,12 @@ class HeadEffects(Stored):
 
 
 def rank_by_effect(effects: Float[Tensor, "layer head"], gain: Float[Tensor, " query"]) -> list[HeadRef]:
-    """All heads by their effect, those that give most of the mean gain first, whatever its sign."""
+    """All heads by their effect, those that give most of the mean gain first, whatever its sign.
+
+    Args:
+        effects: mean effect of every head.
+        gain: gain of every query.
+    """
     return rank_heads(effects * (1.0 if float(gain.mean()) >= 0 else -1.0))
 
 
@@ -194,6 +250,8 @@ def _std(values: Float[Tensor, " query"]) -> float:
 
 
 def _pearson(a: Tensor, b: Tensor) -> float:
+    if not len(a):
+        raise UndefinedMetricError("nothing was knocked out: there is nothing to correlate the estimates with.")
     a, b = a - a.mean(), b - b.mean()
     scale = float(a.norm() * b.norm())
     if not scale > 0:

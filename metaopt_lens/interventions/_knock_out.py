@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from metaopt_lens._errors import OptionError
 from metaopt_lens.interventions._demo_tokens import DemoTokens
 from metaopt_lens.interventions._heads import Heads, head_mask
 from metaopt_lens.interventions._meta_gradient import MetaGradient
-from metaopt_lens.models import AttentionCall, Hook, HostPass, LensModel, refuse_momentum
+from metaopt_lens.interventions._pipeline import pipeline
+from metaopt_lens.interventions._stages import Change, Visibility
+from metaopt_lens.models import Hook, HostPass, LensModel, wrap
 from metaopt_lens.prompts import ICLPrompt, PromptLike, TokenizedPrompt, as_prompt
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KnockOut:
     """In a full in-context run, chosen heads attend as if the demonstrations were not there: ``z <- z_without``.
 
@@ -28,7 +31,8 @@ class KnockOut:
     Attributes:
         prompt: what the run begins with: a prompt (in the forms `decompose` takes; its query does not matter) or a
             meta-gradient.
-        heads: heads to knock out, as in ``["L3H7"]``; None for all. layers: only in these layers.
+        heads: heads to knock out, as in ``["L3H7"]``; None for all.
+        layers: only in these layers.
         demos: which demonstrations to hide, counted from 0; None for all.
         positions: where: ``"query"`` (every token after the demonstrations), ``"last"`` (the last token of the pass),
             or indices counted from the query's first token.
@@ -55,33 +59,41 @@ class KnockOut:
                 f"{list(self.positions)}."
             )
 
-    def hooks(self, model: LensModel) -> list[Hook]:
-        """The hooks that make the knock-out.
+    def change(self, model: LensModel) -> Change:
+        """The demonstrations, hidden from the chosen heads.
+
+        Args:
+            model: a wrapped model.
 
         Raises:
             HeadError, OptionError: unknown heads, layers or demonstrations, or an empty selection.
             ModelMismatchError: the meta-gradient was made with another model.
         """
-        refuse_momentum(model, "a knock-out")
         tokens = self._tokens(model)
         mask = head_mask(model.info, self.heads, self.layers)
         demos = range(len(tokens.spans)) if self.demos is None else tokens.check_demos(self.demos)
-        inside = tokens.mask(tuple(demos), model.info.n_ctx)
+        inside = tokens.mask(tuple(demos), tokens.stop)
 
         def place(host_pass: HostPass) -> None:
             tokens.check_begins(host_pass, tokens.stop, "the demonstrations' prompt")
 
-        def edit(call: AttentionCall) -> Tensor:
-            hidden = inside.to(call.z.device)[call.src_positions] & call.valid  # [batch, src]
-            where = self._where(call, tokens.stop)  # [batch, dst]
-            # Rows that are not edited keep all sources: D itself must not be left without any.
-            rows = where[:, :, None] & hidden[:, None, :]
-            without = call.attend(rows[:, None])[0]
-            chosen = mask[call.layer].to(call.z.device)
-            return torch.where((where[:, :, None] & chosen)[..., None], without, call.z)
+        def hidden(host_pass: HostPass) -> Bool[Tensor, "batch dst slot"]:
+            """Destinations outside `positions` keep all sources: D itself must not be left without any."""
+            index, valid = host_pass.index, host_pass.valid
+            away = inside.to(index.device)[index.clamp_max(tokens.stop - 1)] & (index < tokens.stop) & valid
+            where = self._where(index[:, host_pass.n_past :], valid[:, host_pass.n_past :], tokens.stop)
+            return where[:, :, None] & away[:, None]
 
-        layers = [layer for layer in range(model.info.n_layers) if bool(mask[layer].any())]
-        return model.placed_hooks(place, edit, layers=layers)
+        return Change(visibility=Visibility("a knock-out", mask, place=place, hidden=hidden))
+
+    def hooks(self, model: Any) -> list[Hook]:
+        """The hooks that make it alone, on a host or a wrapped model; raises as `change` does.
+
+        Args:
+            model: the wrapped model that the hooks are for.
+        """
+        wrapped = wrap(model)
+        return pipeline(wrapped, [self.change(wrapped)])
 
     def _tokens(self, model: LensModel) -> DemoTokens:
         if isinstance(self.prompt, MetaGradient):
@@ -91,13 +103,14 @@ class KnockOut:
             return DemoTokens.of(self.prompt)
         return DemoTokens.tokenize(as_prompt(self.prompt), model)
 
-    def _where(self, call: AttentionCall, stop: int) -> Bool[Tensor, "batch dst"]:
-        in_query = call.dst_positions >= stop
+    def _where(
+        self, index: Int[Tensor, "batch dst"], valid: Bool[Tensor, "batch dst"], stop: int
+    ) -> Bool[Tensor, "batch dst"]:
+        in_query = index >= stop
         if isinstance(self.positions, str):
             if self.positions == "query":
                 return in_query
-            valid = call.valid[:, -call.q.shape[1] :]
-            last = call.dst_positions.masked_fill(~valid, -1).max(1, keepdim=True).values
-            return in_query & valid & (call.dst_positions == last)
-        wanted = torch.tensor(list(self.positions), device=call.z.device) + stop
-        return in_query & torch.isin(call.dst_positions, wanted)
+            last = index.masked_fill(~valid, -1).max(1, keepdim=True).values
+            return in_query & valid & (index == last)
+        wanted = torch.tensor(list(self.positions), device=index.device) + stop
+        return in_query & torch.isin(index, wanted)

@@ -1,36 +1,48 @@
-"""Many knock-outs of many queries behind the same demonstrations, in batches."""
+"""Many knock-outs of many queries behind the same demonstrations: each starts at the first layer that it touches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from metaopt_lens.dual import attend
+from metaopt_lens.interventions._answer_metric import AnswerMetric
 from metaopt_lens.interventions._meta_gradient import MetaGradient
-from metaopt_lens.models import AttentionCall, Hook, LensModel
-from metaopt_lens.runs import choose_batch_size, map_batches
-
-# Metric of each row: logits of the row's own tokens, and which query it is.
-RowMetric = Callable[[Tensor, int], Tensor]
+from metaopt_lens.models import AttentionCall, Hook, Late, LensModel, Readout, Start
+from metaopt_lens.runs import batches, choose_batch_size, map_batches
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KnockOutRuns:
     """Queries behind a meta-gradient's demonstrations, to be run with any heads and demonstrations knocked out.
 
+    The in-context pass is run once. A knock-out starts at the first layer that it touches, from the residual stream of
+    that pass, and ends where logits are read; those that start at one layer share their batches.
+
     Attributes:
-        rows: token ids of each query (with the label's tokens that are fed, if any).
-        metric: called with the logits of a row's tokens and the query's number.
+        model: a wrapped model.
+        meta_gradient: the demonstrations.
+        metric: what is measured of every query.
+        batch_size: sequences run together; by default as many as memory allows.
+        finished: called with the number of knock-outs that were run, after every batch.
     """
 
     model: LensModel
     meta_gradient: MetaGradient
-    rows: Sequence[tuple[int, ...]]
-    metric: RowMetric
+    metric: AnswerMetric
     batch_size: int | None = None
+    finished: Callable[[int], None] = field(default=lambda _: None)
+
+    @property
+    def in_context(self) -> Float[Tensor, " query"]:
+        """The metric with nothing knocked out."""
+        return torch.tensor([value for _, value in self._in_context], dtype=torch.float64)
 
     def exact(
         self,
@@ -38,33 +50,55 @@ class KnockOutRuns:
         demos: Bool[Tensor, "variant demo"],
         queries: Sequence[int] | None = None,
     ) -> Float[Tensor, "variant query"]:
-        """The metric of queries (default: all) with heads not seeing demonstrations, at all positions of the query."""
-        chosen_queries = range(len(self.rows)) if queries is None else queries
-        items = [(variant, query) for variant in range(len(heads)) for query in chosen_queries]
+        """The metric of queries with heads not seeing demonstrations, at all positions of the query.
 
-        def run(batch: list[tuple[int, int]]) -> list[Tensor]:
-            variants = torch.tensor([variant for variant, _ in batch])
-            hidden = self._hidden(demos[variants])
-            hooks: list[Hook] = []
-            for layer in range(self.model.info.n_layers):
-                chosen = heads[variants, layer]
-                if bool(chosen.any()):
-                    hooks += self._hooks(layer, _knocked_out(chosen, hidden))
-            with torch.no_grad():
-                return self._metrics([query for _, query in batch], hooks)
+        Args:
+            heads: which heads, of every knock-out.
+            demos: which demonstrations they do not see.
+            queries: which queries; all by default.
+        """
+        chosen = range(len(self.metric.rows)) if queries is None else queries
+        hidden = self._hidden(demos)
+        found = torch.empty(len(heads), len(chosen), dtype=torch.float64)
+        first = [next(iter(touched.nonzero()[:, 0].tolist()), None) for touched in heads.any(-1)]
+        for start in sorted({layer for layer in first if layer is not None}):
+            items = [(v, column) for v, layer in enumerate(first) if layer == start for column in range(len(chosen))]
 
-        values = map_batches(items, lambda item: len(self.rows[item[1]]), run, batch_size=self._size())
-        found = torch.tensor([float(value) for value in values], dtype=torch.float64)
-        return found.view(len(heads), len(chosen_queries))  # variant-major, as the items
+            def run(batch: list[tuple[int, int]], start: int = start) -> list[Tensor]:
+                variants = torch.tensor([variant for variant, _ in batch])
+                hooks: list[Hook] = []
+                for layer in range(start, self.model.info.n_layers):
+                    if bool(heads[variants, layer].any()):
+                        hooks += self._hooks(layer, _knocked_out(heads[variants, layer], hidden[variants]))
+                with torch.no_grad():
+                    return self._metrics([chosen[column] for _, column in batch], hooks, start=start)
 
-    def first_order(self, demos: Bool[Tensor, "variant demo"]) -> Float[Tensor, "variant query layer head"]:
-        """Estimate of what hiding demonstrations from each head alone takes away, from one backward pass per query.
+            def length(item: tuple[int, int]) -> int:
+                return len(self.metric.rows[chosen[item[1]]])
 
-        ``sum over positions of dM/dz . (z - z_without)``: M with the head's part minus M without it, to first order.
+            for indices, values in batches(items, length, run, batch_size=self._size()):
+                for index, value in zip(indices, values, strict=True):
+                    found[items[index]] = float(value)
+                self.finished(len(indices))
+        for variant, layer in enumerate(first):
+            if layer is None:
+                found[variant] = self.in_context[list(chosen)]
+        return found
+
+    def first_order(
+        self, demos: Bool[Tensor, "variant demo"]
+    ) -> tuple[Float[Tensor, " query"], Float[Tensor, "variant query layer head"]]:
+        """The metric in context, and an estimate of what hiding demonstrations from each head alone takes away.
+
+        ``sum over positions of dM/dz . (z - z_without)``: M with the head's part minus M without it, to first order;
+        from one backward pass for each query.
+
+        Args:
+            demos: which demonstrations are hidden, of every variant.
         """
         hidden = self._hidden(demos)
 
-        def run(batch: list[int]) -> list[Tensor]:
+        def run(batch: list[int]) -> list[tuple[Tensor, Tensor]]:
             calls: list[AttentionCall] = []
             added: list[Tensor] = []
 
@@ -75,19 +109,40 @@ class KnockOutRuns:
 
             hooks = [hook for layer in range(self.model.info.n_layers) for hook in self._hooks(layer, mark)]
             with torch.enable_grad():
-                total = torch.stack(self._metrics(batch, hooks, grad=True)).sum()
-                gradients = torch.autograd.grad(total, added)
+                values = torch.stack(self._metrics(batch, hooks, grad=True))
+                gradients = torch.autograd.grad(values.sum(), added)
             estimates = torch.empty(len(batch), len(demos), len(calls), self.model.info.n_heads, dtype=torch.float64)
             with torch.no_grad():
                 for call, gradient in zip(calls, gradients, strict=True):
-                    for variant, mask in enumerate(hidden):
-                        change = call.z - _without(call, slice(None), mask[None].expand(len(batch), -1))
-                        estimates[:, variant, call.layer] = (gradient * change).sum((1, 3)).double().cpu()
-            return list(estimates)
+                    for variant, z in enumerate(_without_each(call, hidden)):
+                        estimates[:, variant, call.layer] = (gradient * (call.z - z)).sum((1, 3)).double().cpu()
+            return list(zip(values.detach().double().cpu(), estimates, strict=True))
 
         size = max(1, self._size() // 4)  # the graph is kept
-        found = map_batches(list(range(len(self.rows))), lambda query: len(self.rows[query]), run, batch_size=size)
-        return torch.stack(found, dim=1)
+        rows = self.metric.rows
+        found = map_batches(list(range(len(rows))), lambda query: len(rows[query]), run, batch_size=size)
+        values, estimates = zip(*found, strict=True)
+        return torch.stack(values), torch.stack(estimates, dim=1)
+
+    @cached_property
+    def _in_context(self) -> list[tuple[list[Tensor], float]]:
+        """Of every query: the residual stream before each layer, ``[pos, d_model]``, and the metric."""
+
+        def run(batch: list[int]) -> list[tuple[list[Tensor], float]]:
+            streams: list[list[Tensor]] = [[] for _ in batch]
+
+            def keep(tensor: Tensor) -> None:
+                for number, query in enumerate(batch):
+                    streams[number].append(tensor[number, : len(self.metric.rows[query])].clone())
+
+            layers = range(self.model.info.n_layers)
+            hooks: list[Hook] = [(self.model.residual_hook("pre", layer), Late(keep)) for layer in layers]
+            with torch.no_grad():
+                values = self._metrics(batch, hooks)
+            return list(zip(streams, map(float, values), strict=True))
+
+        rows = self.metric.rows
+        return map_batches(list(range(len(rows))), lambda query: len(rows[query]), run, batch_size=self._size())
 
     def _hidden(self, demos: Bool[Tensor, "variant demo"]) -> Bool[Tensor, "variant src"]:
         tokens = self.meta_gradient.tokens
@@ -96,29 +151,43 @@ class KnockOutRuns:
     def _hooks(self, layer: int, use: Callable[[AttentionCall], Tensor | None]) -> list[Hook]:
         return self.model.attention_hooks(layer, use, prefix=self.meta_gradient.prefix)
 
-    def _metrics(self, queries: Sequence[int], hooks: Sequence[Hook], *, grad: bool = False) -> list[Tensor]:
-        rows = [self.rows[query] for query in queries]
-        tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-        for index, row in enumerate(rows):
-            tokens[index, : len(row)] = torch.tensor(row)
-        logits = self.model.run(tokens, prefix=self.meta_gradient.prefix, hooks=hooks, grad=grad)
+    def _metrics(
+        self, queries: Sequence[int], hooks: Sequence[Hook], *, start: int = 0, grad: bool = False
+    ) -> list[Tensor]:
+        """One pass over queries, from a layer upwards."""
+        metric = self.metric
+        tokens = pad_sequence([torch.tensor(metric.rows[query]) for query in queries], batch_first=True)
+        read = Readout(pad_sequence([metric.positions[query] for query in queries], batch_first=True), metric.tokens)
+        begin = None
+        if start > 0:
+            streams = [self._in_context[query][0][start] for query in queries]
+            begin = Start(start, pad_sequence(streams, batch_first=True))
+        logits = self.model.run(
+            tokens, prefix=self.meta_gradient.prefix, hooks=hooks, start=begin, read=read, grad=grad
+        )
         assert logits is not None
         return [
-            self.metric(logits[index, : len(row)], query)
-            for index, (query, row) in enumerate(zip(queries, rows, strict=True))
+            metric.value(logits[index, : len(metric.positions[query])], query) for index, query in enumerate(queries)
         ]
 
     def _size(self) -> int:
-        longest = max(map(len, self.rows))
-        return self.batch_size or choose_batch_size(self.model, n_new=longest, n_prefix=self.meta_gradient.tokens.stop)
+        if self.batch_size is not None:
+            return self.batch_size
+        longest, n_read = (max(map(len, of)) for of in (self.metric.rows, self.metric.positions))
+        return choose_batch_size(self.model, n_new=longest, n_prefix=self.meta_gradient.tokens.stop, n_read=n_read)
 
 
-def _without(
-    call: AttentionCall, rows: Tensor | slice, hidden: Bool[Tensor, "row prefix"]
-) -> Float[Tensor, "row dst head d_head"]:
-    """z of some rows of the batch with sources of the prefix hidden, q, k and v unchanged."""
-    padded = torch.nn.functional.pad(hidden, (0, call.k.shape[1] - hidden.shape[-1])).to(call.z.device)
-    return call.rows(rows).attend(padded[:, None, None])[0]
+def _padded(hidden: Bool[Tensor, "*variant prefix"], call: AttentionCall) -> Bool[Tensor, "*variant src"]:
+    """Sources of the prefix to hide, as a mask over all sources of a call."""
+    return torch.nn.functional.pad(hidden, (0, call.k.shape[1] - hidden.shape[-1])).to(call.z.device)
+
+
+def _without_each(call: AttentionCall, hidden: Bool[Tensor, "variant prefix"]) -> list[Tensor]:
+    """z of all rows with the sources of each variant hidden, q, k and v unchanged; the scores are computed once."""
+    scores = call.scores()
+    return [
+        attend(scores, call.v, sinks=call.rule.sinks, hidden=mask)[0].to(call.z.dtype) for mask in _padded(hidden, call)
+    ]
 
 
 def _knocked_out(
@@ -128,7 +197,7 @@ def _knocked_out(
 
     def edit(call: AttentionCall) -> Tensor:
         at = rows.to(call.z.device)
-        without = _without(call, at, hidden[rows])
+        without = call.rows(at).attend(_padded(hidden[rows], call)[:, None, None])[0]
         z = call.z.clone()
         z[at] = torch.where(chosen[rows].to(z.device)[:, None, :, None], without, z[at])
         return z

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from metaopt_lens._errors import OptionError, UnsupportedModelError
-from metaopt_lens.dual import check_eta, momentum_state, momentum_values
+from metaopt_lens.dual import check_eta, momentum_state, momentum_values, momentum_weights
 from metaopt_lens.interventions._heads import Heads, head_mask
-from metaopt_lens.models import PASS, AddsMomentum, Hook, HostPass, Late, LensModel
-
-# Changes the moving average of one layer: (layer, running pass, values of all sources, average at the new tokens).
-Correction = Callable[[int, HostPass, Tensor, Tensor], Tensor]
+from metaopt_lens.interventions._pipeline import pipeline
+from metaopt_lens.interventions._sight import Sight
+from metaopt_lens.interventions._stages import Change
+from metaopt_lens.models import AddsMomentum, Hook, HostPass, Late, LensModel, wrap
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +48,9 @@ class MomentumAttention:
     def etas(self, model: LensModel) -> Float[Tensor, "layer head"]:
         """eta of every head; 0 for heads that were not chosen.
 
+        Args:
+            model: a wrapped model.
+
         Raises:
             OptionError: as many etas as there are neither layers nor heads.
             HeadError: an unknown head.
@@ -65,34 +69,39 @@ class MomentumAttention:
         chosen = head_mask(model.info, self.heads).to(eta.device)
         return torch.where(chosen, eta.expand(n_layers, n_heads), 0.0)
 
-    def hooks(self, model: LensModel) -> list[Hook]:
-        """The hooks that add it.
+    def change(self, model: LensModel) -> Change:
+        """The moving average, as what is added to z.
+
+        Args:
+            model: a wrapped model.
 
         Raises:
             OptionError, HeadError: see `etas`.
         """
-        return momentum_hooks(model, self.etas(model))
+        eta = self.etas(model)
+
+        def add(model: LensModel, sight: Sight) -> list[Hook]:
+            return momentum_hooks(model, eta, sight)
+
+        return Change(addition=add)
+
+    def hooks(self, model: Any) -> list[Hook]:
+        """The hooks that add it alone, to a host or a wrapped model; raises as `change` does.
+
+        Args:
+            model: the wrapped model that the hooks are for.
+        """
+        wrapped = wrap(model)
+        return pipeline(wrapped, [self.change(wrapped)])
 
 
-def momentum_hooks(
-    model: LensModel, eta: Float[Tensor, "layer head"], corrections: Sequence[Correction] = ()
-) -> list[Hook]:
+def momentum_hooks(model: LensModel, eta: Float[Tensor, "layer head"], sight: Sight) -> list[Hook]:
     """Hooks that add the moving average of every layer whose eta is not 0 (or is being learned).
 
     Values are read as they are after all other hooks at them, also those attached later.
     """
     layers = [layer for layer in range(model.info.n_layers) if eta.requires_grad or bool((eta[layer] != 0).any())]
-    if not layers:
-        return []
-    running: list[tuple[HostPass, bool]] = []
-
-    def begin(host_pass: HostPass) -> None:
-        running[:] = [(host_pass, bool(host_pass.valid.all()))]
-
-    hooks: list[Hook] = [(PASS, begin)]
-    for layer in layers:
-        hooks += _Layer(model, layer, eta[layer], lambda: running[0], corrections).hooks()
-    return hooks
+    return [hook for layer in layers for hook in _Layer(model, layer, eta[layer], sight).hooks()]
 
 
 class _Layer:
@@ -103,11 +112,9 @@ class _Layer:
         model: LensModel,
         layer: int,
         eta: Float[Tensor, " head"],
-        current: Callable[[], tuple[HostPass, bool]],
-        corrections: Sequence[Correction],
+        sight: Sight,
     ) -> None:
-        self._model, self._layer, self._eta = model, layer, eta
-        self._current, self._corrections = current, corrections
+        self._model, self._layer, self._eta, self._sight = model, layer, eta, sight
         self._forgets = model.score_rule(layer).window is not None
         self._values: Tensor | None = None
         self._remembered: tuple[int, Tensor, Tensor] | None = None  # slots, their last value, average after them
@@ -123,25 +130,26 @@ class _Layer:
         self._values = v
 
     def _add(self, z: Tensor) -> Tensor:
-        v, (host_pass, unpadded) = self._values, self._current()
+        v = self._values
         assert v is not None
         self._values = None
         eta = self._eta.to(v.device)
-        valid = None if unpadded else host_pass.valid.to(v.device)
+        average = self._scanned(v, eta) if self._sight.is_plain else _of_what_is_seen(self._sight, self._layer, v, eta)
+        return (z.to(average.dtype) + average).to(z.dtype)
+
+    def _scanned(self, v: Tensor, eta: Tensor) -> Tensor:
+        """The average where heads see all that was: in time linear in the number of tokens."""
+        host_pass = self._sight.host_pass
+        valid = None if bool(host_pass.valid.all()) else host_pass.valid.to(v.device)
         past = host_pass.past(self._layer)[1] if host_pass.n_past else None
         new_valid = None if valid is None else valid[:, host_pass.n_past :]
         state = None
         if host_pass.n_past:
             state = self._past_state(host_pass, past, eta, valid)
-        average = momentum_values(v, eta, state=state, valid=new_valid)
         if self._forgets:
             after = momentum_state(v.detach(), eta.detach(), state=state, valid=new_valid)
             self._remembered = (host_pass.n_past + v.shape[1], v[:, -1].detach(), after.detach())
-        if self._corrections:
-            values = host_pass.all_values(self._layer, v)
-            for correct in self._corrections:
-                average = correct(self._layer, host_pass, values, average)
-        return (z.to(average.dtype) + average).to(z.dtype)
+        return momentum_values(v, eta, state=state, valid=new_valid)
 
     def _past_state(self, host_pass: HostPass, past: Tensor | None, eta: Tensor, valid: Tensor | None) -> Tensor:
         n_past = host_pass.n_past
@@ -156,3 +164,9 @@ class _Layer:
             f"the cache of layer {self._layer} holds {held} of {n_past} past tokens (sliding window), and momentum "
             "needs them all: run the whole sequence within one intervene(...), or pass a DynamicCache() without config."
         )
+
+
+def _of_what_is_seen(sight: Sight, layer: int, v: Tensor, eta: Tensor) -> Float[Tensor, "batch dst head d_head"]:
+    """The average over what each head sees, at the positions where it stands; nothing is renormalised."""
+    seen = sight.sources(layer, v)
+    return seen.weighted(momentum_weights(eta.to(seen.share), seen.dst_positions, seen.positions))

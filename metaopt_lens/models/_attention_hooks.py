@@ -57,7 +57,7 @@ def _layer_hooks(
     """Hooks that call `use` with the layer's `AttentionCall` just before W_O; what it returns replaces z.
 
     Where the host was given other positions than its own, but its masks or biases go by the slot (sliding window,
-    ALiBi), z is computed anew first.
+    ALiBi), z is recomputed first.
 
     Args:
         info: names the model in errors.

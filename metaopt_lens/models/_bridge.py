@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from metaopt_lens._errors import UnsupportedModelError
 from metaopt_lens.models._bridge_block import BridgeBlock
+from metaopt_lens.models._bridge_norm import fixed_norm, gain_of
 from metaopt_lens.models._bridge_passes import cache_of, forgets_cache, reminded, watching
 from metaopt_lens.models._families import Family, family_of
 from metaopt_lens.models._gguf_source import quantization_of
@@ -78,7 +79,7 @@ def read_bridge(model: Any, hook_points: Mapping[str, HookPoint]) -> tuple[Model
         positions=positions,
         processing=processing_of(
             host_says=bool(model._weights_processed),
-            gains=[_gain(block._modules.get("ln1"), cfg) for block in model.blocks],
+            gains=[gain_of(block._modules.get("ln1"), cfg) for block in model.blocks],
             projections=lambda: [_projections(attn) for attn in attention],
             value_biases=[attn.b_V for attn in attention],
             output_biases=[attn.b_O for attn in attention],
@@ -87,7 +88,7 @@ def read_bridge(model: Any, hook_points: Mapping[str, HookPoint]) -> tuple[Model
     )
     pattern_before_z = not all(_is_native_attention(attn) for attn in attention)
     blocks = tuple(
-        BridgeBlock(block, layer, family, window, pattern_before_z, info.n_heads, info.d_head)
+        BridgeBlock(block, cfg, layer, family, window, pattern_before_z, info.n_heads, info.d_head)
         for layer, (block, window) in enumerate(zip(model.blocks, _windows(model, info.n_layers), strict=True))
     )
     points = [block.hook_name(kind) for block in blocks for kind in ("in", "q", "k", "v", "z")]
@@ -101,27 +102,11 @@ def bridge_head(model: Any, family: Family) -> OutputHead:
     return OutputHead(
         norm=(lambda residual: residual) if norm is None else norm,
         unembed=model.unembed,
-        norm_kind=None if norm is None else "RMS" if norm.uses_rms_norm else "LN",
-        eps=0.0 if norm is None else _eps(norm.original_component),
-        gain=_gain(norm, model.cfg),
-        bias=None if norm is None else getattr(norm.original_component, "bias", None),
+        fixed_norm=None if norm is None else fixed_norm(norm, model.cfg),
         w_u=model.unembed.original_component.weight.mT,
         b_u=getattr(model.unembed.original_component, "bias", None),
         softcap=family.logit_cap(model.original_model),
     )
-
-
-def _gain(norm: Any, cfg: Any) -> Tensor | None:
-    """The factor a norm puts on its normalised input; None without a norm or without a learnable one."""
-    weight: Tensor | None = None if norm is None else getattr(norm.original_component, "weight", None)
-    if weight is None:
-        return None
-    return 1.0 + weight if getattr(cfg, "rmsnorm_uses_offset", False) else weight  # Gemma stores it as an offset
-
-
-def _eps(norm: Any) -> float:
-    """Under the root; transformers calls it one thing or the other."""
-    return float(norm.variance_epsilon if "variance_epsilon" in vars(norm) else norm.eps)
 
 
 def _projections(attn: Any) -> list[Tensor]:

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from metaopt_lens.dual import ScoreRule
+from metaopt_lens.models._bridge_norm import fixed_norm
+from metaopt_lens.models._experts import ExpertsSite, experts_of
 from metaopt_lens.models._families import Family
+from metaopt_lens.models._fixed_norm import FixedNorm
 from metaopt_lens.models._hooks import Hook
 from metaopt_lens.models._host import Positions, Use
-from metaopt_lens.models._mlp import MlpSite
+from metaopt_lens.models._mlp import MlpSite, OutputNorm
 
 _OUTSIDE_ATTENTION = {"resid_pre", "resid_mid", "resid_post", "mlp_out"}
 
@@ -23,14 +26,17 @@ class BridgeBlock:
 
     Attributes:
         block: TransformerLens's own.
+        cfg: the model's configuration.
         layer: which it is.
         family: its row of the table.
         window: of its attention as transformers' cache knows it, None without one.
         pattern_before_z: whether the attention pattern is seen before z.
-        n_heads: query heads. d_head: size of one.
+        n_heads: query heads.
+        d_head: size of one.
     """
 
     block: Any
+    cfg: Any
     layer: int
     family: Family
     window: int | None
@@ -62,6 +68,10 @@ class BridgeBlock:
     def b_o(self) -> Tensor | None:
         return self.block.attn.b_O  # type: ignore[no-any-return]
 
+    def norm_after_attention(self) -> FixedNorm | None:
+        norm = self.block._modules.get("ln1" if self.family.post_norm else "ln1_post")
+        return None if norm is None else fixed_norm(norm, self.cfg)
+
     def has_bias(self, projection: str) -> bool:
         return getattr(self.block.attn, f"b_{projection.upper()}") is not None
 
@@ -76,7 +86,7 @@ class BridgeBlock:
     def query_key_hooks(self, use_q: Use, use_k: Use, positions: Positions) -> list[Hook]:
         return self.family.reader.hooks(self.block.attn, f"blocks.{self.layer}.attn", use_q, use_k, positions)
 
-    def mlp(self) -> MlpSite | str:
+    def mlp(self) -> MlpSite | ExpertsSite | str | None:
         from transformer_lens.model_bridge.generalized_components.block import ParallelBlockBridge
         from transformer_lens.model_bridge.generalized_components.bloom_mlp import BloomMLPBridge
         from transformer_lens.model_bridge.generalized_components.gated_mlp import GatedMLPBridge
@@ -85,9 +95,9 @@ class BridgeBlock:
 
         mlp, at = self.block._modules.get("mlp"), f"blocks.{self.layer}.mlp"
         if mlp is None:
-            return "it is attention-only"
+            return None
         if isinstance(mlp, MoEBridge):
-            return "the MLP is a mixture of experts"
+            return experts_of(mlp, at)
         if type(mlp) not in {MLPBridge, GatedMLPBridge, BloomMLPBridge}:
             return f"its MLP is of an unknown kind ({type(mlp).__name__})"
         names = ("gate", "in") if type(mlp) is GatedMLPBridge else ("in",)  # in the order they are computed
@@ -95,8 +105,16 @@ class BridgeBlock:
             input_hook=lambda use: (f"{at}.{names[0]}.hook_in", use),
             matrices={name: getattr(mlp, f"W_{name}").mT for name in names},
             products={name: f"{at}.{name}.hook_out" for name in names},
+            hidden_name=f"{at}.out.hook_in",
             w_out=mlp.W_out.mT,
             out_name=f"{at}.out.hook_out",
             parallel=isinstance(self.block, ParallelBlockBridge),
-            is_normed="ln2_post" in self.block._modules or self.family.post_norm,
+            norm=self._output_norm(),
         )
+
+    def _output_norm(self) -> OutputNorm | None:
+        name = "ln2_post" if "ln2_post" in self.block._modules else "ln2" if self.family.post_norm else None
+        if name is None:
+            return None
+        at = f"blocks.{self.layer}.{name}"
+        return OutputNorm(normalized_name=f"{at}.hook_normalized", out_name=f"{at}.hook_out")

@@ -54,7 +54,7 @@ class Family:
     """One row of the table.
 
     Attributes:
-        name: as docs/theory.md, section 8, lists it; "" for what is refused.
+        name: as docs/models.md lists it; "" for what is refused.
         architecture: transformers' name, or TransformerLens's.
         reader: where a bridge shows queries and keys as the scores see them.
         scale: factor on ``q . k``, from the attention module and d_head.

@@ -41,7 +41,7 @@ def converted(
         source: the file.
         dtype: type in which the model will be loaded; the folder holds float32, in which de-quantising is exact.
         device: where it will be loaded.
-        cache: keep the folder, and use the one that is there; else it is gone after the block.
+        cache: keep the folder, and use the one that is there; otherwise it is deleted after the block.
         cache_dir: where to keep it; by default the folder that ``METAOPT_LENS_CACHE`` names, else
             ``metaopt-lens`` in the user's cache folder.
         check_size: refuse a model that does not fit memory (not where it is spread over devices).
@@ -83,7 +83,7 @@ def cache_folder(given: str | os.PathLike[str] | None) -> Path:
 
 
 def _convert_into(source: GgufSource, header: GgufHeader, folder: Path, digest: str) -> None:
-    """Convert beside `folder` and rename: another process sees all of it or nothing."""
+    """Convert next to `folder` and rename: another process sees all of it or nothing."""
     if folder.exists():
         reason = "is damaged" if _format_of(folder) in {None, FORMAT} else "was made by another version of metaopt-lens"
         warnings.warn(

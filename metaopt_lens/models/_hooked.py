@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from metaopt_lens._errors import UnsupportedModelError
 from metaopt_lens.models import _hooked_passes as hooked_passes
 from metaopt_lens.models._families import family_of
-from metaopt_lens.models._hooked_block import HookedBlock, norm_gain, projections
+from metaopt_lens.models._hooked_block import HookedBlock, fixed_norm, norm_gain, projections
 from metaopt_lens.models._hooks import StopForward
 from metaopt_lens.models._info import ModelInfo, dtype_name
 from metaopt_lens.models._output_head import OutputHead
@@ -63,14 +63,11 @@ class HookedHost:
 
     def head(self) -> OutputHead:
         model, cap = self.model, self.model.cfg.output_logits_soft_cap
-        norm = model._modules.get("ln_final")  # none without normalisation; RMS under `final_rms`, whatever the blocks'
+        norm = model._modules.get("ln_final")  # none without normalisation
         return OutputHead(
             norm=(lambda residual: residual) if norm is None else norm,
             unembed=model.unembed,
-            norm_kind=None if norm is None else "RMS" if type(norm).__name__.startswith("RMS") else "LN",
-            eps=0.0 if norm is None else float(norm.eps),
-            gain=None if norm is None else norm._parameters.get("w"),
-            bias=None if norm is None else norm._parameters.get("b"),
+            fixed_norm=None if norm is None else fixed_norm(norm),
             w_u=model.W_U,
             b_u=model.b_U,
             softcap=float(cap) if cap > 0 else None,

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from metaopt_lens._errors import UnsupportedModelError
 from metaopt_lens.dual import ScoreRule
+from metaopt_lens.models._experts import ExpertsSite
+from metaopt_lens.models._fixed_norm import FixedNorm
 from metaopt_lens.models._hooks import Hook
 from metaopt_lens.models._host import Positions, Use
-from metaopt_lens.models._mlp import MlpSite
+from metaopt_lens.models._mlp import MlpSite, OutputNorm
 
 _OUTSIDE_ATTENTION = {"resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out"}
 
@@ -22,7 +24,8 @@ class HookedBlock:
     """One block of a HookedTransformer.
 
     Attributes:
-        block: TransformerLens's own. cfg: the model's configuration.
+        block: TransformerLens's own.
+        cfg: the model's configuration.
         layer: which it is.
         name: of the model, for errors.
         post_norm: whether the architecture normalises the outputs of attention and MLP, and not their inputs.
@@ -54,6 +57,11 @@ class HookedBlock:
 
     def b_o(self) -> Tensor | None:
         return self.block.attn.b_O  # type: ignore[no-any-return]
+
+    def norm_after_attention(self) -> FixedNorm | None:
+        if self.cfg.use_normalization_before_and_after:
+            return fixed_norm(self.block.ln1_post)
+        return fixed_norm(self.block.ln1) if self.post_norm else None
 
     def has_bias(self, projection: str) -> bool:  # noqa: ARG002 - a HookedTransformer has them all
         return True
@@ -94,28 +102,39 @@ class HookedBlock:
 
         return f"blocks.{self.layer}.{norm}.hook_normalized", scaled
 
-    def mlp(self) -> MlpSite | str:
+    def mlp(self) -> MlpSite | ExpertsSite | str | None:
         cfg = self.cfg
         if cfg.attn_only:
-            return "it is attention-only"
+            return None
         if cfg.num_experts is not None:
-            return "the MLP is a mixture of experts"
+            return "the MLP is a mixture of experts, which a HookedTransformer does not show"
         mlp, at = self.block.mlp, f"blocks.{self.layer}.mlp"
         if cfg.gated_mlp:
             matrices = {"in": mlp.W_in.mT, "gate": mlp.W_gate.mT}
             products = {"in": f"{at}.hook_pre_linear", "gate": f"{at}.hook_pre"}
         else:
             matrices, products = {"in": mlp.W_in.mT}, {"in": f"{at}.hook_pre"}
-        parallel = bool(cfg.parallel_attn_mlp)
         return MlpSite(
-            input_hook=lambda use: self._normed_hook("ln2", "resid_pre" if parallel else "resid_mid", use),
+            input_hook=self._mlp_input_hook,
             matrices=matrices,
             products=products,
+            hidden_name=f"{at}.hook_post",
             w_out=mlp.W_out.mT,
             out_name=self.hook_name("mlp_out"),
-            parallel=parallel,
-            is_normed=self._norms_outputs,
+            parallel=bool(cfg.parallel_attn_mlp),
+            norm=self._output_norm(),
         )
+
+    def _output_norm(self) -> OutputNorm | None:
+        if not self._norms_outputs:
+            return None
+        name = "ln2" if self.post_norm else "ln2_post"
+        return OutputNorm(f"blocks.{self.layer}.{name}.hook_normalized", self.hook_name("mlp_out"))
+
+    def _mlp_input_hook(self, use: Use) -> Hook:
+        if self.post_norm:
+            return self.hook_name("resid_mid"), use
+        return self._normed_hook("ln2", "resid_pre" if self.cfg.parallel_attn_mlp else "resid_mid", use)
 
 
 def projections(attn: Any, cfg: Any) -> list[Tensor]:
@@ -123,6 +142,18 @@ def projections(attn: Any, cfg: Any) -> list[Tensor]:
     grouped = cfg.n_key_value_heads is not None
     k, v = (attn._W_K, attn._W_V) if grouped else (attn.W_K, attn.W_V)
     return [w.transpose(0, 1).flatten(1) for w in (attn.W_Q, k, v)]
+
+
+def fixed_norm(norm: Any) -> FixedNorm:
+    """A norm of HookedTransformer as a linear map with a scale; folded norms have neither gain nor bias left."""
+    own = norm._parameters
+    return FixedNorm(
+        # The final norm is RMS under `final_rms`, whatever the blocks' are.
+        kind="RMS" if type(norm).__name__.startswith("RMS") else "LN",
+        eps=float(norm.eps),
+        gain=own.get("w"),
+        bias=own.get("b"),
+    )
 
 
 def norm_gain(norm: Any, cfg: Any) -> Tensor | None:

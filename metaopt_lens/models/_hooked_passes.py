@@ -87,7 +87,7 @@ def watching(model: Any, begin: Callable[[HostPass], Tensor | None]) -> Iterator
 
 
 def _moves(model: Any, current: Current) -> list[Hook]:
-    """Hooks that move tokens to the positions of the running pass; ALiBi scores are computed anew at z."""
+    """Hooks that move tokens to the positions of the running pass; ALiBi scores are recomputed at z."""
     if model.cfg.positional_embedding_type == "standard":
 
         def embed(out: Tensor) -> Tensor | None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # Called with a tensor; the one hook named `PASS`, with a `HostPass`.
 HookFunction = Callable[[Any], Tensor | None]
 Hook = tuple[str, HookFunction]
+# TransformerLens's own: called with the tensor and, by name, its hook point.
+HostFunction = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,17 @@ class _Attached:
         return self.function(tensor)
 
 
+def as_host_hooks(hooks: Sequence[Hook]) -> list[tuple[str, HostFunction]]:
+    """Our hooks as TransformerLens takes them (``fwd_hooks``), late ones last."""
+    late = [hook for hook in hooks if isinstance(hook[1], Late)]
+    return [(name, _Attached(function)) for name, function in [*(h for h in hooks if h not in late), *late]]
+
+
+def from_host_hook(name: str, function: HostFunction, point: HookPoint) -> Hook:
+    """A hook of TransformerLens's own as ours."""
+    return name, lambda tensor: function(tensor, hook=point)
+
+
 @contextmanager
 def attached(hook_points: Mapping[str, HookPoint], hooks: Sequence[Hook]) -> Iterator[None]:
     """Attach `hooks` and remove exactly these at the end, also after an exception or Ctrl-C.
@@ -80,7 +93,11 @@ def attached(hook_points: Mapping[str, HookPoint], hooks: Sequence[Hook]) -> Ite
 
 
 def functions_at(point: HookPoint) -> list[HookFunction]:
-    """Our functions that are attached to a hook point now, in the order they were attached."""
+    """Our functions that are attached to a hook point now, in the order they were attached.
+
+    Args:
+        point: the hook point.
+    """
     functions = [_function_of(handle) for handle in point.fwd_hooks]
     return [function for function in functions if function is not None]
 

@@ -10,6 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from metaopt_lens.dual import ScoreRule
+from metaopt_lens.models._experts import ExpertsSite
+from metaopt_lens.models._fixed_norm import FixedNorm
 from metaopt_lens.models._hooks import Hook
 from metaopt_lens.models._info import ModelInfo
 from metaopt_lens.models._mlp import MlpSite
@@ -51,8 +53,12 @@ class Block(Protocol):
         """Output bias, which belongs to no head; None where there is none."""
         ...
 
-    def mlp(self) -> MlpSite | str:
-        """The MLP, or why there is none to look at."""
+    def norm_after_attention(self) -> FixedNorm | None:
+        """The norm between the attention output and the residual stream; None where there is none."""
+        ...
+
+    def mlp(self) -> MlpSite | ExpertsSite | str | None:
+        """The MLP, or why it cannot be looked at; None where there is none."""
         ...
 
     def has_bias(self, projection: str) -> bool:

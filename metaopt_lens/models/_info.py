@@ -77,14 +77,24 @@ class ModelInfo:
         return done if self.quantization == "none" else f"{done}, de-quantised from {self.quantization}"
 
     def check_window(self, n_tokens: int, what: str) -> None:
-        """Raise `ContextWindowError` if `n_tokens` do not fit the context window."""
+        """Raise `ContextWindowError` if `n_tokens` do not fit the context window.
+
+        Args:
+            n_tokens: length of the prompt.
+            what: what errors call it.
+        """
         if n_tokens > self.n_ctx:
             raise ContextWindowError(
                 f"{what} has {n_tokens} tokens, but the context window of {self.name} is {self.n_ctx}."
             )
 
     def check_same(self, other: ModelInfo, what: str) -> None:
-        """Raise `ModelMismatchError` unless `other` has this model's sizes and parametrisation."""
+        """Raise `ModelMismatchError` unless `other` has this model's sizes and parametrisation.
+
+        Args:
+            other: the model that something was made with.
+            what: what errors call it.
+        """
         for size in ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "processing"):
             mine, theirs = getattr(self, size), getattr(other, size)
             if mine != theirs:

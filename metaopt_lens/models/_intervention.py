@@ -1,4 +1,4 @@
-"""What every intervention is."""
+"""The least an intervention has to be. One that acts by stages: `metaopt_lens.interventions.Change`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from metaopt_lens.models._lens import LensModel
 
 @runtime_checkable
 class Intervention(Protocol):
-    """A change to a model that is nothing but hooks: a weight update, a meta-gradient, a knock-out, momentum."""
+    """A change to a model that is nothing but hooks: a weight update, a meta-gradient, a knock-out, momentum, yours."""
 
     def hooks(self, model: LensModel) -> list[Hook]:
-        """The hooks that make the change; raises if it was made for another model."""
+        """The hooks that make the change; raises if it was made for another model.
+
+        Args:
+            model: the wrapped model that the hooks are for.
+        """
         ...

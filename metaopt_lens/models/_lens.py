@@ -14,6 +14,8 @@ from torch import Tensor
 from metaopt_lens._errors import UnsupportedModelError
 from metaopt_lens.dual import ScoreRule
 from metaopt_lens.models._attention_hooks import AttentionCallback, own_hooks, placed_hooks
+from metaopt_lens.models._experts import ExpertsSite
+from metaopt_lens.models._fixed_norm import FixedNorm
 from metaopt_lens.models._hooks import Hook
 from metaopt_lens.models._host import Host
 from metaopt_lens.models._info import ModelInfo
@@ -23,7 +25,7 @@ from metaopt_lens.models._output_head import OutputHead
 from metaopt_lens.models._partial_passes import Readout, Start
 from metaopt_lens.models._passes import HostPass
 from metaopt_lens.models._prefix import Prefix
-from metaopt_lens.models._running import hooked, run, run_prefix
+from metaopt_lens.models._running import hooked, run, run_prefix, try_exit
 
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
@@ -56,9 +58,9 @@ class LensModel:
         tried: what was tried once; likewise.
     """
 
-    def __init__(self, adapter: Host) -> None:
+    def __init__(self, adapter: Host, tried: Tried | None = None) -> None:
         self.adapter = adapter
-        self.tried = Tried()
+        self.tried = Tried() if tried is None else tried
         self.info: ModelInfo = adapter.info
         self.host: Any = adapter.model
 
@@ -83,36 +85,74 @@ class LensModel:
         return self.adapter.head()
 
     def score_rule(self, layer: int) -> ScoreRule:
-        """How `layer` turns ``q . k`` into scores."""
+        """How `layer` turns ``q . k`` into scores.
+
+        Args:
+            layer: counted from 0.
+        """
         return self.adapter.blocks[layer].rule()
 
     def w_o(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
-        """Output projection of every head."""
+        """Output projection of every head.
+
+        Args:
+            layer: counted from 0.
+        """
         return self.adapter.blocks[layer].w_o()
 
     def b_o(self, layer: int) -> Float[Tensor, " d_model"] | None:
-        """Output bias, which belongs to no head; None where there is none."""
+        """Output bias, which belongs to no head; None where there is none.
+
+        Args:
+            layer: counted from 0.
+        """
         return self.adapter.blocks[layer].b_o()
 
+    def norm_after_attention(self, layer: int) -> FixedNorm | None:
+        """The norm between a layer's attention output and the residual stream; None where there is none.
+
+        Args:
+            layer: counted from 0.
+        """
+        return self.adapter.blocks[layer].norm_after_attention()
+
     def has_bias(self, projection: str, layer: int) -> bool:
-        """Whether projection `"q"`, `"k"`, `"v"` or `"o"` of a layer has a bias."""
+        """Whether projection `"q"`, `"k"`, `"v"` or `"o"` of a layer has a bias.
+
+        Args:
+            projection: its name.
+            layer: counted from 0.
+        """
         return self.adapter.blocks[layer].has_bias(projection)
 
     def mlp_site(self, layer: int) -> MlpSite:
         """The layer's MLP.
 
+        Args:
+            layer: counted from 0.
+
         Raises:
             UnsupportedModelError: there is none, or one of another kind than plain and gated.
+        """
+        mlp = self.block_mlp(layer)
+        if isinstance(mlp, MlpSite):
+            return mlp
+        why = "it is attention-only" if mlp is None else "the MLP is a mixture of experts"
+        raise UnsupportedModelError(f"the MLP in layer {layer} of {self.info.name} cannot be read: {why}.")
+
+    def block_mlp(self, layer: int) -> MlpSite | ExpertsSite | None:
+        """What follows or accompanies the layer's attention; None where nothing does.
+
+        Args:
+            layer: counted from 0.
+
+        Raises:
+            UnsupportedModelError: something of an unknown kind.
         """
         mlp = self.adapter.blocks[layer].mlp()
         if isinstance(mlp, str):
             raise UnsupportedModelError(f"the MLP in layer {layer} of {self.info.name} cannot be read: {mlp}.")
         return mlp
-
-    def why_no_mlp(self, layer: int) -> str | None:
-        """Why `mlp_site` would refuse; None where it would not."""
-        mlp = self.adapter.blocks[layer].mlp()
-        return mlp if isinstance(mlp, str) else None
 
     def early_exit(
         self, residual: Float[Tensor, "*batch d_model"], tokens: Int[Tensor, " token"] | None = None
@@ -124,6 +164,16 @@ class LensModel:
             tokens: only these tokens' logits; None for the whole vocabulary.
         """
         return self.head.logits(residual, tokens)
+
+    @property
+    def exits_exactly(self) -> bool:
+        """Whether `early_exit` of the last residual stream gives the model's own logits.
+
+        Tried once. If so, a pass that reads logits at some positions computes no others.
+        """
+        if self.tried.exits is None:
+            self.tried.exits = try_exit(self)
+        return self.tried.exits
 
     def hook_name(self, kind: str, layer: int) -> str:
         """Name of a hook point.
@@ -137,11 +187,21 @@ class LensModel:
         return self.adapter.blocks[layer].hook_name(kind)
 
     def residual_hook(self, end: str, layer: int) -> str:
-        """Name of the hook point on the residual stream before (`"pre"`), within (`"mid"`) or after (`"post"`)."""
+        """Name of the hook point on the residual stream before (`"pre"`), within (`"mid"`) or after (`"post"`).
+
+        Args:
+            end: where in the block.
+            layer: counted from 0.
+        """
         return self.hook_name(f"resid_{end}", layer)
 
     def attention_input_hook(self, layer: int, use: Callable[[Tensor], None]) -> Hook:
-        """A hook that hands the attention input x, ``[batch, pos, d_model]``, to `use`."""
+        """A hook that hands the attention input x, ``[batch, pos, d_model]``, to `use`.
+
+        Args:
+            layer: counted from 0.
+            use: called with x in every pass.
+        """
         return self.adapter.blocks[layer].attention_input_hook(use)
 
     def attention_hooks(self, layer: int, use: AttentionCallback, *, prefix: Prefix | None = None) -> list[Hook]:
@@ -166,14 +226,18 @@ class LensModel:
         Args:
             place: called before every pass; returns the position every slot is to have, ``[batch, slot]``, or None to
                 leave them as they are. The host then computes with these positions; where its own masks or biases
-                go by the slot instead (sliding window, ALiBi), z is computed anew.
+                go by the slot instead (sliding window, ALiBi), z is recomputed.
             use: called with the layer's `AttentionCall` just before W_O; what it returns replaces z.
             layers: where to call `use`; all by default.
         """
         return placed_hooks(self.adapter, place, use, range(self.info.n_layers) if layers is None else layers)
 
     def hooked(self, hooks: Sequence[Hook]) -> AbstractContextManager[None]:
-        """Attach hooks for the length of the block, names checked first."""
+        """Attach hooks for the length of the block, names checked first.
+
+        Args:
+            hooks: pairs of hook name and function.
+        """
         return hooked(self.adapter, hooks)
 
     def run(
@@ -185,6 +249,7 @@ class LensModel:
         start: Start | None = None,
         read: Readout | None = None,
         stop_after_attention: bool = False,
+        stop_after_blocks: bool = False,
         grad: bool = False,
     ) -> Float[Tensor, "batch chosen token"] | None:
         """One forward pass in eval mode.
@@ -196,6 +261,7 @@ class LensModel:
             start: begin at a block, with a residual stream computed before.
             read: compute the logits of these positions and tokens only.
             stop_after_attention: end the pass at the last layer's z and return None: no last MLP, no unembedding.
+            stop_after_blocks: end it at the last residual stream and return None: no unembedding.
             grad: keep the graph.
 
         Returns:
@@ -213,6 +279,7 @@ class LensModel:
             start=start,
             read=read,
             stop_after_attention=stop_after_attention,
+            stop_after_blocks=stop_after_blocks,
             grad=grad,
         )
 
@@ -227,11 +294,21 @@ class LensModel:
         return run_prefix(self, tokens, hooks=hooks, grad=grad)
 
     def check_window(self, n_tokens: int, what: str = "the prompt") -> None:
-        """Raise `ContextWindowError` if `n_tokens` do not fit the context window."""
+        """Raise `ContextWindowError` if `n_tokens` do not fit the context window.
+
+        Args:
+            n_tokens: length of the prompt.
+            what: what errors call it.
+        """
         self.info.check_window(n_tokens, what)
 
     def check_same(self, other: ModelInfo, what: str) -> None:
-        """Raise `ModelMismatchError` unless `other` has this model's sizes and parametrisation."""
+        """Raise `ModelMismatchError` unless `other` has this model's sizes and parametrisation.
+
+        Args:
+            other: the model that something was made with.
+            what: what errors call it.
+        """
         self.info.check_same(other, what)
 
     def check_movable(self) -> None:

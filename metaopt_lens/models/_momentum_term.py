@@ -24,11 +24,19 @@ class MomentumTerm(Protocol):
     """
 
     def hooks(self, model: LensModel) -> list[Hook]:
-        """The hooks that add it."""
+        """The hooks that add it.
+
+        Args:
+            model: the wrapped model that the hooks are for.
+        """
         ...
 
     def etas(self, model: LensModel) -> Float[Tensor, "layer head"]:
-        """eta of every head; 0 where nothing is added."""
+        """eta of every head; 0 where nothing is added.
+
+        Args:
+            model: a wrapped model.
+        """
         ...
 
 
@@ -51,6 +59,9 @@ class AddsMomentum:
 def active_momentum(model: LensModel) -> Float[Tensor, "layer head"] | None:
     """eta of every head under all momentum attention whose hooks are attached to the model now; None if there is none.
 
+    Args:
+        model: a wrapped model.
+
     Raises:
         OptionError: two act on one head.
     """
@@ -69,6 +80,9 @@ def active_momentum(model: LensModel) -> Float[Tensor, "layer head"] | None:
 def join_etas(etas: Sequence[Float[Tensor, "layer head"]]) -> Float[Tensor, "layer head"]:
     """One eta for every head out of several.
 
+    Args:
+        etas: one table per momentum attention.
+
     Raises:
         OptionError: two act on one head.
     """
@@ -83,7 +97,12 @@ def join_etas(etas: Sequence[Float[Tensor, "layer head"]]) -> Float[Tensor, "lay
 
 
 def refuse_momentum(model: LensModel, what: str) -> None:
-    """Raise `OptionError` if momentum is on already: `what` computes z anew and would drop it."""
+    """Raise `OptionError` if momentum is on already: `what` recomputes z and would drop it.
+
+    Args:
+        model: a wrapped model.
+        what: what errors say is asked for.
+    """
     if active_momentum(model) is not None:
         raise OptionError(
             f"momentum attention is on already, and {what} would undo it: give both to the same intervene(model, ...)."

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from metaopt_lens.models._fixed_norm import FixedNorm
+
 
 @dataclass(frozen=True, eq=False)
 class OutputHead:
@@ -17,10 +19,7 @@ class OutputHead:
     Attributes:
         norm: the host's own final norm, on ``[batch, pos, d_model]``.
         unembed: the host's own unembedding.
-        norm_kind: ``"LN"``, ``"RMS"``, or None where there is no final norm.
-        eps: under the root in its denominator; 0 without a norm.
-        gain: what the norm multiplies with; None where it has none (any more).
-        bias: what the norm adds; None where it has none (any more).
+        fixed_norm: that norm, read off as a linear map with a scale; None where there is no final norm.
         w_u: the unembedding matrix.
         b_u: its bias; None where there is none.
         softcap: ``c`` in ``c tanh(logit / c)``; None where there is none.
@@ -28,10 +27,7 @@ class OutputHead:
 
     norm: Callable[[Tensor], Tensor]
     unembed: Callable[[Tensor], Tensor]
-    norm_kind: str | None
-    eps: float
-    gain: Float[Tensor, " d_model"] | None
-    bias: Float[Tensor, " d_model"] | None
+    fixed_norm: FixedNorm | None
     w_u: Float[Tensor, "d_model d_vocab"]
     b_u: Float[Tensor, " d_vocab"] | None
     softcap: float | None
@@ -45,6 +41,18 @@ class OutputHead:
             residual: any residual stream.
             tokens: ids; None for the whole vocabulary.
         """
+        logits = self.before_cap(residual, tokens)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def before_cap(
+        self, residual: Float[Tensor, "*batch d_model"], tokens: Int[Tensor, " token"] | None = None
+    ) -> Float[Tensor, "*batch token"]:
+        """The same logits before the soft-cap, where there is one.
+
+        Args:
+            residual: any residual stream.
+            tokens: ids; None for the whole vocabulary.
+        """
         rows = residual.reshape(1, -1, residual.shape[-1])  # [1, (batch), d_model]
         normed = self.norm(rows)
         if tokens is None:
@@ -53,6 +61,4 @@ class OutputHead:
             at = tokens.to(self.w_u.device)
             logits = normed.to(self.w_u.dtype) @ self.w_u[:, at]
             logits = logits if self.b_u is None else logits + self.b_u[at]
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits.reshape(*residual.shape[:-1], -1)  # [*batch, token]

@@ -40,12 +40,20 @@ class Readout:
     tokens: Int[Tensor, " token"] | None = None
 
     def rows(self, stream: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch chosen d"]:
-        """The chosen positions of anything that has one row for every token."""
+        """The chosen positions of anything that has one row for every token.
+
+        Args:
+            stream: residual stream at all positions.
+        """
         at = self.positions.to(stream.device)
         return stream[torch.arange(len(at), device=stream.device)[:, None], at]
 
     def of(self, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, "batch chosen token"]:
-        """The same numbers, out of the logits of everything."""
+        """The same numbers, out of the logits of everything.
+
+        Args:
+            logits: of the whole pass.
+        """
         rows = self.rows(logits)
         return rows if self.tokens is None else rows[..., self.tokens.to(rows.device)]
 

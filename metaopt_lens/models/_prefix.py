@@ -28,7 +28,11 @@ class Prefix:
         return int(self.k[0].shape[0])
 
     def truncate(self, n_tokens: int) -> Prefix | None:
-        """The first `n_tokens` of the prefix (causal: they do not depend on what follows); None for 0."""
+        """The first `n_tokens` of the prefix (causal: they do not depend on what follows); None for 0.
+
+        Args:
+            n_tokens: how many tokens remain.
+        """
         if n_tokens == 0:
             return None
         return replace(

@@ -36,7 +36,8 @@ def processing_of(
         host_says: the host keeps a record of having processed its weights.
         gains: each block's factor on the normed attention input; None where there is no learnable one.
         projections: gives, for every layer, the query, key and value matrices, ``[d_model, out]``.
-        value_biases: each layer's. output_biases: each layer's.
+        value_biases: each layer's.
+        output_biases: each layer's.
     """
     found = []
     learnable = [gain.detach() for gain in gains if gain is not None]

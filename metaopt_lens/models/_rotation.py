@@ -21,7 +21,7 @@ class QueryKeyReader:
     """How rotated queries and keys are read.
 
     Attributes:
-        label: as docs/theory.md, section 8, puts it.
+        label: as docs/models.md puts it.
         hooks: given the attention bridge, the name it stands at, what to do with q and with k, and positions: the
             hooks that read them.
     """

@@ -19,6 +19,7 @@ from metaopt_lens.models._prefix import Prefix
 if TYPE_CHECKING:
     from metaopt_lens.models._lens import LensModel
 
+_N_TRIED = 8  # tokens, of a pass that is only a trial
 # Largest difference of two ways to compute the same, relative to the largest entry.
 _TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
@@ -50,35 +51,35 @@ def run(
     start: Start | None,
     read: Readout | None,
     stop_after_attention: bool,
+    stop_after_blocks: bool,
     grad: bool,
 ) -> Tensor | None:
     """See `LensModel.run`."""
     _check(model, tokens, start, read)
     if start is not None and model.tried.widths is None:
-        _try_start(model, tokens, hooks, prefix, start.layer)
+        _try_start(model, tokens[:1], prefix, start.layer)
     last = model.info.n_layers - 1
     own: list[Hook] = []
     if start is not None:
         own.append((model.residual_hook("pre", start.layer), lambda _: start.residual))
     stop: list[Hook] = []
-    if stop_after_attention:
+    if stop_after_blocks:
+        stop = [(model.residual_hook("post", last), Late(_halt))]
+    elif stop_after_attention:
         stop = [(model.hook_name("z", last), _halt)]
-    elif read is not None and model.tried.exits is not False:
+    elif read is not None and model.exits_exactly:
         stream: list[Tensor] = []
-        stop = [(model.residual_hook("post", last), Late(_keep(stream, and_stop=model.tried.exits is True)))]
+        stop = [(model.residual_hook("post", last), Late(_keep(stream, and_stop=True)))]
     below = () if start is None else model.adapter.blocks[: start.layer]
     skip = skipping(below, (model.tried.widths or [])[: len(below)]) if below else nullcontext()
     with inference_state(model.adapter.roots, grad=grad), skip, model.hooked([*own, *hooks, *stop]):
         try:
             logits = model.adapter.forward(tokens.to(model.device), prefix)
         except StopForward:
+            if stop_after_blocks:
+                return None
             return None if stop_after_attention else _exit(model, stream[0], read)
-        if read is None:
-            return logits
-        if model.tried.exits is None:
-            with torch.no_grad():
-                model.tried.exits = _agree(model, _exit(model, stream[0], read), read.of(logits))
-        return read.of(logits)
+        return logits if read is None else read.of(logits)
 
 
 def run_prefix(model: LensModel, tokens: Tensor, *, hooks: Sequence[Hook], grad: bool) -> Prefix:
@@ -108,8 +109,18 @@ def run_prefix(model: LensModel, tokens: Tensor, *, hooks: Sequence[Hook], grad:
     return Prefix(k=k, v=v, host_k=read_cache() or k)
 
 
-def _try_start(model: LensModel, tokens: Tensor, hooks: Sequence[Hook], prefix: Prefix | None, layer: int) -> None:
-    """Require that a pass which starts at a layer ends as the whole pass does; tried once, on these tokens."""
+def try_exit(model: LensModel) -> bool:
+    """See `LensModel.exits_exactly`: tried on a few tokens of one sequence."""
+    tokens = (torch.arange(min(_N_TRIED, model.info.n_ctx)) * 7919 + 5) % model.info.d_vocab
+    stream: list[Tensor] = []
+    last = (model.residual_hook("post", model.info.n_layers - 1), Late(_keep(stream, and_stop=False)))
+    with inference_state(model.adapter.roots, grad=False), model.hooked([last]):
+        logits = model.adapter.forward(tokens[None].to(model.device), None)
+        return _agree(model, model.early_exit(stream[0]), logits)
+
+
+def _try_start(model: LensModel, tokens: Tensor, prefix: Prefix | None, layer: int) -> None:
+    """Require that a pass which starts at a layer ends as the whole pass does; tried once, on one sequence."""
     before: list[Tensor] = []
     after: list[Tensor] = []
     reads: list[Hook] = [
@@ -118,7 +129,7 @@ def _try_start(model: LensModel, tokens: Tensor, hooks: Sequence[Hook], prefix: 
     ]
 
     def once() -> None:
-        with inference_state(model.adapter.roots, grad=False), model.hooked([*hooks, *reads]):
+        with inference_state(model.adapter.roots, grad=False), model.hooked(reads):
             model.adapter.forward(tokens.to(model.device), prefix)
 
     with recording_widths(model.adapter.blocks) as widths:

@@ -13,13 +13,13 @@ from metaopt_lens._errors import UnsupportedModelError
 from metaopt_lens.models._bridge import BridgeHost
 from metaopt_lens.models._hooked import HookedHost
 from metaopt_lens.models._host import Host
-from metaopt_lens.models._lens import LensModel
+from metaopt_lens.models._lens import LensModel, Tried
 from metaopt_lens.models._native import ARCHITECTURE, NativeHost
 from metaopt_lens.models._self_check import self_check
 
-# Models that passed the check, with a fingerprint of the weights they passed it with. Adapters hold their model, so
-# they must not be kept here: no wrapped model would ever be freed.
-_Checked = tuple[tuple[Any, ...], weakref.ref[LensModel]]
+# Models that passed the check, with a fingerprint of the weights they passed it with, and what was tried with them.
+# Adapters hold their model, so they must not be kept here: no wrapped model would ever be freed.
+_Checked = tuple[tuple[Any, ...], weakref.ref[LensModel], Tried]
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, _Checked] = weakref.WeakKeyDictionary()
 
 
@@ -54,7 +54,7 @@ def wrap(model: Any) -> LensModel:
     alive = known[1]() if known is not None and checked else None
     if alive is not None:
         return alive
-    wrapped = LensModel(adapter(model))
+    wrapped = LensModel(adapter(model), known[2] if known is not None and checked else None)
     if not checked:
         self_check(wrapped)
     if not checked and wrapped.info.is_processed:
@@ -65,7 +65,7 @@ def wrap(model: Any) -> LensModel:
             ProcessedWeightsWarning,
             stacklevel=2,
         )
-    _CHECKED[model] = (fingerprint, weakref.ref(wrapped))
+    _CHECKED[model] = (fingerprint, weakref.ref(wrapped), wrapped.tried)
     return wrapped
 
 

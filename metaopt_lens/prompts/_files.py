@@ -29,6 +29,9 @@ def load_prompts(path: str | os.PathLike[str]) -> list[ICLPrompt]:
       string (`ICLPrompt.from_string`), optionally with "label" and "candidates".
     * ``.jsonl``: one such object a line; blank lines are skipped.
     * anything else: plain text, read by `ICLPrompt.from_string`; a line ``---`` separates prompts.
+
+    Args:
+        path: a .json, .jsonl or text file.
     """
     file = Path(path)
     if not file.is_file():
@@ -98,8 +101,8 @@ def prompts_of(where: str, item: Any) -> list[ICLPrompt]:
         others = [key for key in item if key not in {"text", "label", "candidates"}]
         if others:
             raise FileFormatError(
-                f'{where}: "text" is a whole prompt, so {", ".join(map(repr, others))} beside it has no '
-                f"meaning: give one or the other."
+                f'{where}: "text" is a whole prompt, so {", ".join(map(repr, others))} cannot be '
+                "given with it: give one or the other."
             )
         text = _text(where, item, "text", required=True)
         label, words = _text(where, item, "label"), _words(where, item, "candidates")

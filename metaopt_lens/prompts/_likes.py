@@ -22,7 +22,11 @@ _HINTS = {
 
 
 def is_single(prompt: Any) -> bool:
-    """Whether this is one prompt rather than a list (a dict with "queries" is a list)."""
+    """Whether this is one prompt rather than a list (a dict with "queries" is a list).
+
+    Args:
+        prompt: a prompt, or a list of them, in any form.
+    """
     return isinstance(prompt, str | ICLPrompt) or (isinstance(prompt, Mapping) and "queries" not in prompt)
 
 
@@ -52,7 +56,11 @@ def as_prompts(prompts: Any) -> list[ICLPrompt]:
 
 
 def as_prompt(prompt: Any) -> ICLPrompt:
-    """One prompt in any of its forms; several raise `PromptError`."""
+    """One prompt in any of its forms; several raise `PromptError`.
+
+    Args:
+        prompt: see `as_prompts`.
+    """
     found = as_prompts(prompt)
     if len(found) > 1:
         raise PromptError(f"one prompt is needed, got {len(found)}.")

@@ -58,7 +58,7 @@ def tokenize_prompt(
     for number, piece in enumerate(pieces):
         piece_ids = encoder.encode(piece.text, first=number == 0)
         if not piece_ids and piece.kind != "separator":
-            raise PromptError(f"the tokenizer makes no token of {_describe(piece)} {piece.text!r}: change it.")
+            raise PromptError(f"the tokenizer gives no token for {_describe(piece)} {piece.text!r}: change it.")
         spans[piece.kind, piece.demo] = TokenSpan(len(ids), len(ids) + len(piece_ids))
         ids += piece_ids
 
@@ -107,7 +107,7 @@ def tokenize_label(
     text = template.fill_label(label)
     ids = encoder.encode(text, first=False)
     if not ids:
-        raise PromptError(f"the tokenizer makes no token of the label {text!r}: choose another label word.")
+        raise PromptError(f"the tokenizer gives no token for the label {text!r}: choose another label word.")
     return tuple(ids)
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from metaopt_lens._errors import OptionError
 from metaopt_lens._threads import torch_threads
-from metaopt_lens.analysis import Convention, QueryStatistic, mean_interval, rec2ftp
+from metaopt_lens.analysis import Context, Convention, QueryStatistic, mean_interval, rec2ftp
 from metaopt_lens.records._record_analysis import LayerMetric, RecordAnalysis, RecordShapes
 from metaopt_lens.records._record_files import open_recording
-from metaopt_lens.records._record_metrics import Measures, chance, training_metrics, update_metrics
+from metaopt_lens.records._record_metrics import chance, training_metrics, update_metrics
 from metaopt_lens.records._recorded import RecordedDemos, read_recorded_demos, read_recorded_queries, read_sizes
 
 _TOGETHER = 16  # queries worked on together
@@ -50,7 +50,6 @@ def analyze_records(
     """
     _check_options(top_k or {}, null_draws=null_draws, level=level)
     generator = torch.Generator().manual_seed(seed)
-    measures = Measures(convention, {**_TOP_K, **(top_k or {})}, null_draws, generator)
     parts: dict[str, list[QueryStatistic | str]] = {}
     correct: dict[str, list[Tensor]] = {"zs": [], "icl": [], "ftzs": []}
     waiting: list[tuple[Tensor, Tensor]] = []
@@ -60,18 +59,19 @@ def analyze_records(
         n, done, longest = recording.n_queries, 0, 0
         unread = n if convention.training_limit is None else min(n, convention.training_limit)
         sizes = read_sizes(recording)
+        context = Context(convention, generator, null_draws, {**_TOP_K, **(top_k or {})}, sizes.hidden)
         demos = read_recorded_demos(recording, sizes)
         for queries in read_recorded_queries(recording, sizes, at_most=_TOGETHER):
-            found = update_metrics(queries, measures)
+            found = update_metrics(queries, context)
             done += len(queries.lengths)
             longest = max(longest, int(queries.lengths.max()))
             waiting.append((queries.context, queries.attn_q))
-            if sum(len(context) for context, _ in waiting) >= _TRAINING_TOGETHER or done == n:
-                context, attn_q = (torch.cat(tensors)[:unread] for tensors in zip(*waiting, strict=True))
-                unread -= len(context)
+            if sum(len(scores) for scores, _ in waiting) >= _TRAINING_TOGETHER or done == n:
+                scores, attn_q = (torch.cat(tensors)[:unread] for tensors in zip(*waiting, strict=True))
+                unread -= len(scores)
                 waiting.clear()
-                if len(context):
-                    found |= training_metrics(context, attn_q, demos, measures)
+                if len(scores):
+                    found |= training_metrics(scores, attn_q, demos, context)
             for name, part in found.items():
                 parts.setdefault(name, []).append(part)
             for kind, answers in correct.items():
@@ -91,7 +91,7 @@ def analyze_records(
         ),
         rec2ftp=rec2ftp(zs, icl, ft),
         f2t=~zs & icl & ft,
-        metrics=_metrics(parts, demos, measures, level),
+        metrics=_metrics(parts, demos, context, level),
         notes=_notes(convention, demos, n),
     )
 
@@ -108,9 +108,9 @@ def _check_options(top_k: Mapping[str, int], *, level: float, **counts: int) -> 
 
 
 def _metrics(
-    parts: Mapping[str, list[QueryStatistic | str]], demos: RecordedDemos, measures: Measures, level: float
+    parts: Mapping[str, list[QueryStatistic | str]], demos: RecordedDemos, context: Context, level: float
 ) -> dict[str, LayerMetric]:
-    strict = measures.convention.strict_means
+    strict = context.convention.strict_means
     metrics = {}
     for name, found in parts.items():
         undefined = next((part for part in found if isinstance(part, str)), None)
@@ -120,7 +120,7 @@ def _metrics(
         joined = QueryStatistic.concatenate([part for part in found if isinstance(part, QueryStatistic)])
         interval = mean_interval(joined, level=level) if bool(joined.n_defined.all()) else None
         metrics[name] = LayerMetric(name, joined, interval=interval, strict=strict)
-    for name, null in chance({name: m.layers() for name, m in metrics.items()}, demos, measures).items():
+    for name, null in chance({name: m.layers() for name, m in metrics.items()}, demos, context).items():
         if metrics[name].per_query is not None:
             metrics[name] = replace(metrics[name], null=null)
     return metrics

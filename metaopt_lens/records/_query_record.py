@@ -62,7 +62,7 @@ def read_queries(directory: str | os.PathLike[str], setting: QuerySetting) -> It
         arrays = {name: torch.from_numpy(fields[name]) for name in line.layout.arrays}
         n_layers = {len(tensor) for tensor in arrays.values()}
         if len(n_layers) > 1:
-            raise FileFormatError(f"{line} disagrees with itself about the number of layers: {sorted(n_layers)}.")
+            raise FileFormatError(f"{line} has different numbers of layers: {sorted(n_layers)}.")
         yield QueryRecord(
             attn_out=arrays["self_attn_out_hiddens"],
             attn_map=arrays["attn_map"],

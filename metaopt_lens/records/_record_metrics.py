@@ -1,114 +1,133 @@
-"""The published metrics of some recorded queries, by the statistics of `metaopt_lens.analysis`."""
+"""The published metrics of some recorded queries: rows of `STATISTICS`, read from files in place of runs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from metaopt_lens.analysis import (
-    Convention,
+    ANALYTIC,
+    OTHER_QUERY,
+    Context,
     QueryStatistic,
+    am_maps,
+    aou_updates,
     context_columns,
     cosine,
     finetuning_scores,
-    kendall_tau,
-    other_query_null,
     random_null,
-    sim_am,
-    sim_aou,
-    topk_recall,
+    statistic,
     training_attention,
-    unit,
 )
 from metaopt_lens.records._recorded import RecordedDemos, RecordedQueries
 
 Found = dict[str, QueryStatistic | str]  # a string says why the metric is undefined
 LEVELS = ("example", "token")
-# First map, second map, what is subtracted from both.
-_MAPS = {"SimAM": ("icl", "ftzs", None), "ZSL SimAM": ("icl", "zs", None), "ICL-FTZS SimAM": ("icl", "ftzs", "zs")}
+# The published name, and the statistic (or a null of one) that it is.
+_OF_OUTPUTS = {
+    "SimAOU": ("SimAOU", None),
+    "SimAOU unnormalised": ("SimAOU unnormalised", None),
+    "SimAOU null": ("SimAOU", ANALYTIC),
+    "SimAOU other query": ("SimAOU", OTHER_QUERY),
+    "SimAOU unnormalised other query": ("SimAOU unnormalised", OTHER_QUERY),
+}
+# Of attention maps also the second map (the first is that in context), and what is subtracted from both.
+_OF_MAPS = {
+    "SimAM": ("SimAM ICL-FT", "ftzs", None),
+    "ZSL SimAM": ("SimAM ICL-ZS", "zs", None),
+    "ICL-FTZS SimAM": ("SimAM difference", "ftzs", "zs"),
+}
+_OF_TRAINING = {"kendall": "Kendall, {level} level", "recall_topk": "top-{{{level}}} recall, {level} level"}
 
 
-@dataclass(frozen=True)
-class Measures:
-    """What all queries are measured with; see `analyze_records`."""
+def update_metrics(queries: RecordedQueries, context: Context) -> Found:
+    """SimAOU in both forms with its nulls, and SimAM in all three.
 
-    convention: Convention
-    top_k: Mapping[str, int]
-    null_draws: int
-    generator: torch.Generator
-
-
-def update_metrics(queries: RecordedQueries, measures: Measures) -> Found:
-    """SimAOU in both forms with its nulls, and SimAM in all three."""
-    convention = measures.convention
-    zs, icl, ft = (queries.attn_out[kind] for kind in ("zs", "icl", "ftzs"))
-    aou = sim_aou(icl, zs, ft, convention=convention)
-    zs, icl, ft = zs.double(), icl.double(), ft.double()
-    # A zero vector has no direction.
-    units = [unit(hidden, convention=convention).nan_to_num() for hidden in (icl, zs, ft)]
-    normalised, plain = (units[0] - units[1], units[2] - units[1]), (icl - zs, ft - zs)
-    draws: dict[str, Any] = {
-        "n_draws": measures.null_draws,
-        "seed": measures.generator,
-        "similarity": partial(cosine, convention=convention),
-    }
-    random = random_null(*normalised, convention=convention, **draws).values.nanmean(0)
-    found: Found = {
-        "SimAOU": aou.normalised,
-        "SimAOU unnormalised": aou.plain,
-        "SimAOU null": aou.null,
-        "SimAOU random": QueryStatistic(random, aou.normalised.undefined_because),
-    }
-    for name, pair in (("SimAOU other query", normalised), ("SimAOU unnormalised other query", plain)):
-        if len(icl) < 2:
-            found[name] = "there is no other query"
-            continue
-        values = other_query_null(*pair, **draws).values.nanmean(0)
-        values = torch.where(aou.plain.defined, values, torch.nan)
-        found[name] = QueryStatistic(values, aou.plain.undefined_because)
-    for name, (first, second, base) in _MAPS.items():
-        found[name] = sim_am(
-            queries.attn_map[first],
+    Args:
+        queries: some of a recording.
+        context: what they are measured with.
+    """
+    icl, zs, ft = (queries.attn_out[kind][:, :, None] for kind in ("icl", "zs", "ftzs"))  # [query layer 1 d_model]
+    found: Found = {}
+    for name, (row, null) in _OF_OUTPUTS.items():
+        alone = null == OTHER_QUERY and len(icl) < 2
+        found[name] = "there is no other query" if alone else _measured((icl, zs, ft), row, null, context)
+    found["SimAOU random"] = _random(icl, zs, ft, context)
+    for name, (row, second, baseline) in _OF_MAPS.items():
+        maps = am_maps(
+            queries.attn_map["icl"],
             queries.attn_map[second],
-            baseline=None if base is None else queries.attn_map[base],
+            baseline=None if baseline is None else queries.attn_map[baseline],
             lengths=queries.lengths,
-            convention=convention,
-        ).per_query
+            convention=context.convention,
+        )
+        found[name] = _measured((*maps, queries.lengths), row, None, context)
     return found
 
 
 def training_metrics(
-    context: Float[Tensor, "query layer src"],
+    scores: Float[Tensor, "query layer src"],
     attn_q: Float[Tensor, "query layer d_model"],
     demos: RecordedDemos,
-    measures: Measures,
+    context: Context,
 ) -> Found:
-    """Kendall's tau and top-k recall of the attention to the demonstrations, per example and per token."""
-    scores = context[:, :, context_columns(demos.lengths)], finetuning_scores(demos.attn_q, attn_q)
-    maps = training_attention(*scores, demos.lengths, convention=measures.convention)
-    pairs = {"example": (maps.icl_example, maps.ft_example), "token": (maps.icl_token, maps.ft_token)}
+    """Kendall's tau and top-k recall of the attention to the demonstrations, per example and per token.
+
+    Args:
+        scores: to the whole context, summed over heads.
+        attn_q: query vectors of the finetuned run.
+        demos: of the recording.
+        context: what they are measured with.
+    """
+    both = scores[:, :, context_columns(demos.lengths)], finetuning_scores(demos.attn_q, attn_q)
+    maps = training_attention(*both, demos.lengths, convention=context.convention)
     found: Found = {}
-    for level, pair in pairs.items():
-        found[f"{level}-level kendall"] = kendall_tau(*pair)
-        k, available = measures.top_k[level], pair[0].shape[-1]
-        found[f"{level}-level recall_topk"] = (
-            f"top-{k} needs {k} entries, the recording has {available}"
-            if k > available
-            else topk_recall(*pair, k=k, convention=measures.convention).per_query
-        )
+    for level, pair in (("example", (maps.icl_example, maps.ft_example)), ("token", (maps.icl_token, maps.ft_token))):
+        k, available = context.top_k[level], pair[0].shape[-1]
+        for metric, row in _OF_TRAINING.items():
+            name = f"{level}-level {metric}"
+            if metric == "recall_topk" and k > available:
+                found[name] = f"top-{k} needs {k} entries, the recording has {available}"
+            else:
+                found[name] = _measured(pair, row.format(level=level), None, context)
     return found
 
 
+def _measured(readings: tuple[Tensor, ...], name: str, null: str | None, context: Context) -> QueryStatistic:
+    """A row of the table, or a null of one, per query and layer."""
+    row = statistic(name)
+    values = row.value(readings, context) if null is None else row.nulls[null](readings, context)
+    assert values is not None
+    return QueryStatistic(values[..., 0].double(), row.undefined)
+
+
+def _random(icl: Tensor, zs: Tensor, ft: Tensor, context: Context) -> QueryStatistic:
+    """The published baseline of SimAOU: random vectors in place of the finetuning update of normalised outputs."""
+    pair = aou_updates(icl, zs, ft, normalised=True, convention=context.convention)
+    like = [update.nan_to_num() for update in pair]  # what has no direction is replaced all the same
+    draws = random_null(
+        *like,
+        n_draws=context.n_draws,
+        seed=context.generator,
+        similarity=partial(cosine, convention=context.convention),
+        convention=context.convention,
+    )
+    return QueryStatistic(draws.values.nanmean(0)[..., 0], statistic("SimAOU").undefined)
+
+
 def chance(
-    found: Mapping[str, Sequence[float | None]], demos: RecordedDemos, measures: Measures
+    found: Mapping[str, Sequence[float | None]], demos: RecordedDemos, context: Context
 ) -> dict[str, tuple[float, ...]]:
-    """What each metric is by chance at each layer, where that is known; `found` has the drawn nulls' layers."""
+    """What each metric is by chance at each layer, where that is known.
+
+    Args:
+        found: the layers of every metric, drawn nulls among them.
+        demos: of the recording.
+        context: what they were measured with.
+    """
     nulls: dict[str, Sequence[float | None]] = {
         "SimAOU": found["SimAOU null"],
         "SimAOU unnormalised": found["SimAOU unnormalised other query"],
@@ -116,6 +135,6 @@ def chance(
     n_layers = demos.attn_q.shape[1]
     for level, available in zip(LEVELS, (len(demos.lengths), int(demos.lengths.sum())), strict=True):
         nulls[f"{level}-level kendall"] = [0.0] * n_layers
-        nulls[f"{level}-level recall_topk"] = [measures.top_k[level] / available] * n_layers
+        nulls[f"{level}-level recall_topk"] = [context.top_k[level] / available] * n_layers
     known = {name: tuple(value for value in layers if value is not None) for name, layers in nulls.items()}
     return {name: layers for name, layers in known.items() if len(layers) == n_layers}

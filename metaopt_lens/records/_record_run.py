@@ -52,7 +52,7 @@ def write_run_records(
         directory: folder to write to.
         model: a wrapped model, or a host that `wrap` accepts.
         prompts: queries behind one set of demonstrations.
-        update: finetuning on the same demonstrations, with ``keep_factors=True``.
+        update: finetuning on the same demonstrations.
         comparison: `compare` of the same prompts, for labels and predictions.
         prepend_bos: put BOS first; None for the model's default.
         batch_size: sequences run together; by default what fits into memory.

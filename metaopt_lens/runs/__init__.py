@@ -12,6 +12,7 @@ from metaopt_lens.runs._forward import Row as Row
 from metaopt_lens.runs._forward import run_rows as run_rows
 from metaopt_lens.runs._forward import run_shared_prefix as run_shared_prefix
 from metaopt_lens.runs._guard import acting as acting
+from metaopt_lens.runs._guard import acting_now as acting_now
 from metaopt_lens.runs._guard import refuse_acting as refuse_acting
 from metaopt_lens.runs._head_order import rank_heads as rank_heads
 from metaopt_lens.runs._outputs import attention_output as attention_output
@@ -36,10 +37,15 @@ from metaopt_lens.runs._predict import candidate_labels as candidate_labels
 from metaopt_lens.runs._predict import label_log_probs as label_log_probs
 from metaopt_lens.runs._predict import predict_labels as predict_labels
 from metaopt_lens.runs._predict import small_mass_note as small_mass_note
+from metaopt_lens.runs._prompt_run import CHANGED as CHANGED
 from metaopt_lens.runs._prompt_run import SETTINGS as SETTINGS
 from metaopt_lens.runs._prompt_run import Run as Run
 from metaopt_lens.runs._prompt_run import Runs as Runs
 from metaopt_lens.runs._prompt_run import Setting as Setting
+from metaopt_lens.runs._prompt_run import Stream as Stream
+from metaopt_lens.runs._recording import Recorder as Recorder
+from metaopt_lens.runs._recording import prepare as prepare
+from metaopt_lens.runs._recording import queries_together as queries_together
 from metaopt_lens.runs._recording import record as record
 from metaopt_lens.runs._recording import record_batches as record_batches
 from metaopt_lens.runs._runs_file import StoredRuns as StoredRuns

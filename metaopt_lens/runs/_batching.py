@@ -18,12 +18,20 @@ _LARGEST_BATCH = 64
 _SHARE_OF_FREE_MEMORY = 0.25  # the rest is for the host's own temporaries
 
 
-def choose_batch_size(model: LensModel, *, n_new: int, n_prefix: int) -> int:
-    """How many sequences of `n_new` tokens fit behind a prefix of `n_prefix` tokens, by a rough count of bytes."""
+def choose_batch_size(model: LensModel, *, n_new: int, n_prefix: int, n_read: int = 0) -> int:
+    """How many sequences fit into a share of the free memory, by a rough count of bytes.
+
+    Args:
+        model: a wrapped model.
+        n_new: tokens of a sequence.
+        n_prefix: tokens of the prefix before it.
+        n_read: positions of a sequence whose logits are read; 0 for passes without logits.
+    """
     info = model.info
     width = 4 if info.dtype == "float32" else 8 if info.dtype == "float64" else 2
     n_all = n_new + n_prefix
-    logits = 3 * n_new * info.d_vocab * max(width, 4)
+    n_logits = n_read if n_read == 0 or model.exits_exactly else n_new
+    logits = 3 * n_logits * info.d_vocab * max(width, 4)
     cache = 2 * info.n_layers * n_all * info.n_kv_heads * info.d_head * width
     scores = 4 * info.n_heads * n_new * n_all * 4
     activations = 16 * n_new * info.d_model * width
@@ -49,7 +57,9 @@ def batches(
     A batch that runs out of memory is halved and tried again, and later batches keep the smaller size.
 
     Args:
-        items: what to run. length: of an item, in tokens. run: gives one result per item.
+        items: what to run.
+        length: of an item, in tokens.
+        run: gives the results of a batch.
         batch_size: items run together.
 
     Yields:

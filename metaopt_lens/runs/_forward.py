@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from metaopt_lens.dual import ScoreRule, is_finite, momentum_values, softmax_wit
 from metaopt_lens.models import AttentionCall, Hook, LensModel, Prefix, active_momentum
 from metaopt_lens.prompts import TokenizedPrompt
 from metaopt_lens.runs._guard import excess_over_parts, require_parts
-from metaopt_lens.runs._prompt_run import MATCHED, Run, Setting
+from metaopt_lens.runs._prompt_run import MATCHED, Run, Setting, Stream
 
 
 @dataclass(frozen=True)
@@ -23,23 +23,27 @@ class Keep:
     """What a run keeps beyond its attention.
 
     Attributes:
-        residual: residual stream before every block and after the last. attention_input: what the projections read.
+        residual: residual stream before every block and after the last.
+        attention_input: what the projections read.
         raw_q: queries before rotary and QK-norm.
+        stream: the residual stream's ends and what the MLPs write.
         logits: token ids whose logits at the destinations are wanted, with the log-normaliser.
     """
 
     residual: bool = False
     attention_input: bool = False
     raw_q: bool = False
+    stream: bool = False
     logits: tuple[int, ...] = ()
 
     @property
     def whole_pass(self) -> bool:
-        """Whether a pass must go on after the last layer's attention."""
-        return self.residual or bool(self.logits)
+        """Whether a pass must continue after the last layer's attention."""
+        return self.residual or self.stream or bool(self.logits)
 
 
 ATTENTION = Keep()
+_STREAM = ("start", "end", "mlp")
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,9 @@ def run_shared_prefix(model: LensModel, ids: Sequence[int], *, grad: bool = Fals
     """Run tokens that many prompts begin with, once; None if there are none.
 
     Args:
-        model: a wrapped model. ids: token ids of S, or of S and D. grad: keep the graph.
+        model: a wrapped model.
+        ids: token ids of S, or of S and D.
+        grad: keep the graph.
 
     Raises:
         NonFiniteError: keys or values are NaN or infinite; names the first such layer.
@@ -72,7 +78,7 @@ def run_shared_prefix(model: LensModel, ids: Sequence[int], *, grad: bool = Fals
 def run_rows(
     model: LensModel, prefix: Prefix | None, rows: Sequence[Row], *, keep: Keep = ATTENTION, grad: bool = False
 ) -> list[Run]:
-    """Run queries together behind one prefix. The pass ends after the last layer's attention unless more is kept.
+    """Run queries together behind one prefix. The pass ends where nothing more is kept.
 
     The position-matched run is the in-context run with D hidden from Q at every position and in every layer
     (docs/theory.md, section 5): it rides in the same batch, so weights are read once. Under momentum attention D's
@@ -93,7 +99,14 @@ def run_rows(
     hooks: list[Hook] = []
     for layer in range(model.info.n_layers):
         hooks += batch.hooks(layer)
-    logits = model.run(batch.ids, hooks=hooks, prefix=prefix, stop_after_attention=not keep.whole_pass, grad=grad)
+    logits = model.run(
+        batch.ids,
+        hooks=hooks,
+        prefix=prefix,
+        stop_after_attention=not keep.whole_pass,
+        stop_after_blocks=keep.whole_pass and not keep.logits,
+        grad=grad,
+    )
     return [batch.run(row, logits) for row in range(len(rows))]
 
 
@@ -128,8 +141,14 @@ class _Batch:
             hooks.append(model.attention_input_hook(layer, self._keeper("attention_input", layer)))
         if keep.residual:
             hooks.append((model.residual_hook("pre", layer), self._keeper("residual", layer)))
-            if layer == model.info.n_layers - 1:
-                hooks.append((model.residual_hook("post", layer), self._keeper("residual", layer + 1)))
+        if keep.stream:
+            hooks.append((model.hook_name("mlp_out", layer), self._keeper("mlp", layer)))
+            if layer == 0:
+                hooks.append((model.residual_hook("pre", layer), self._keeper("start", layer)))
+        if layer == model.info.n_layers - 1:
+            end = model.residual_hook("post", layer)
+            hooks += [(end, self._keeper("residual", layer + 1))] if keep.residual else []
+            hooks += [(end, self._keeper("end", layer))] if keep.stream else []
         return hooks
 
     def run(self, row: int, logits: Tensor | None) -> Run:
@@ -140,9 +159,11 @@ class _Batch:
             _require_finite(self._model, layer, **{what: found[key][layer] for what, key in named.items()})
             if self._excess[row]:
                 require_parts(self._model, layer, self._excess[row][layer])
+        stream = self._stream(found) if self._keep.stream else None
         tensors: dict[str, Any] = {
             name: _stack([layers[i] for i in sorted(layers)], 0 if name.startswith("own") else 1)
             for name, layers in found.items()
+            if name not in _STREAM
         }
         return Run(
             setting=item.setting,
@@ -152,9 +173,15 @@ class _Batch:
             prefix=self._prefix,
             rules=tuple(self._rules),
             eta=self._eta if self._eta is None or tensors["z"].requires_grad else self._eta.detach(),
+            stream=stream,
             **tensors,
             **self._asked(row, logits),
         )
+
+    def _stream(self, found: Mapping[str, Mapping[int, Tensor]]) -> Stream:
+        (start,), (end,), mlp = found["start"].values(), found["end"].values(), found.get("mlp", {})
+        none = torch.zeros_like(end)  # attention-only blocks
+        return Stream(start, end, _stack([mlp.get(i, none) for i in range(self._model.info.n_layers)], 1))
 
     def _attention(self, call: AttentionCall) -> Tensor | None:
         """Keep a layer's attention; hide D from the position-matched rows, whose z is replaced."""

@@ -46,6 +46,12 @@ def acting(model: LensModel, names: Sequence[str]) -> list[Hook]:
     return [(model.hook_name("z", 0), Acting(name)) for name in names]
 
 
+def acting_now(model: LensModel) -> list[str]:
+    """Names of the interventions on attention whose hooks are attached to the model now."""
+    attached = functions_at(model.hook_points[model.hook_name("z", 0)])
+    return [function.name for function in attached if isinstance(function, Acting)]
+
+
 def refuse_acting(model: LensModel, what: str) -> None:
     """Raise `OptionError` if an intervention on attention is on: `what` would not be that of the model.
 
@@ -56,9 +62,7 @@ def refuse_acting(model: LensModel, what: str) -> None:
     Raises:
         OptionError: within ``with intervene(model, ...)`` of a meta-gradient or a knock-out.
     """
-    attached = functions_at(model.hook_points[model.hook_name("z", 0)])
-    names = [function.name for function in attached if isinstance(function, Acting)]
-    if names:
+    if names := acting_now(model):
         why = (
             "the demonstrations would count twice, in the prompt and in the meta-gradient"
             if "meta-gradient" in names[-1]
@@ -85,7 +89,8 @@ def excess_over_parts(
 
     Args:
         call: one layer of a running pass.
-        row: which sequence of the batch; at: the destinations, as indices into the pass.
+        row: which sequence of the batch.
+        at: the destinations, as indices into the pass.
         pattern: attention probabilities of this sequence at the destinations.
         eta: of the layer's momentum attention, if it is on.
         with_pattern: also require that the pattern the host shows is that of its q and k.

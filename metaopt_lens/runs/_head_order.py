@@ -12,10 +12,11 @@ def rank_heads(values: Float[Tensor, "layer head"], top: int | None = None) -> l
     """Heads by a number each has, largest first; equal ones in the order of layers.
 
     Args:
-        values: one number per head: a measured effect, or the size of its meta-gradient in the residual stream.
+        values: one number per head: a measured effect, or the size of its meta-gradient in the residual stream; NaN for
+            heads that are left out.
         top: how many to return; all by default.
     """
     n_heads = values.shape[-1]
-    # layer head -> (layer head)
-    order = values.detach().flatten().argsort(descending=True, stable=True)[:top].tolist()
+    flat = values.detach().flatten()  # layer head -> (layer head)
+    order = [index for index in flat.argsort(descending=True, stable=True).tolist() if not flat[index].isnan()][:top]
     return [HeadRef(index // n_heads, index % n_heads) for index in order]

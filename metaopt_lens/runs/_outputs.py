@@ -19,7 +19,8 @@ def through_w_o(
     """Parts of z, or differences of z, in the residual stream. The output bias belongs to no head and is left out.
 
     Args:
-        model: a wrapped model, for W_O. parts: in d_head; the weights get a graph only if they have one.
+        model: a wrapped model, for W_O.
+        parts: in d_head; the weights get a graph only if they have one.
     """
     rows = []
     for layer in range(model.info.n_layers):
@@ -33,7 +34,8 @@ def output_bias(model: LensModel, like: Tensor) -> Float[Tensor, "layer d_model"
     """b_O of every layer, 0 where there is none.
 
     Args:
-        model: a wrapped model. like: gives device, dtype, and whether there is a graph.
+        model: a wrapped model.
+        like: gives device, dtype, and whether there is a graph.
     """
     none = torch.zeros(model.info.d_model, device=like.device, dtype=like.dtype)
     biases = [model.b_o(layer) for layer in range(model.info.n_layers)]
@@ -50,8 +52,10 @@ def attention_output(
     """All heads of every layer together, after W_O and b_O.
 
     Args:
-        model: a wrapped model. run: any run.
-        w_o, b_o: what an update adds to the output projection of the run's model.
+        model: a wrapped model.
+        run: any run.
+        w_o: what an update adds to the output projection of the run's model.
+        b_o: what an update adds to the output projection of the run's model.
     """
     rows = []
     for layer in range(model.info.n_layers):

@@ -74,7 +74,9 @@ def part_of(run: Run, weights: Callable[[Run, int], Tensor], span: TokenSpan) ->
     """What a span of sources contributes to every head.
 
     Args:
-        run: any run. weights: `softmax_weights` or `run_linear_weights`. span: positions in the run's prompt.
+        run: any run.
+        weights: `softmax_weights` or `run_linear_weights`.
+        span: positions in the run's prompt.
     """
     parts = [weighted_values(weights(run, i)[..., span.slice], run.v_of(i)[span.slice]) for i in range(len(run.own_v))]
     return torch.stack(parts, dim=1)
@@ -87,7 +89,9 @@ def w_zsl(run: Run, layer: int, *, dst: int = -1) -> FactoredMatrix:
     """``W_ZSL = sum_{i in Z} v_i (x) k_i`` over the visible tokens of Z, of every key-value head; ``.AB @ q``.
 
     Args:
-        run: an in-context run. layer: counted from 0. dst: which destination's visible tokens, by index.
+        run: an in-context run.
+        layer: counted from 0.
+        dst: which destination's visible tokens, by index.
     """
     return memory_of(run.k_of(layer), run.v_of(layer), run.visible[layer, dst] & ~run.in_demos)
 
@@ -96,7 +100,9 @@ def delta_w_icl(run: Run, layer: int, *, dst: int = -1) -> FactoredMatrix:
     """``dW_ICL = sum_{i in D} v_i (x) k_i`` over the visible tokens of D, of every key-value head; ``.AB @ q``.
 
     Args:
-        run: an in-context run. layer: counted from 0. dst: which destination's visible tokens, by index.
+        run: an in-context run.
+        layer: counted from 0.
+        dst: which destination's visible tokens, by index.
     """
     return memory_of(run.k_of(layer), run.v_of(layer), run.visible[layer, dst] & run.in_demos)
 
@@ -107,7 +113,9 @@ def memory_of(
     """``sum_i v_i (x) k_i`` over the chosen sources, factored, ``[kv_head, d_head, d_head]``.
 
     Args:
-        k: keys as the scores see them. v: values. chosen: which sources.
+        k: keys as the scores see them.
+        v: values.
+        chosen: which sources.
     """
     return linear_memory(k[chosen].transpose(0, 1), v[chosen].transpose(0, 1))
 
@@ -119,7 +127,8 @@ def momentum_part(run: Run, span: TokenSpan) -> Float[Tensor, "dst layer head d_
     """A span's share of the moving average, ``sum_{i in span, i < t} eta^(t-i) v_i``; 0 without momentum attention.
 
     Args:
-        run: any run. span: positions in the run's prompt; all of them for the average itself.
+        run: any run.
+        span: positions in the run's prompt; all of them for the average itself.
     """
     if run.eta is None:
         like = torch.promote_types(run.z.dtype, torch.float32)

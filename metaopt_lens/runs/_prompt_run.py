@@ -24,6 +24,21 @@ CHANGED = frozenset({"ft", "ft_matched"})
 
 
 @dataclass(frozen=True, eq=False)
+class Stream:
+    """What stands in the residual stream at the destinations, but for what the heads write.
+
+    Attributes:
+        start: before the first block.
+        end: after the last.
+        mlp: what every MLP (or mixture of experts) adds, after a norm that follows it; 0 in a layer without one.
+    """
+
+    start: Float[Tensor, "dst d_model"]
+    end: Float[Tensor, "dst d_model"]
+    mlp: Float[Tensor, "dst layer d_model"]
+
+
+@dataclass(frozen=True, eq=False)
 class Run:
     """One prompt in one setting, at the destinations asked for. The destination axis is always there.
 
@@ -38,16 +53,21 @@ class Run:
         model: names and sizes of the model.
         tokens: the prompt of this setting: ids and spans of S, D and Q.
         destinations: positions in that prompt.
-        q: queries as the scores see them (rotated, normed). z: head outputs before W_O.
-        pattern: attention probabilities. sink: probability of the attention sink (0 without sinks).
+        q: queries as the scores see them (rotated, normed).
+        z: head outputs before W_O.
+        pattern: attention probabilities.
+        sink: probability of the attention sink (0 without sinks).
         prefix: keys and values of S and D; None where nothing stands before the query.
         own_k, own_v: keys (as the scores see them) and values of the query's tokens.
         rules: how each layer scores.
         eta: of every head, under momentum attention.
         residual: residual stream before every block and after the last, if kept.
-        attention_input: what the projections read, if kept. raw_q: queries before rotary and QK-norm, if kept.
-        asked: token ids whose logits were kept. logits: theirs, in float32 at least. log_normaliser: logsumexp of all
-            logits, so that ``logits - log_normaliser`` are log-probabilities.
+        attention_input: what the projections read, if kept.
+        raw_q: queries before rotary and QK-norm, if kept.
+        stream: the residual stream's ends and what the MLPs write, if kept.
+        asked: token ids whose logits were kept.
+        logits: theirs, in float32 at least.
+        log_normaliser: logsumexp of all logits, so that ``logits - log_normaliser`` are log-probabilities.
     """
 
     setting: Setting
@@ -66,17 +86,26 @@ class Run:
     residual: Float[Tensor, "dst layer_and_end d_model"] | None = None
     attention_input: Float[Tensor, "dst layer d_model"] | None = None
     raw_q: Float[Tensor, "dst layer head d_head"] | None = None
+    stream: Stream | None = None
     asked: tuple[int, ...] = ()
     logits: Float[Tensor, "dst asked"] | None = None
     log_normaliser: Float[Tensor, " dst"] | None = None
 
     def k_of(self, layer: int) -> Float[Tensor, "src kv_head d_head"]:
-        """Keys of all tokens in a layer, as the scores see them."""
+        """Keys of all tokens in a layer, as the scores see them.
+
+        Args:
+            layer: counted from 0.
+        """
         own = self.own_k[layer]
         return own if self.prefix is None else torch.cat([self.prefix.k[layer].to(own.device), own])
 
     def v_of(self, layer: int) -> Float[Tensor, "src kv_head d_head"]:
-        """Values of all tokens in a layer."""
+        """Values of all tokens in a layer.
+
+        Args:
+            layer: counted from 0.
+        """
         own = self.own_v[layer]
         return own if self.prefix is None else torch.cat([self.prefix.v[layer].to(own.device), own])
 

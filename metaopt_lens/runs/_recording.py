@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from metaopt_lens._errors import OptionError, PromptError
@@ -15,7 +16,7 @@ from metaopt_lens.runs._forward import ATTENTION, Keep, Row, run_rows, run_share
 from metaopt_lens.runs._prompt_run import CHANGED, SETTINGS, WITH_DEMOS, Run, Runs, Setting
 
 
-class _Prefixes(NamedTuple):
+class Prefixes(NamedTuple):
     """What stands before a group's queries, on the base model and on the changed one."""
 
     base: Prefix | None
@@ -79,6 +80,16 @@ def record_batches(
 ) -> Iterator[tuple[list[int], list[Runs]]]:
     """`record` batch by batch, so that not all runs need to be held; takes the same arguments.
 
+    Args:
+        model: see `record`.
+        prompts: see `record`.
+        settings: see `record`.
+        update: see `record`.
+        position: see `record`.
+        keep: see `record`.
+        batch_size: see `record`.
+        grad: see `record`.
+
     Yields:
         Which prompts were run, and their runs. A batch never spans two sets of demonstrations.
     """
@@ -86,19 +97,90 @@ def record_batches(
     rows = [destinations_of(tokens, position) for tokens in prompts]
     for group in prompt_groups(prompts):
         members = [prompts[i] for i in group]
-        prefixes = _run_prefixes(model, members[0], settings, update, grad)
+        recorder = prepare(model, members[0], settings=settings, update=update, keep=keep, grad=grad)
 
-        def run(batch: list[int], prefixes: _Prefixes = prefixes) -> list[Runs]:
-            tokens, at = [prompts[i] for i in batch], [rows[i] for i in batch]
-            return _run_batch(model, prefixes, tokens, at, settings, update, keep, grad)
+        def run(batch: list[int], recorder: Recorder = recorder) -> list[Runs]:
+            return recorder.runs([prompts[i] for i in batch], [rows[i] for i in batch])
 
-        size = batch_size
-        if size is None:
-            longest = max(len(tokens.query) for tokens in members)
-            together = len({"icl", "zs_matched"} & set(settings)) or 1  # these two ride in one batch
-            size = max(1, choose_batch_size(model, n_new=longest, n_prefix=members[0].query.start) // together)
+        size = queries_together(model, members, settings) if batch_size is None else batch_size
         for chosen, runs in batches(group, lambda i: len(prompts[i].query), run, batch_size=size):
             yield [group[i] for i in chosen], runs
+
+
+@dataclass(frozen=True, eq=False)
+class Recorder:
+    """Records queries behind one set of demonstrations, which were run when it was made; see `prepare`.
+
+    Attributes:
+        model: never modified.
+        prefixes: what stands before the queries.
+        settings: runs to make of every query.
+        update: the change of the model in the finetuned settings.
+        keep: what to keep beyond the attention.
+        grad: keep the graph.
+    """
+
+    model: LensModel
+    prefixes: Prefixes
+    settings: tuple[Setting, ...]
+    update: Intervention | None
+    keep: Keep
+    grad: bool
+
+    def runs(
+        self, prompts: Sequence[TokenizedPrompt], destinations: Sequence[tuple[int, ...]] | None = None
+    ) -> list[Runs]:
+        """Run some queries together.
+
+        Args:
+            prompts: with the recorder's demonstrations.
+            destinations: positions to read of each (see `destinations_of`); the last if not given.
+        """
+        at = [destinations_of(p, "last") for p in prompts] if destinations is None else list(destinations)
+        return _run_batch(
+            self.model, self.prefixes, list(prompts), at, self.settings, self.update, self.keep, self.grad
+        )
+
+
+def prepare(
+    model: LensModel,
+    tokens: TokenizedPrompt,
+    *,
+    settings: Sequence[Setting],
+    update: Intervention | None = None,
+    keep: Keep = ATTENTION,
+    grad: bool = False,
+) -> Recorder:
+    """Run the demonstrations of a prompt once, for all queries behind them.
+
+    Args:
+        model: a wrapped model. It is not modified.
+        tokens: any of the prompts.
+        settings: runs to make of every query.
+        update: the change of the model for the finetuned settings.
+        keep: what to keep beyond the attention.
+        grad: keep the graph.
+
+    Raises:
+        PromptError: no demonstrations where a setting needs them.
+        OptionError: no settings, an unknown one, or a finetuned one without `update`.
+    """
+    _check(settings, update, [tokens])
+    prefixes = _run_prefixes(model, tokens, settings, update, grad)
+    return Recorder(model, prefixes, tuple(settings), update, keep, grad)
+
+
+def queries_together(model: LensModel, prompts: Sequence[TokenizedPrompt], settings: Sequence[Setting]) -> int:
+    """How many queries behind one set of demonstrations fit a batch.
+
+    Args:
+        model: a wrapped model.
+        prompts: with the same demonstrations.
+        settings: runs to make of every query.
+    """
+    longest = max(len(tokens.query) for tokens in prompts)
+    together = len({"icl", "zs_matched"} & set(settings)) or 1  # these two ride in one batch
+    return max(1, choose_batch_size(model, n_new=longest, n_prefix=prompts[0].query.start) // together)
 
 
 def _check(settings: Sequence[Setting], update: Intervention | None, prompts: Sequence[TokenizedPrompt]) -> None:
@@ -123,7 +205,7 @@ def _run_prefixes(
     settings: Sequence[Setting],
     update: Intervention | None,
     grad: bool,
-) -> _Prefixes:
+) -> Prefixes:
     """S and D (only S where no setting needs D), once for all queries."""
 
     def ids(kind: Set[str]) -> tuple[int, ...]:
@@ -136,12 +218,12 @@ def _run_prefixes(
     if CHANGED & set(settings):
         with _changed(model, update):
             changed = run_shared_prefix(model, ids(CHANGED), grad=grad)
-    return _Prefixes(base, changed)
+    return Prefixes(base, changed)
 
 
 def _run_batch(
     model: LensModel,
-    prefixes: _Prefixes,
+    prefixes: Prefixes,
     prompts: list[TokenizedPrompt],
     destinations: list[tuple[int, ...]],
     settings: Sequence[Setting],

@@ -11,7 +11,7 @@ from torch import Tensor
 from metaopt_lens.dual import ScoreRule
 from metaopt_lens.models import ModelInfo, Prefix
 from metaopt_lens.prompts import TokenizedPrompt
-from metaopt_lens.runs._prompt_run import CHANGED, WITH_DEMOS, Run, Runs, Setting
+from metaopt_lens.runs._prompt_run import CHANGED, WITH_DEMOS, Run, Runs, Setting, Stream
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +27,7 @@ class OwnTensors:
     residual: Float[Tensor, "dst layer_and_end d_model"] | None
     attention_input: Float[Tensor, "dst layer d_model"] | None
     raw_q: Float[Tensor, "dst layer head d_head"] | None
+    stream: Stream | None
     logits: Float[Tensor, "dst asked"] | None
     log_normaliser: Float[Tensor, " dst"] | None
 

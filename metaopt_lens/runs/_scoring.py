@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from metaopt_lens._errors import OptionError, PromptError
-from metaopt_lens.models import Hook, LensModel, Prefix
+from metaopt_lens.models import Hook, LensModel, Prefix, Readout
 from metaopt_lens.runs._batching import choose_batch_size, map_batches
 
 Scoring = Literal["mean", "first"]
@@ -21,7 +22,8 @@ def check_candidates(candidates: Sequence[Sequence[int]], names: Sequence[str], 
     """Raise `PromptError` if two candidate labels cannot be told apart.
 
     Args:
-        candidates: token ids of each label; names: the labels as text, for the message.
+        candidates: token ids of each label.
+        names: the labels as text, for the message.
         scoring: ``"mean"`` log-probability of the label's tokens, or that of its ``"first"`` token only.
     """
     if scoring not in {"mean", "first"}:
@@ -67,7 +69,8 @@ def read_queries(
 ) -> list[QueryReading]:
     """Probabilities of the candidates after every query, and of the model's own first choices.
 
-    Only the positions that predict a label are read from the host's logits, one row at a time.
+    Logits are computed only at the positions that predict a label (of the whole vocabulary, for the normaliser and the
+    ranks).
 
     Args:
         model: a wrapped model.
@@ -94,15 +97,14 @@ def read_queries(
     model.check_window(n_prefix + longest + 1, "the longest query with its prefix and label")
 
     def run(batch: list[tuple[int, tuple[int, ...], tuple[int, ...]]]) -> list[_Row]:
-        tokens = torch.zeros(len(batch), max(len(t) for _, _, t in batch), dtype=torch.long)
-        for row, (_, _, ids) in enumerate(batch):
-            tokens[row, : len(ids)] = torch.tensor(ids)
-        logits = model.run(tokens, prefix=prefix, hooks=hooks)
+        tokens = pad_sequence([torch.tensor(ids) for _, _, ids in batch], batch_first=True)
+        at = [torch.arange(len(queries[index]) - 1, len(ids)) for index, _, ids in batch]
+        read = Readout(pad_sequence(at, batch_first=True))
+        logits = model.run(tokens, prefix=prefix, hooks=hooks, read=read)
         assert logits is not None
         found = []
-        for row, (index, head, _) in enumerate(batch):
-            first = len(queries[index]) - 1
-            log_probs = logits[row, first : first + len(head) + 1].to(_score_dtype(logits)).log_softmax(-1)
+        for row, (_, head, _) in enumerate(batch):
+            log_probs = logits[row, : len(head) + 1].to(_score_dtype(logits)).log_softmax(-1)
             sums = {}
             for number, label in enumerate(labels):
                 if label[:-1] == head or (len(label) == 1 and head == fed[0]):
@@ -111,7 +113,8 @@ def read_queries(
             found.append(_Row(sums, *_first_choices(log_probs[0], labels, n_top)) if head == fed[0] else _Row(sums))
         return found
 
-    size = batch_size or choose_batch_size(model, n_new=longest, n_prefix=n_prefix)
+    n_read = 1 + max(map(len, fed))
+    size = batch_size or choose_batch_size(model, n_new=longest, n_prefix=n_prefix, n_read=n_read)
     outputs = map_batches(rows, lambda row: len(row[2]), run, batch_size=size)
     lengths = torch.tensor([len(label) for label in labels], dtype=torch.float64)
     readings = []

@@ -83,7 +83,7 @@ class Task:
         instruction: text before the demonstrations.
         labels: the label words, in the order of the data's class numbers; None for an open vocabulary, where every
             output is its own label (word pairs).
-        label_names: what the data call the classes, in the same order; accepted beside numbers and label words.
+        label_names: what the data call the classes, in the same order; accepted as well as numbers and label words.
         input: how the columns of a row make its input, such as ``"{premise}\\nQuestion: {hypothesis}"``.
         label_column: the column with the label.
         aliases: other names of columns, such as ``{"text": "sentence"}``.

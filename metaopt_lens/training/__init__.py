@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from metaopt_lens.training._momentum_page import write_momentum_page as write_momentum_page
     from metaopt_lens.training._paired_training import compare_momentum as compare_momentum
     from metaopt_lens.training._short_convolution import ShortConvolution as ShortConvolution
+    from metaopt_lens.training._trained_model import TrainedModel as TrainedModel
     from metaopt_lens.training._training_config import SHIPPED as SHIPPED
     from metaopt_lens.training._training_config import TrainingConfig as TrainingConfig
-    from metaopt_lens.training._training_run import TrainedModel as TrainedModel
     from metaopt_lens.training._training_run import load_trained as load_trained
     from metaopt_lens.training._training_run import train as train
 
@@ -32,7 +32,7 @@ _HOME = {
     "LanguageModel": "_language_model",
     "MomentumComparison": "_momentum_comparison",
     "ShortConvolution": "_short_convolution",
-    "TrainedModel": "_training_run",
+    "TrainedModel": "_trained_model",
     "TrainingConfig": "_training_config",
     "build_model": "_language_model",
     "compare_momentum": "_paired_training",

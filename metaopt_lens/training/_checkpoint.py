@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors with a JSON beside, complete or not there at all."""
+"""Checkpoints: a safetensors and a JSON file, complete or not there at all."""
 
 from __future__ import annotations
 
@@ -41,8 +41,6 @@ def save_checkpoint(
 ) -> Path:
     """Write weights, optimizer and random state, then remove older checkpoints; returns the path of the JSON."""
     tensors = {f"weights/{name}": t for name, t in _weights(lm).items()}
-    # Safetensors wants no shared memory, and CPU tensors are not copied on their way there.
-    tensors = {name: t.detach().cpu().clone() for name, t in tensors.items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{name}": torch.as_tensor(value) for name, value in state.items()}
     tensors["rng/cpu"] = torch.get_rng_state()
@@ -77,7 +75,7 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
         tensors, meta = load_result(path, kind=KIND)
     except FileFormatError as error:
         raise FileFormatError(
-            f"the checkpoint cannot be used: {error} Remove step-{max(steps):08d}.json to begin anew."
+            f"the checkpoint cannot be used: {error} Remove step-{max(steps):08d}.json to start over."
         ) from None
     return Checkpoint(path, max(steps), tensors, meta)
 

@@ -19,7 +19,8 @@ from metaopt_lens.models.tiny._load import DATA
 from metaopt_lens.models.tiny._sampling import sample_stream
 from metaopt_lens.models.tiny._vocabulary import BOS, ID_OF, WORDS
 from metaopt_lens.training._documents import load_documents
-from metaopt_lens.training._training_config import DataSettings, TrainingConfig
+from metaopt_lens.training._training_config import TrainingConfig
+from metaopt_lens.training._training_settings import DataSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,7 +100,7 @@ def word_tokenizer() -> PreTrainedTokenizerBase:
 
 
 class SyntheticCorpus(Corpus):
-    """The bundled model's in-context tasks: every sequence binds labels to categories anew.
+    """The bundled model's in-context tasks: every sequence draws its own binding of labels to categories.
 
     Learned is what the sequence determines, labels whose category occurred before, and the rest of the text with a
     tenth of the weight. A first label cannot be known and has none.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from metaopt_lens._errors import FileFormatError, OptionError
-from metaopt_lens.training._training_config import DataSettings
+from metaopt_lens.training._training_settings import DataSettings
 
 _TEXT_FILES = {".txt", ".md", ".rst", ".py"}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -15,7 +14,8 @@ from metaopt_lens.prompts import load_prompts
 from metaopt_lens.runs import candidate_labels, predict_labels, tokenize_for
 from metaopt_lens.training._corpora import Corpus, SyntheticCorpus
 from metaopt_lens.training._language_model import LanguageModel
-from metaopt_lens.training._training_config import EvaluationSettings, TrainingConfig
+from metaopt_lens.training._training_config import TrainingConfig
+from metaopt_lens.training._training_settings import EvaluationSettings
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,6 @@ class Evaluation:
     accuracy: dict[int, float]
     accuracy_of_all: dict[int, float]
     accuracy_seen: dict[int, float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able, keys as strings."""
-        return {name: {str(k): v for k, v in table.items()} for name, table in dataclasses.asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, body: dict[str, Any]) -> Evaluation:
-        """The reverse of `to_dict`.
-
-        Args:
-            body: what `to_dict` returned.
-        """
-        return cls(**{name: {int(k): float(v) for k, v in table.items()} for name, table in body.items()})
 
 
 def evaluate(lm: LanguageModel, corpus: Corpus, config: TrainingConfig) -> Evaluation:

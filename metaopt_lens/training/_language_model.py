@@ -19,7 +19,8 @@ from metaopt_lens.interventions import MomentumAttention, intervene
 from metaopt_lens.models import LensModel, wrap
 from metaopt_lens.training._corpora import word_tokenizer
 from metaopt_lens.training._short_convolution import ShortConvolution
-from metaopt_lens.training._training_config import ModelSettings, MomentumSettings, TrainingConfig
+from metaopt_lens.training._training_config import TrainingConfig
+from metaopt_lens.training._training_settings import ModelSettings, MomentumSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,8 +14,8 @@ from jaxtyping import Float
 
 from metaopt_lens._errors import FileFormatError
 from metaopt_lens._storage import provenance, write_text
+from metaopt_lens.training._trained_model import TrainedModel
 from metaopt_lens.training._training_config import TrainingConfig
-from metaopt_lens.training._training_run import TrainedModel
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,7 +82,7 @@ class MomentumComparison:
     def summary(self, level: float = 0.95) -> pd.DataFrame:
         """Means of both arms and of the paired difference, momentum minus plain, with its t interval over seeds.
 
-        `better` is the arm that the interval favours, empty where it holds 0.
+        `better` is the arm that the interval favours, empty where it contains 0.
 
         Args:
             level: coverage of the intervals.

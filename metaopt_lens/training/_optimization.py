@@ -11,7 +11,8 @@ from torch import Tensor
 
 from metaopt_lens.training._corpora import Batch
 from metaopt_lens.training._language_model import LanguageModel
-from metaopt_lens.training._training_config import OptimizerSettings, TrainingConfig
+from metaopt_lens.training._training_config import TrainingConfig
+from metaopt_lens.training._training_settings import OptimizerSettings
 
 
 def learning_rate(settings: OptimizerSettings, step: int) -> float:

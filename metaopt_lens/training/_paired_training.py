@@ -12,8 +12,9 @@ from pathlib import Path
 from metaopt_lens._errors import OptionError
 from metaopt_lens.training._corpora import Corpus, load_corpus
 from metaopt_lens.training._momentum_comparison import ARMS, MomentumComparison, run_folder
+from metaopt_lens.training._trained_model import TrainedModel, finished_run
 from metaopt_lens.training._training_config import TrainingConfig
-from metaopt_lens.training._training_run import TrainedModel, finished_run, train
+from metaopt_lens.training._training_run import train
 
 
 def compare_momentum(
@@ -27,7 +28,7 @@ def compare_momentum(
 ) -> MomentumComparison:
     """Train both arms from every seed (same weights to start from, data order and budget) and compare them in pairs.
 
-    Runs that `folder` already holds are read; interrupted ones go on.
+    Runs that `folder` already holds are read; interrupted ones are resumed.
 
     Args:
         config: configuration of the momentum arm.
@@ -107,6 +108,6 @@ def _train_in_worker(config: TrainingConfig, folder: Path, device: str | None) -
 
     def stop_if_orphaned(step: int) -> None:  # noqa: ARG001
         if parent is not None and not parent.is_alive():
-            raise SystemExit("the process that started this run is gone; its checkpoint stays")
+            raise SystemExit("the process that started this run has ended; its checkpoint is kept")
 
     train(config, folder, corpus=_CORPORA[key], device=device, progress=False, on_step=stop_if_orphaned)

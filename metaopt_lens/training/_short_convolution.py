@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metaopt_lens.dual import momentum_weights, weighted_values
-from metaopt_lens.models import PASS, Hook, HostPass, Late, LensModel
+from metaopt_lens.dual import momentum_weights
+from metaopt_lens.interventions import Change, Sight
+from metaopt_lens.models import Hook, Late, LensModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,39 +27,28 @@ class ShortConvolution:
     eta: Float[Tensor, "layer head"]
     lags: int
 
-    def hooks(self, model: LensModel) -> list[Hook]:
-        """The hooks that add it.
+    def change(self, model: LensModel) -> Change:  # noqa: ARG002 - the eta given is of every layer
+        """The sum, as what is added to z.
 
         Args:
-            model: the wrapped model that the hooks are for.
+            model: the wrapped model that the change is for.
         """
-        running: list[HostPass] = []
+        return Change(addition=self._hooks)
 
-        def begin(host_pass: HostPass) -> None:
-            running[:] = [host_pass]
+    def _hooks(self, model: LensModel, sight: Sight) -> list[Hook]:
+        return [hook for layer in range(model.info.n_layers) for hook in self._layer(model, layer, sight)]
 
-        hooks: list[Hook] = [(PASS, begin)]
-        for layer in range(model.info.n_layers):
-            hooks += self._layer(model, layer, lambda: running[0])
-        return hooks
-
-    def _layer(self, model: LensModel, layer: int, current: Callable[[], HostPass]) -> list[Hook]:
-        seen: list[Tensor] = []
+    def _layer(self, model: LensModel, layer: int, sight: Sight) -> list[Hook]:
+        kept: list[Tensor] = []
 
         def keep(v: Tensor) -> None:
-            seen[:] = [v]
+            kept[:] = [v]
 
         def add(z: Tensor) -> Tensor:
-            host_pass, v = current(), seen.pop()
-            values = host_pass.all_values(layer, v)
-            index, valid = host_pass.sources(layer, values)
-            if bool(valid.all()):  # all rows have the same weights
-                index, valid = index[:1], valid[:1]
-            new = index[:, -v.shape[1] :]
-            weights = momentum_weights(self.eta[layer].to(v.device), new, index)  # [row, head, dst, src]
-            near = (new[:, :, None] - index[:, None] <= self.lags) & valid[:, None]
-            weights = torch.where(near[:, None], weights, 0.0).expand(len(v), -1, -1, -1)
-            term = weighted_values(weights.to(torch.promote_types(v.dtype, torch.float32)), values)
+            seen = sight.sources(layer, kept.pop())
+            weights = momentum_weights(self.eta[layer].to(seen.share), seen.dst_positions, seen.positions)
+            near = seen.dst_positions[:, :, None] - seen.positions[:, None] <= self.lags  # [row, dst, src]
+            term = seen.weighted(weights * near[:, None])
             return (z.to(term.dtype) + term).to(z.dtype)
 
         return [(model.hook_name("v", layer), Late(keep)), (model.hook_name("z", layer), add)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -10,12 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
-from metaopt_lens._errors import FileFormatError, ModelMismatchError, NonFiniteError
-from metaopt_lens._storage import provenance, write_text
+from metaopt_lens._errors import FileFormatError, NonFiniteError
 from metaopt_lens.training._checkpoint import (
     Checkpoint,
     check_same_run,
@@ -28,77 +26,8 @@ from metaopt_lens.training._corpora import Corpus, corpus_tokenizer, load_corpus
 from metaopt_lens.training._evaluation import Evaluation, evaluate
 from metaopt_lens.training._language_model import LanguageModel, build_model
 from metaopt_lens.training._optimization import make_optimizer, training_step
-from metaopt_lens.training._training_config import TrainingConfig, differing_fields
-
-RESULT = "result.json"
-KIND = "momentum training run"
-
-
-@dataclass(frozen=True)
-class TrainedModel:
-    """A finished run.
-
-    Attributes:
-        losses: of every step.
-        history: evaluations on the way, by step.
-        evaluation: at the end.
-        eta: of every layer and head at the end; 0 for plain attention.
-        seconds: spent in training steps, summed over all pieces of an interrupted run.
-    """
-
-    config: TrainingConfig
-    losses: tuple[float, ...]
-    history: dict[int, Evaluation]
-    evaluation: Evaluation
-    eta: tuple[tuple[float, ...], ...]
-    seconds: float
-    corpus: str
-
-    def save(self, folder: Path) -> Path:
-        """Write ``result.json``.
-
-        Args:
-            folder: the run's folder.
-        """
-        body = {
-            "kind": KIND,
-            "config": self.config.to_dict(),
-            "losses": list(self.losses),
-            "history": {str(step): found.to_dict() for step, found in self.history.items()},
-            "evaluation": self.evaluation.to_dict(),
-            "eta": [list(row) for row in self.eta],
-            "seconds": self.seconds,
-            "corpus": self.corpus,
-            "provenance": provenance(),
-        }
-        return write_text(folder / RESULT, json.dumps(body, indent=1) + "\n")
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> TrainedModel:
-        """Read what `save` wrote.
-
-        Args:
-            folder: the run's folder.
-
-        Raises:
-            FileFormatError: there is no finished run, or its file is damaged.
-        """
-        file = Path(folder) / RESULT
-        try:
-            body = json.loads(file.read_text(encoding="utf-8"))
-            if body["kind"] != KIND:
-                raise KeyError("kind")
-            return cls(
-                config=TrainingConfig.from_dict(body["config"]),
-                losses=tuple(body["losses"]),
-                history={int(step): Evaluation.from_dict(found) for step, found in body["history"].items()},
-                evaluation=Evaluation.from_dict(body["evaluation"]),
-                eta=tuple(tuple(row) for row in body["eta"]),
-                seconds=body["seconds"],
-                corpus=body["corpus"],
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FileFormatError(f"{file} is not the result of a finished training run ({error!r}).") from None
+from metaopt_lens.training._trained_model import TrainedModel, finished_run
+from metaopt_lens.training._training_config import TrainingConfig
 
 
 def train(
@@ -110,10 +39,10 @@ def train(
     progress: bool = True,
     on_step: Callable[[int], None] | None = None,
 ) -> TrainedModel:
-    """Train a model from scratch, or go on where an interrupted run in `folder` stopped.
+    """Train a model from scratch, or resume an interrupted run in `folder`.
 
     On the CPU a run that was interrupted and resumed equals the uninterrupted one bit for bit (with the same number of
-    threads). A finished run is read, not made again.
+    threads). A finished run is read, not repeated.
 
     Args:
         config: everything that decides the run.
@@ -143,7 +72,7 @@ def train(
     so_far = _SoFar()
     if checkpoint is not None:
         restore(checkpoint, lm, optimizer)
-        so_far = _SoFar.from_dict(checkpoint.meta["history"])
+        so_far = TypeAdapter(_SoFar).validate_python(checkpoint.meta["history"])
     n_steps, every = config.optimizer.steps, config.evaluation.every
     with _random_state(config.seed, checkpoint, where), _Progress(config.name, n_steps, so_far, shown=progress) as bar:
         lm.weights.train()
@@ -153,7 +82,7 @@ def train(
             if every and n_done % every == 0 and n_done < n_steps:
                 so_far.evaluations[n_done] = evaluate(lm, data, config)
             if n_done % config.checkpoint_every == 0 or n_done == n_steps:
-                history = so_far.to_dict()
+                history = TypeAdapter(_SoFar).dump_python(so_far, mode="json")
                 save_checkpoint(
                     out, lm, optimizer, step=n_done, config=config, corpus=data.fingerprint, history=history
                 )
@@ -181,19 +110,10 @@ class _SoFar:
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def to_dict(self) -> dict[str, Any]:
-        found = {str(step): evaluation.to_dict() for step, evaluation in self.evaluations.items()}
-        return {"losses": self.losses, "seconds": self.seconds, "evaluations": found}
-
-    @classmethod
-    def from_dict(cls, body: dict[str, Any]) -> _SoFar:
-        found = {int(step): Evaluation.from_dict(evaluation) for step, evaluation in body["evaluations"].items()}
-        return cls(list(body["losses"]), found, body["seconds"])
-
 
 @contextmanager
 def _random_state(seed: int, checkpoint: Checkpoint | None, where: torch.device) -> Iterator[None]:
-    """Torch's random state within the block: of the seed, or of the checkpoint; then again as it was."""
+    """Torch's random state within the block: of the seed, or of the checkpoint; restored afterwards."""
     with torch.random.fork_rng([where] if where.type == "cuda" else []):
         if checkpoint is None:
             torch.manual_seed(seed)
@@ -218,19 +138,6 @@ def _learn(
     if not math.isfinite(loss):
         o = config.optimizer
         raise NonFiniteError(f"the loss became {loss} at step {step} of {o.steps} (lr {o.lr:g}): try a smaller one.")
-
-
-def finished_run(config: TrainingConfig, folder: Path) -> TrainedModel | None:
-    """The result in a folder; None if there is none yet; `ModelMismatchError` if another configuration made it."""
-    if not (folder / RESULT).is_file():
-        return None
-    done = TrainedModel.load(folder)
-    differing = differing_fields(done.config.to_dict(), config.to_dict())
-    if differing:
-        raise ModelMismatchError(
-            f"{folder} holds a run with another configuration; {'; '.join(differing)}. Choose another folder."
-        )
-    return done
 
 
 def load_trained(folder: str | os.PathLike[str], *, device: str = "cpu") -> LanguageModel:

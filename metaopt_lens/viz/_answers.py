@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -56,14 +56,14 @@ def comparison_sentences(comparison: Comparison) -> list[str]:
     Args:
         comparison: what `compare` returned.
     """
-    answers = comparison.settings.get("answers")
-    if answers is None:
+    answers = comparison.answers
+    if not answers:
         return []
     names = {"ZS": "zero-shot", "ICL": "in context", "FT": "finetuned"}
-    masses = {names[key]: mean(values["candidate_mass"]) for key, values in answers.items()}
+    masses = {names[key]: float(own.candidate_mass.mean()) for key, own in answers.items()}
     total = ", ".join(f"{mass:.1%} {name}" for name, mass in masses.items())
     found = [f"Total probability of the candidates, mean over queries: {total}."]
-    ranks = {names[key]: [r for r in values["label_rank"] if r is not None] for key, values in answers.items()}
+    ranks = {names[key]: [r for r in own.label_rank.tolist() if r > 0] for key, own in answers.items()}
     n = len(ranks["zero-shot"])
     if n:
         first = ", ".join(f"{sum(r == 1 for r in found)} of {n} {name}" for name, found in ranks.items())

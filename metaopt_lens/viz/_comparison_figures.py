@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from metaopt_lens._plots import draws
-from metaopt_lens.analysis import Comparison, Statistic
+from metaopt_lens.analysis import Comparison, Measured
 
 _FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 _VALUE, _NULLS = "#1f5fa8", ("#d1495b", "#edae49", "#66a182", "#8d6a9f", "#7f8c8d", "#b08968")
@@ -50,7 +50,7 @@ def depth_profile(comparison: Comparison, statistic: str = "z total") -> go.Figu
     return figure
 
 
-def _head_maps(statistic: Statistic) -> go.Figure:
+def _head_maps(statistic: Measured) -> go.Figure:
     value = statistic.values.nanmean(0).numpy()
     null = statistic.nulls[statistic.main_null].nanmean(0).numpy()
     panels = {"value": value, f"{statistic.main_null} null": null, "excess": value - null}
@@ -82,7 +82,7 @@ def _head_maps(statistic: Statistic) -> go.Figure:
     return figure
 
 
-def _layer_curves(comparison: Comparison, statistic: Statistic) -> go.Figure:
+def _layer_curves(comparison: Comparison, statistic: Measured) -> go.Figure:
     per_layer = statistic.values.nanmean(2)
     found = comparison.statistic_interval(statistic, per_layer, level=0.95)
     depth = list(range(per_layer.shape[1]))

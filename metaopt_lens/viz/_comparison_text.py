@@ -91,6 +91,13 @@ def comparison_data(comparison: Comparison) -> dict[str, Any]:
         "scope": comparison.scope,
         "findings": plain([dataclasses.asdict(f) | {"sentence": f.sentence} for f in findings(comparison)]),
         "settings": comparison.settings,
+        "answers": {
+            name: {
+                "candidate_mass": own.candidate_mass.tolist(),
+                "label_rank": [rank if rank > 0 else None for rank in own.label_rank.tolist()],
+            }
+            for name, own in comparison.answers.items()
+        },
         "provenance": comparison.provenance,
         "summary": plain(comparison.summary().to_dict("records")),
         "statistics": plain(comparison.to_frame().to_dict("records")),

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
+import torch
 from plotly.subplots import make_subplots
+from torch import Tensor
 
 from metaopt_lens._errors import UndefinedMetricError
+from metaopt_lens._plots import draws
 from metaopt_lens.interventions import HeadEffects
 
 
+@draws(HeadEffects, "plot")
 def effects_map(effects: HeadEffects) -> go.Figure:
     """Layer x head maps of exact effects and first-order estimates, and the gain recovered on held-out queries.
 
     Args:
         effects: what `head_effects` returned.
     """
-    titles = ("exact knock-out", "first-order estimate", "gain recovered by heads in rank order (held out)")
+    titles = (
+        "exact knock-out" if effects.is_exact else "not knocked out",
+        "first-order estimate",
+        "gain recovered by heads in rank order (held out)",
+    )
     figure = make_subplots(rows=1, cols=3, subplot_titles=titles, horizontal_spacing=0.07)
     estimate = effects.first_order.mean(0)
-    bound = max(float(effects.map.abs().max()), float(estimate.abs().max()), 1e-9)
-    for column, grid in ((1, effects.map), (2, estimate)):
-        figure.add_trace(heat_map(grid.tolist(), bound, showscale=False), row=1, col=column)
+    exact = effects.exact.mean(0)
+    bound = max(float(torch.stack([exact, estimate]).nan_to_num().abs().max()), 1e-9)
+    for column, grid in ((1, exact), (2, estimate)):
+        figure.add_trace(heat_map(_cells(grid), bound, showscale=False), row=1, col=column)
     try:
         found = effects.recovery()
     except UndefinedMetricError:
@@ -44,7 +54,12 @@ def effects_map(effects: HeadEffects) -> go.Figure:
     return figure
 
 
-def heat_map(grid: list[list[float]], bound: float, *, showscale: bool = True) -> Any:
+def _cells(grid: Tensor) -> list[list[float | None]]:
+    """The map's numbers; None, an empty cell, for heads that were not measured."""
+    return [[None if value != value else value for value in row] for row in grid.tolist()]
+
+
+def heat_map(grid: Sequence[Sequence[float | None]], bound: float, *, showscale: bool = True) -> Any:
     """A signed layer x head map on a scale that is symmetric about 0."""
     return go.Heatmap(
         z=grid,

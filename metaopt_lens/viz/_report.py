@@ -1,4 +1,4 @@
-"""The report of one or several runs: one HTML page that can be read and sent, and every table as CSV beside it."""
+"""The report of one or several runs: one HTML page that can be read and sent, and every table as CSV."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def write_report(
         raise OptionError("a report needs at least one run.")
     for run in runs:
         if not run.is_complete:
-            raise OptionError(f"the run in {run.path} is not finished: run it again to go on, then report.")
+            raise OptionError(f"the run in {run.path} is not finished: run it again to resume it, then report.")
     target, tables = Path(path), _all_tables(runs)
     html = render(
         "report.html.j2",

@@ -21,7 +21,9 @@ from metaopt_lens import Demo, ICLPrompt, MetaoptLensError, decompose
 from metaopt_lens._errors import ModelMismatchError
 from metaopt_lens.analysis import (
     Comparison,
+    Controls,
     Convention,
+    Measures,
     compare,
     mean_interval,
     randomized_copy,
@@ -56,15 +58,16 @@ def update_of(name: str, index: int) -> WeightUpdate:
     return finetune(shared(name, F64), prompts(index)[0], lr=1.0, keep_factors=True, progress=False)
 
 
+def quick(**changes: Any) -> Controls:
+    return dataclasses.replace(Controls.of("quick"), **changes)
+
+
 @cache
-def comparison(name: str, **options: Any) -> Comparison:
+def comparison(name: str, convention: Convention = Convention.DEFAULT, **options: Any) -> Comparison:
     options = {
         "progress": False,
-        "subspace_dim": 2,
-        "n_null_draws": 4,
-        "label_shuffled": name == "bridge:gpt2",
-        "label_flipped": False,
-        "n_label_draws": 1,
+        "measures": Measures(subspace_dim=2, convention=convention),
+        "controls": quick(n_null_draws=4, shuffled_labels=int(name == "bridge:gpt2")),
     } | options
     updates = [update_of(name, index) for index in range(2)]
     return compare(shared(name, F64), [*prompts(0), *prompts(1)], updates, **options)
@@ -237,10 +240,17 @@ def test_attention_to_training_tokens(convention: Convention) -> None:
 
 
 @cache
-def pair_comparison(**options: Any) -> Comparison:
+def pair_comparison(top_k: int | None = None, **controls: Any) -> Comparison:
     """Two queries: the only way to shuffle them is to swap them."""
-    options = {"progress": False, "subspace_dim": 2, "n_null_draws": 4, "n_label_draws": 1, "seed": 3} | options
-    return compare(shared("bridge:gpt2", F64), prompts(0)[:2], update_of("bridge:gpt2", 0), **options)
+    return compare(
+        shared("bridge:gpt2", F64),
+        prompts(0)[:2],
+        update_of("bridge:gpt2", 0),
+        controls=Controls(**{"n_null_draws": 4, "unrelated_text": False} | controls),
+        measures=Measures(subspace_dim=2, top_k=top_k),
+        seed=3,
+        progress=False,
+    )
 
 
 def test_other_query_null_is_the_other_querys_finetuning_update() -> None:
@@ -313,7 +323,7 @@ def test_shuffled_labels_null_is_the_shuffled_prompts_in_context_update() -> Non
         plain = cos(x.hidden["icl"] - x.hidden["zs"], x.hidden["ft"] - x.hidden["zs"])
         null = found["SimAOU unnormalised"].nulls["shuffled labels"][row, :, 0]
         torch.testing.assert_close(null, plain.float(), rtol=0, atol=1e-6)
-    assert "shuffled labels" not in pair_comparison(label_shuffled=False)["z total"].nulls
+    assert "shuffled labels" not in pair_comparison(shuffled_labels=0)["z total"].nulls
 
 
 def test_a_control_is_the_same_in_context_update_against_another_finetuning_update_of_equal_norm() -> None:
@@ -326,18 +336,15 @@ def test_a_control_is_the_same_in_context_update_against_another_finetuning_upda
         shared(name, F64),
         prompts(0)[:2],
         update,
-        controls={"unrelated": control},
+        controls=quick(updates={"unrelated": control}),
         progress=False,
-        label_shuffled=False,
-        label_flipped=False,
     )
     alone = compare(
         shared(name, F64),
         prompts(0)[:2],
         control,
+        controls="quick",
         progress=False,
-        label_shuffled=False,
-        label_flipped=False,
         allow_other_training=True,
     )
     for statistic in alone.statistics:
@@ -357,9 +364,7 @@ def test_random_weights_null_is_the_whole_pipeline_on_a_permuted_copy(keep: bool
     name = "bridge:gpt2"
     twin = randomized_copy(shared(name, F64), seed=3, keep_embeddings=keep)
     own = finetune(twin, prompts(0)[0], lr=1.0, progress=False)
-    expected = compare(
-        twin, prompts(0)[:2], own, progress=False, subspace_dim=2, label_shuffled=False, label_flipped=False
-    )
+    expected = compare(twin, prompts(0)[:2], own, controls="quick", measures=Measures(subspace_dim=2), progress=False)
     found = pair_comparison(random_weights=True)
     label = "random weights, trained embeddings" if keep else "random weights"
     for statistic in ("z total", "linear", "matrices", "SimAOU", "SimAM difference"):
@@ -509,21 +514,20 @@ def test_open_answers_are_compared_by_the_rule_of_predictions() -> None:
         ICLPrompt(p.demos, p.query, instruction=p.instruction, label=label)
         for p, label in zip(prompts(0)[:2], ("w60", "w61 w62"), strict=True)
     ]
-    found = compare(shared(name, F64), given, update_of(name, 0), progress=False, label_shuffled=False)
+    found = compare(shared(name, F64), given, update_of(name, 0), progress=False, controls="quick")
     names = found.settings["candidates"]
     assert names == ["w32", "w36", "w60", "w61 w62"]
     assert found.gold is not None
     assert [names[i] for i in found.gold.tolist()] == ["w60", "w61 w62"]
     ids = {"w32": [32], "w36": [36], "w60": [60], "w61 w62": [61, 62]}
-    settings = found.settings["answers"]
     for row, own in enumerate((("w32", "w36", "w60"), ("w32", "w36", "w61 w62"))):
         x = oracles(name)[row]
         for setting in ("zs", "icl", "ft"):
             assert names[int(getattr(found, setting)[row])] == own[x.prediction(setting, [ids[w] for w in own])]
-            absolute = settings[setting.upper()]
+            absolute = found.answers[setting.upper()]
             total = sum(x.probability(setting, ids[word]) for word in own)
-            assert absolute["candidate_mass"][row] == pytest.approx(total, rel=1e-4)
-            assert absolute["label_rank"][row] == x.rank(setting, ids[own[2]][0])
+            assert float(absolute.candidate_mass[row]) == pytest.approx(total, rel=1e-4)
+            assert int(absolute.label_rank[row]) == x.rank(setting, ids[own[2]][0])
     table = found.accuracies().set_index("quantity")
     right = [int(i) == int(g) for i, g in zip(found.icl, found.gold, strict=True)]  # type: ignore[arg-type]
     assert table.loc["accuracy ICL", "value"] == pytest.approx(sum(right) / 2)
@@ -560,7 +564,13 @@ def test_queries_come_back_in_the_order_they_were_given() -> None:
     together = comparison(name)
     order = [3, 0, 4, 1, 5, 2]
     mixed = [[*prompts(0), *prompts(1)][i] for i in order]
-    found = compare(shared(name, F64), mixed, [update_of(name, 1), update_of(name, 0)], progress=False, subspace_dim=2)
+    found = compare(
+        shared(name, F64),
+        mixed,
+        [update_of(name, 1), update_of(name, 0)],
+        progress=False,
+        measures=Measures(subspace_dim=2),
+    )
     assert found.sets.tolist() == [0, 1, 0, 1, 0, 1]
     assert found.n_demos == (3, 4)
     for statistic in together.statistics:
@@ -572,12 +582,12 @@ def test_queries_come_back_in_the_order_they_were_given() -> None:
         assert names[0] == [names[1][i] for i in order]
 
 
-@pytest.mark.parametrize("options", [{}, {"random_weights": True}])
-def test_the_model_is_left_as_it_was(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("controls", ["standard", Controls(random_weights=True, unrelated_text=False)])
+def test_the_model_is_left_as_it_was(controls: Any) -> None:
     model = build("bridge:llama")
     update = finetune(model, prompts(0)[0], lr=1.0, progress=False)
     with left_as_it_was(model):
-        compare(model, prompts(0)[:2], update, progress=False, **options)
+        compare(model, prompts(0)[:2], update, progress=False, controls=controls)
 
 
 def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
@@ -614,7 +624,9 @@ def test_subspaces_of_too_small_a_rank_are_undefined_for_that_head_only() -> Non
     name = "bridge:gpt2"
     update = update_of(name, 0)
     heads = [f"L{layer}H{head}" for layer in range(3) for head in range(4) if (layer, head) != (1, 2)]
-    found = compare(shared(name, F64), prompts(0)[:2], update.select(heads), progress=False, subspace_dim=2)
+    found = compare(
+        shared(name, F64), prompts(0)[:2], update.select(heads), progress=False, measures=Measures(subspace_dim=2)
+    )
     for side in ("left", "right"):
         missing = found[f"subspaces {side}"].values.isnan().all(0)
         assert missing.nonzero().tolist() == [[1, 2]]
@@ -644,7 +656,7 @@ def test_as_many_updates_as_sets() -> None:
     both = [*prompts(0), *prompts(1)]
     refused(r"there are 2 demonstration sets, so update must be 2 weight updates.*got 1", both)
     one = update_of("bridge:gpt2", 0)
-    refused("so control 'text' must be 1 weight updates.*got 2", controls={"text": [one, one]})
+    refused("so control 'text' must be 1 weight updates.*got 2", controls=Controls(updates={"text": [one, one]}))
 
 
 def test_candidates_that_cannot_be_told_apart() -> None:
@@ -654,13 +666,17 @@ def test_candidates_that_cannot_be_told_apart() -> None:
         "the candidate labels 'w44' and 'w44 w45' share their first token; score whole labels with scoring='mean'",
         bare,
         candidates=("w44", "w44 w45"),
-        scoring="first",
+        measures=Measures(scoring="first"),
     )
     refused(
         "of query 0 is not among its candidates .* add it to them, or leave candidates out", candidates=("w32", "w60")
     )
     refused("at least two candidate labels", bare, candidates=("w32",))
-    options: dict[str, Any] = {"scoring": "first", "candidates": ("w32", "w44 w45"), "progress": False}
+    options: dict[str, Any] = {
+        "measures": Measures(scoring="first"),
+        "candidates": ("w32", "w44 w45"),
+        "progress": False,
+    }
     unlabelled = [ICLPrompt(p.demos, p.query) for p in prompts(0)]
     found = compare(shared("bridge:gpt2", F64), unlabelled, update_of("bridge:gpt2", 0), **options)
     assert found.settings["scoring"] == "first"
@@ -671,10 +687,15 @@ def test_candidates_that_cannot_be_told_apart() -> None:
 
 
 def test_counts_that_make_no_sense() -> None:
-    refused("n_null_draws must be at least 1, got 0", n_null_draws=0)
-    refused("subspace_dim must be at least 1, got 0", subspace_dim=0)
-    refused("top_k must be from 1 to the 14 demonstration tokens there are, got 15", top_k=15)
-    refused("top_k must be from 1 to the 14 demonstration tokens there are, got 0", top_k=0)
+    with pytest.raises(MetaoptLensError, match="n_null_draws must be at least 1, got 0"):
+        Controls(n_null_draws=0)
+    with pytest.raises(MetaoptLensError, match="shuffled_labels must be a number of draws, 0 for none, got -1"):
+        Controls(shuffled_labels=-1)
+    with pytest.raises(MetaoptLensError, match="subspace_dim must be at least 1, got 0"):
+        Measures(subspace_dim=0)
+    refused("top_k must be from 1 to the 14 demonstration tokens there are, got 15", measures=Measures(top_k=15))
+    refused("top_k must be from 1 to the 14 demonstration tokens there are, got 0", measures=Measures(top_k=0))
+    refused("controls must be 'quick', 'standard', 'sceptic' or Controls\\(...\\), got 'strict'", controls="strict")
     found = pair_comparison(top_k=14)
     assert bool((found["top-14 recall, token level"].values == 1).all())
 
@@ -684,7 +705,9 @@ def test_updates_that_do_not_belong_here() -> None:
     queries = finetune(shared("bridge:gpt2", F64), prompts(0)[0], lr=0.1, projections=("q",), progress=False)
     refused("the update changes neither keys nor values, which the linear form compares", update=queries)
     refused(
-        "this update does not say how it was made", update=update_of("bridge:gpt2", 0) + queries, random_weights=True
+        "this update does not say how it was made",
+        update=update_of("bridge:gpt2", 0) + queries,
+        controls=Controls(random_weights=True),
     )
     refused("there is no statistic 'z'; this comparison has 'z total'", update=None) if False else None
     with pytest.raises(MetaoptLensError, match="there is no statistic 'z'; this comparison has 'z total'"):
@@ -721,9 +744,7 @@ def test_swapped_updates_are_refused_and_the_set_is_named() -> None:
         compare(model, both, [update_of("bridge:gpt2", 0), other], progress=False)
     with pytest.raises(ModelMismatchError, match="another choice of BOS: give both the same prepend_bos"):
         compare(model, prompts(0)[:2], update_of("bridge:gpt2", 0), prepend_bos=False, progress=False)
-    found = compare(
-        model, both, swapped, allow_other_training=True, label_shuffled=False, n_null_draws=1, progress=False
-    )
+    found = compare(model, both, swapped, allow_other_training=True, controls="quick", progress=False)
     assert len(found.n_demos) == 2
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 import pytest
 import torch
 
 from metaopt_lens import load_tiny
-from metaopt_lens.analysis import Comparison, Finding, Statistic, findings, headline
+from metaopt_lens.analysis import Comparison, Finding, Measured, findings, headline
 from metaopt_lens.models import ModelInfo, wrap
 
 PER_SET = 4
@@ -42,8 +43,8 @@ def planted(
 
     named = {"other query": 0.0, **(nulls or {})}
     statistics = (
-        Statistic("z total", "", "head", "query", around(value), {k: around(v) for k, v in named.items()}),
-        Statistic("SimAOU", "", "layer", "query", around(0.4), {"analytic": around(0.3)}),
+        Measured("z total", "", "head", "query", around(value), {k: around(v) for k, v in named.items()}),
+        Measured("SimAOU", "", "layer", "query", around(0.4), {"analytic": around(0.3)}),
     )
     right = torch.ones(n, dtype=torch.int64)
     return Comparison(
@@ -85,6 +86,18 @@ def test_beyond_every_control_means_every_control(info: ModelInfo) -> None:
     assert "beyond every control" not in headline(equal)
     assert "over 1 of 2 controls (my own text) no excess is shown" in headline(equal)
     assert "no evidence" in headline(equal)
+
+
+def test_headline_is_no_stronger_than_the_findings(info: ModelInfo) -> None:
+    found = findings(planted(info, 6, nulls={"my own text": 0.0}))
+
+    def with_answer(answer: Literal["yes", "no", "unclear", "undecided"]) -> str:
+        return headline(tuple(dataclasses.replace(f, answer=answer) if f.key == "direction" else f for f in found))
+
+    assert "does not prove one" in with_answer("yes")
+    assert "opposite directions" in with_answer("no")
+    assert "No common direction" in with_answer("unclear")
+    assert "No common direction" in with_answer("undecided")
 
 
 def test_one_set_decides_nothing(info: ModelInfo) -> None:

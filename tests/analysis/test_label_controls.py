@@ -6,13 +6,14 @@ import dataclasses
 import random
 from collections import Counter
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from scipy import stats
 
 from metaopt_lens import ICLPrompt, MetaoptLensError, load_tiny
-from metaopt_lens.analysis import Comparison, compare, flip_labels, mean_interval, shuffle_labels
+from metaopt_lens.analysis import Comparison, Controls, compare, flip_labels, mean_interval, shuffle_labels
 from metaopt_lens.experiments._join import join_comparisons
 from metaopt_lens.experiments.worked_example import draw_prompts
 from metaopt_lens.finetuning import finetune
@@ -98,6 +99,10 @@ def test_the_bundled_model_is_at_chance_behind_shuffled_labels_and_follows_flipp
     assert share(flipped, gold) <= 0.1
 
 
+def only(**changes: Any) -> Controls:
+    return dataclasses.replace(Controls.of("quick"), n_null_draws=1, **changes)
+
+
 @cache
 def tiny_comparison() -> Comparison:
     """Six sets of two categories: what compare records about the controls."""
@@ -105,7 +110,7 @@ def tiny_comparison() -> Comparison:
     sets = [balanced(2, 4, seed) for seed in range(6)]
     updates = [finetune(model, group[0], lr=0.05, progress=False) for group in sets]
     prompts = [p for group in sets for p in group]
-    return compare(model, prompts, updates, n_null_draws=1, n_label_draws=2, progress=False)
+    return compare(model, prompts, updates, controls=only(shuffled_labels=2, flipped_labels=True), progress=False)
 
 
 def test_compare_reports_what_is_answered_behind_shuffled_and_flipped_labels() -> None:
@@ -137,12 +142,12 @@ def test_the_null_is_the_mean_over_the_draws() -> None:
     (group,) = draw_prompts(1, 2, n_demos=8, seed=5)
     update = finetune(model, group[0], lr=0.05, progress=False)
 
-    def null(**options: int) -> torch.Tensor:
-        found = compare(model, group, update, n_null_draws=1, label_flipped=False, progress=False, **options)
+    def null(n_draws: int, seed: int) -> torch.Tensor:
+        found = compare(model, group, update, controls=only(shuffled_labels=n_draws), seed=seed, progress=False)
         return found["z total"].nulls["shuffled labels"]
 
-    single = [null(n_label_draws=1, seed=seed) for seed in range(3)]
-    torch.testing.assert_close(null(n_label_draws=3, seed=0), torch.stack(single).mean(0), rtol=0, atol=1e-5)
+    single = [null(1, seed) for seed in range(3)]
+    torch.testing.assert_close(null(3, 0), torch.stack(single).mean(0), rtol=0, atol=1e-5)
     assert not torch.allclose(single[0], single[1], atol=1e-3)
 
 
@@ -151,7 +156,7 @@ def test_without_the_settings_of_finetuning_only_the_in_context_answers_are_repo
     (group,) = draw_prompts(1, 2, n_demos=8, seed=5)
     update = finetune(model, group[0], lr=0.05, progress=False)
     bare = dataclasses.replace(update, settings=None, factors=None)
-    found = compare(model, group, bare, n_null_draws=1, n_label_draws=1, progress=False)
+    found = compare(model, group, bare, controls=only(shuffled_labels=1, flipped_labels=True), progress=False)
     assert set(found.controlled) == {"ICL, shuffled labels", "ICL, flipped labels"}
 
 

@@ -10,7 +10,7 @@ import torch
 from hosts import shared
 
 from metaopt_lens import ICLPrompt
-from metaopt_lens.analysis import Comparison, compare, findings, headline
+from metaopt_lens.analysis import Comparison, Controls, Measures, compare, findings, headline
 from metaopt_lens.experiments._join import join_comparisons
 from metaopt_lens.finetuning import WeightUpdate, finetune
 
@@ -51,10 +51,8 @@ def noise_comparisons() -> tuple[Comparison, ...]:
                 model,
                 prompts,
                 noise,
-                n_null_draws=4,
-                subspace_dim=2,
-                label_shuffled=False,
-                label_flipped=False,
+                controls=dataclasses.replace(Controls.of("quick"), n_null_draws=4),
+                measures=Measures(subspace_dim=2),
                 progress=False,
             )
         )

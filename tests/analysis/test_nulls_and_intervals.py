@@ -218,7 +218,7 @@ def unchecked():
 
 def test_errors(unchecked):
     x = randn(3, 4)
-    with pytest.raises(OptionError, match=r"giving every query another one needs at least 2 queries, got 1"):
+    with pytest.raises(OptionError, match=r"pairing every query with another one needs at least 2 queries, got 1"):
         other_query_null(x[:1], x[:1], n_draws=1, seed=0)
     with pytest.raises(OptionError, match=r"n_draws must be at least 1, got 0"):
         random_null(x, x, n_draws=0, seed=0)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from scipy import stats
 from metaopt_lens import ICLPrompt, MetaoptLensError
 from metaopt_lens.analysis import (
     Comparison,
+    Controls,
     Convention,
+    Measures,
     compare,
     cosine,
     difference,
@@ -26,7 +30,8 @@ from metaopt_lens.finetuning import WeightUpdate, finetune
 
 DEMOS = [("w30 w31", "w32"), ("w34", "w36"), ("w38 w39", "w32"), ("w42", "w36")]
 PROMPTS = [ICLPrompt(DEMOS, query, label=label) for query, label in (("w16 w17", "w36"), ("w19 w20", "w32"))]
-FAST = {"progress": False, "n_null_draws": 1, "label_shuffled": False, "label_flipped": False, "subspace_dim": 2}
+QUICK = dataclasses.replace(Controls.of("quick"), n_null_draws=1)
+FAST: dict[str, Any] = {"progress": False, "controls": QUICK, "measures": Measures(subspace_dim=2)}
 
 
 def update_of(name: str, dtype: torch.dtype) -> WeightUpdate:
@@ -135,4 +140,4 @@ def test_repr_makes_no_interval() -> None:
 def test_a_control_cannot_take_the_name_of_another_null() -> None:
     update = update_of("bridge:gpt2", torch.float32)
     with pytest.raises(MetaoptLensError, match="the control 'random' has the name of another null"):
-        compare(shared("bridge:gpt2"), PROMPTS, update, controls={"random": update}, **FAST)
+        compare(shared("bridge:gpt2"), PROMPTS, update, **FAST | {"controls": Controls(updates={"random": update})})

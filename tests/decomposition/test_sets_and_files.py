@@ -108,6 +108,9 @@ def equal(one: Decomposition, other: Decomposition) -> None:
             if isinstance(a, Tensor):
                 assert a.dtype == b.dtype
                 assert torch.equal(a, b), name
+            elif name == "stream":
+                assert a is not None
+                assert all(torch.equal(tensor, vars(b)[part]) for part, tensor in vars(a).items())
             elif name == "prefix":
                 assert (a is None) == (b is None)
                 assert a is None or all(map(torch.equal, a.host_k, b.host_k))

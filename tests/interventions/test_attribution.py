@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hosts import HOOKED_NAMES, left_as_it_was, prompt, shared, tokenized
-from rounding import PASS, assert_agree
+from rounding import PASS, assert_agree, of_pass
 from torch import Tensor
 
 from metaopt_lens import Demo, ICLPrompt, KnockOut, MetaoptLensError, intervene
-from metaopt_lens.interventions import HeadEffects, head_effects
+from metaopt_lens.interventions import HeadEffects, MomentumAttention, head_effects
 from metaopt_lens.models.tiny import load_tiny
 from metaopt_lens.prompts import tokenize_label
 
@@ -66,6 +67,109 @@ def test_exact_effects_are_knock_outs_on_the_host(name: str) -> None:
             expected = full - on_the_host(model, text)
         assert_agree(result.demo_exact_per_head[query, 1, 1, 2], expected, PASS, of=(full,))
     assert result.exact.abs().max() > 1e-2
+
+
+# Norms behind attention, norms of queries and keys, parallel blocks, sliding windows, ALiBi, sinks, experts.
+KINDS = ["bridge:gemma2", "bridge:gemma3", "bridge:olmo2", "bridge:gptj", "bridge:phi", "bridge:bloom"]
+KINDS += ["bridge:mixtral", "native:rotary", *HOOKED_NAMES[1:]]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_starting_at_a_layer_gives_the_numbers_of_whole_passes(name: str) -> None:
+    """Every head, one whole pass from the tokens of the whole prompt for each; ranks are identical."""
+    model = shared(name)
+    result = head_effects(model, prompts()[:2], metric="label_log_prob")
+    for query, text in enumerate(prompts()[:2]):
+        full, slow = on_the_host(model, text), torch.empty(3, 4, dtype=torch.float64)
+        for layer, head in product(range(3), range(4)):
+            with intervene(model, KnockOut(text, heads=f"L{layer}H{head}")):
+                slow[layer, head] = full - on_the_host(model, text)
+        assert_agree(result.exact[query], slow, of_pass(name), of=(full,))
+        torch.testing.assert_close(result.exact[query], slow, rtol=0, atol=1e-5 * float(full.abs()))
+        assert slow.abs().max() > 1e-3
+
+
+def test_blocks_below_a_head_are_not_run_for_it() -> None:
+    """However many heads of the last layer are knocked out, the blocks below are run for the same tokens."""
+    model = shared("bridge:llama")
+    head_effects(model, prompts(), metric="loss", heads=["L2H0"])  # tries whether it may start at a layer, once
+    tokens: list[dict[int, int]] = []
+    for heads in (["L2H0"], ["L2H0", "L2H1", "L2H2", "L2H3"]):
+        run = dict.fromkeys(range(3), 0)
+
+        def count(z: Tensor, hook: Any, run: dict[int, int] = run) -> None:
+            run[int(hook.name.split(".")[1])] += z.shape[0] * z.shape[1]
+
+        with model.hooks(fwd_hooks=[(f"blocks.{layer}.attn.hook_z", count) for layer in range(3)]):
+            head_effects(model, prompts(), metric="loss", heads=heads)
+        tokens.append(run)
+    assert tokens[0][0] == tokens[1][0]
+    assert tokens[0][1] == tokens[1][1]
+    longest = 4  # tokens of the longest query, to which the batch of each head's three is padded
+    assert tokens[1][2] - tokens[0][2] == 3 * 3 * longest
+
+
+def test_some_heads_only() -> None:
+    model, whole = shared("bridge:gpt2"), effects("bridge:gpt2")
+    some = head_effects(model, prompts(), metric="label_log_prob", heads=["L1H2", "L2H0", "L0H1"], layers=[1, 2])
+    chosen = torch.zeros(3, 4, dtype=torch.bool)
+    chosen[1, 2] = chosen[2, 0] = True
+    for found, expected in ((some.exact, whole.exact), (some.first_order, whole.first_order)):
+        assert torch.equal(found.isnan(), ~chosen.expand(3, -1, -1))
+        assert_agree(found[:, chosen], expected[:, chosen], PASS, of=(whole.in_context,))
+    assert_agree(some.demo_exact, whole.demo_exact, PASS, of=(whole.in_context,))
+    assert some.ranked() == tuple(ref for ref in whole.ranked() if str(ref) in {"L1H2", "L2H0"})
+    assert len(some.to_frame()) == 2
+    assert abs(some.correlation) <= 1
+    with pytest.raises(MetaoptLensError, match="not all heads were knocked out: call head_effects without heads"):
+        some.recovery()
+    assert "not all heads were knocked out" in repr(some)
+    per_demo = head_effects(model, prompts(), metric="label_log_prob", layers=[2], per_demo=True).demo_exact_per_head
+    assert per_demo is not None
+    assert whole.demo_exact_per_head is not None
+    assert per_demo[:, :2].isnan().all()
+    assert_agree(per_demo[:, 2], whole.demo_exact_per_head[:, 2], PASS, of=(whole.in_context,))
+
+
+def test_estimates_alone_knock_nothing_out(caplog: pytest.LogCaptureFixture) -> None:
+    whole = effects("bridge:gpt2")
+    with caplog.at_level("INFO", "metaopt_lens"):
+        found = head_effects(shared("bridge:gpt2"), prompts(), metric="label_log_prob", exact=False)
+    assert [record.message.split(" in ")[0] for record in caplog.records] == ["knock-outs: 3 of 3"]  # the zero-shot end
+    assert_agree(found.first_order, whole.first_order, PASS, of=(whole.in_context,))
+    assert_agree(found.gain, whole.gain, PASS, of=(whole.in_context,))
+    assert found.exact.isnan().all()
+    assert found.demo_exact.isnan().all()
+    assert torch.equal(found.map, found.first_order.mean(0))
+    estimated = found.to_frame()["first_order"] * (1 if float(found.gain.mean()) > 0 else -1)
+    assert estimated.is_monotonic_decreasing
+    for ask in (lambda: found.correlation, lambda: found.demo_correlation):
+        with pytest.raises(MetaoptLensError, match="nothing was knocked out: there is nothing to correlate"):
+            ask()
+    assert found.plot().data[0].z[0][0] is None
+    assert found.plot().layout.annotations[0].text == "not knocked out"
+
+
+def test_every_knock_out_is_counted(caplog: pytest.LogCaptureFixture) -> None:
+    """The zero-shot end, 12 heads, 3 demonstrations, 36 pairs of 3 queries; 12 numbers of heads of 2 held-out ones."""
+    with caplog.at_level("INFO", "metaopt_lens"):
+        head_effects(shared("bridge:gpt2"), prompts(), metric="loss", per_demo=True)
+    n = 3 * (1 + 12 + 3 + 36) + 2 * 12
+    assert [record.message.split(" in ")[0] for record in caplog.records] == [f"knock-outs: {n} of {n}"]
+    caplog.clear()
+    with caplog.at_level("INFO", "metaopt_lens"):
+        head_effects(shared("bridge:gpt2"), prompts()[:1], metric="loss", exact=False, progress=False)
+    assert not caplog.records
+
+
+def test_the_picture_and_the_demonstrations_table() -> None:
+    result = effects("bridge:gpt2")
+    figure = result.plot()
+    for trace, expected in zip(figure.data[:2], (result.map, result.first_order.mean(0)), strict=True):
+        assert torch.equal(torch.tensor(trace.z, dtype=torch.float64), expected)
+    frame = result.demos_to_frame()
+    assert frame["input"].tolist() == [demo.input for demo in DEMOS]
+    assert frame["label"].tolist() == [demo.label for demo in DEMOS]
 
 
 def test_first_order_effects_are_derivatives() -> None:
@@ -239,10 +343,14 @@ def test_effects_are_read_without_what_files_of_0_1_lack(tmp_path: Path) -> None
     result = effects("bridge:gpt2")
     file = result.save(tmp_path / "effects")
     meta = json.loads(file.read_text())
-    assert meta.keys() == {"kind", "sha256", "provenance", "model", "metric", "n_demos"}
+    assert meta.keys() == {"kind", "sha256", "provenance", "model", "metric", "n_demos", "demos"}
+    del meta["demos"]
     del meta["model"]["quantization"]
     file.write_text(json.dumps(meta))
-    assert HeadEffects.load(file).model == result.model
+    loaded = HeadEffects.load(file)
+    assert loaded.model == result.model
+    assert loaded.demos == ()
+    assert list(loaded.demos_to_frame()) == ["demo", "exact", "first_order"]
     del meta["model"]["processing"]
     file.write_text(json.dumps(meta))
     with pytest.raises(MetaoptLensError, match=r"is not a complete head effects: KeyError\('model.processing'\)"):
@@ -258,8 +366,20 @@ def test_refusals() -> None:
     unlabelled = ICLPrompt(DEMOS, "w16", instruction="w20")
     with pytest.raises(MetaoptLensError, match="needs the label of query 'w16'"):
         head_effects(model, [unlabelled])
-    with pytest.raises(MetaoptLensError, match="demos"):
+    with pytest.raises(MetaoptLensError, match="the demos of query 'w60' are not those of 'w16 w17'"):
         head_effects(model, [texts[0], texts[1].without_demo(0)])
+    with pytest.raises(MetaoptLensError, match="3"):
+        head_effects(model, texts, heads=["L3H0"])
+    with pytest.raises(MetaoptLensError, match="the selection is empty"):
+        head_effects(model, texts, heads=["L1H0"], layers=[0])
+    with pytest.raises(MetaoptLensError, match="give it with exact=True"):
+        head_effects(model, texts, per_demo=True, exact=False)
+    momentum = MomentumAttention(torch.full((3, 4), 0.5))
+    with (
+        intervene(model, momentum),
+        pytest.raises(MetaoptLensError, match="momentum attention is on, and head_effects"),
+    ):
+        head_effects(model, texts)
     clash = ICLPrompt(DEMOS, "w16", instruction="w20", label="w36 w37", candidates=("w36 w37", "w36 w38"))
     with pytest.raises(MetaoptLensError, match="candidates with another first token"):
         head_effects(model, [clash])

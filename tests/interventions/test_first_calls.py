@@ -41,7 +41,7 @@ def test_a_prompt_may_be_text_a_dict_or_an_object_everywhere() -> None:
     assert torch.equal(one.exact, head_effects(model, [SAME | {"label": "w36"}], metric="loss").exact)
     update = finetune(model, own, lr=0.1, progress=False)
     other = SAME | {"query": "w18"}
-    found = compare(model, [SAME, other], update, label_shuffled=False, n_null_draws=1, progress=False)
+    found = compare(model, [SAME, other], update, controls="quick", progress=False)
     assert found.n_demos == (2,)
 
 

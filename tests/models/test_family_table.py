@@ -15,13 +15,13 @@ from metaopt_lens.models import _families as families
 from metaopt_lens.models._families import family_of
 from metaopt_lens.models._rotation import PLAIN, ROTATED
 
-DOCS = Path(__file__).parents[2] / "docs" / "theory.md"
+DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 SUPPORTED = {family.name: family for family in families.FAMILIES if family.name}
 
 
 def documented() -> dict[str, str]:
     """First cell of every row of the table of supported models, and where it says queries and keys are seen."""
-    lines = DOCS.read_text(encoding="utf-8").split("## 8. Supported models")[1].splitlines()
+    lines = DOCS.read_text(encoding="utf-8").splitlines()
     rows = [line.strip("|").split("|") for line in lines if line.startswith("|") and not line.startswith("|---")]
     return {row[0].strip(): row[1].strip() for row in rows[1:]}
 

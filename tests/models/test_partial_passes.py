@@ -54,12 +54,12 @@ def test_the_head_is_what_its_pieces_say(name: str) -> None:
     """Norm and unembedding written out from kind, eps, gain, bias, matrix."""
     model = fresh(name)
     head, x = model.head, stream(model, "post", model.info.n_layers - 1).double()
-    if head.norm_kind == "LN":
-        x = x - x.mean(-1, keepdim=True)
-    if head.norm_kind is not None:
-        x = x / (x.square().mean(-1, keepdim=True) + head.eps).sqrt()
-    x = x if head.gain is None else x * head.gain
-    x = x if head.bias is None else x + head.bias
+    norm = head.fixed_norm
+    if norm is not None:
+        x = x - x.mean(-1, keepdim=True) if norm.kind == "LN" else x
+        x = x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+        x = x if norm.gain is None else x * norm.gain
+        x = x if norm.bias is None else x + norm.bias
     x = x @ head.w_u.double()
     x = x if head.b_u is None else x + head.b_u
     x = x if head.softcap is None else head.softcap * torch.tanh(x / head.softcap)

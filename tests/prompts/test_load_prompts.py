@@ -105,7 +105,11 @@ def test_text_in_json_and_text_files(tmp_path: Path) -> None:
         ("a.json", {"query": "a", "template": {"in": "x"}}, r"a template has no field 'in'"),
         ("a.json", {"query": "a", "template": {"input": None}}, r'"input" must be a string, got null'),
         ("a.json", {"query": "a", "template": {"input": "x"}}, r"a\.json: the template's input 'x' has no"),
-        ("a.json", {"text": "a : b\nc", "query": "d"}, r"\"text\" is a whole prompt, so 'query' beside it"),
+        (
+            "a.json",
+            {"text": "a : b\nc", "query": "d"},
+            r"\"text\" is a whole prompt, so 'query' cannot be given with it",
+        ),
         ("a.json", {"text": "a"}, r"a\.json: the prompt has no demonstration"),
         ("a.txt", "a : b\nc :\n---\n\npear :", r"a\.txt, line 5: the prompt has no demonstration"),
     ],

@@ -10,7 +10,7 @@ import torch
 from hosts import build, host_values, shared
 
 from metaopt_lens import Demo, ICLPrompt, MetaoptLensError
-from metaopt_lens.analysis import Comparison, Convention, compare
+from metaopt_lens.analysis import Comparison, Convention, Measures, compare
 from metaopt_lens.finetuning import WeightUpdate, finetune
 from metaopt_lens.records import analyze_records, read_demos, read_queries, write_run_records
 
@@ -33,11 +33,8 @@ def run(name: str, texts: list[ICLPrompt], **options: Any) -> tuple[WeightUpdate
     bos = options.get("prepend_bos")
     update = finetune(model, texts[0], lr=1.0, keep_factors=True, prepend_bos=bos, progress=False)
     options = {
-        "convention": Convention.PUBLISHED,
-        "top_k": 8,
-        "n_null_draws": 1,
-        "label_shuffled": False,
-        "label_flipped": False,
+        "controls": "quick",
+        "measures": Measures(convention=Convention.PUBLISHED, top_k=8),
         "progress": False,
     } | options
     return update, compare(model, texts, update, **options)
@@ -120,7 +117,7 @@ def test_what_cannot_be_recorded(tmp_path: Path) -> None:
         "the comparison is of 4 queries behind 1 demonstration sets, not of these 3 prompts", texts[1:], update, found
     )
     bare = [ICLPrompt(p.demos, p.query, candidates=WORDS) for p in texts]
-    unlabelled = compare(model, bare, update, progress=False, n_null_draws=1, label_shuffled=False, label_flipped=False)
+    unlabelled = compare(model, bare, update, controls="quick", progress=False)
     refused("records need gold labels and predictions", bare, update, unlabelled)
     other = [texts[0].with_demos(DEMOS[:3]), *texts[1:]]
     refused("a recording holds one demonstration set", other, update, found)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from metaopt_lens.analysis import Comparison
-from metaopt_lens.experiments import compare_prompts, episode_prompts
+from metaopt_lens.analysis import Comparison, Finetuning, compare
+from metaopt_lens.experiments import episode_prompts
 from metaopt_lens.experiments._join import join_comparisons
 from metaopt_lens.interventions import head_effects
 from metaopt_lens.models.tiny import load_tiny, sample_episodes
@@ -27,8 +27,7 @@ from metaopt_lens.viz import (
 @pytest.fixture(scope="module")
 def comparison() -> Comparison:
     episode = sample_episodes(n=1, n_demos=8, n_categories=2)[0]
-    found = compare_prompts(load_tiny(), episode_prompts(episode)[:5], lr=0.02, progress=False, n_null_draws=3)
-    return found.comparison
+    return compare(load_tiny(), episode_prompts(episode)[:5], finetuning=Finetuning(lr=0.02), progress=False)
 
 
 def test_map_shows_value_null_and_excess(comparison: Comparison) -> None:
@@ -42,20 +41,20 @@ def test_map_shows_value_null_and_excess(comparison: Comparison) -> None:
 
 
 def test_absolute_numbers_stand_by_the_predictions(comparison: Comparison, tmp_path: Path) -> None:
-    answers = comparison.settings["answers"]
-    mass = {key: sum(values["candidate_mass"]) / 5 for key, values in answers.items()}
+    answers = comparison.answers
+    mass = {key: float(own.candidate_mass.sum()) / 5 for key, own in answers.items()}
     assert mass["ICL"] > 0.9 > 0.5 > mass["ZS"]
     expected = (
         f"Total probability of the candidates, mean over queries: {mass['ZS']:.1%} zero-shot, {mass['ICL']:.1%} in "
         f"context, {mass['FT']:.1%} finetuned."
     )
-    first = {key: sum(rank == 1 for rank in values["label_rank"]) for key, values in answers.items()}
+    first = {key: int((own.label_rank == 1).sum()) for key, own in answers.items()}
     html = write_comparison_outputs(comparison, tmp_path)["page"].read_text(encoding="utf-8")
     for sentence in (expected, f"first choice in the whole vocabulary for {first['ZS']} of 5 zero-shot"):
         assert sentence in html
     assert f"have a probability of only {mass['ZS']:.1%} zero-shot" in html
-    joined = join_comparisons([comparison, comparison]).settings["answers"]
-    assert joined["ICL"]["label_rank"] == answers["ICL"]["label_rank"] * 2
+    joined = join_comparisons([comparison, comparison]).answers
+    assert joined["ICL"].label_rank.tolist() == answers["ICL"].label_rank.tolist() * 2
 
 
 def test_effects_map_of_one_query_has_no_curve() -> None:

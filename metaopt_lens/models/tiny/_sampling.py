@@ -1,4 +1,4 @@
-"""Seeded in-context sequences: nouns labelled by category, under a binding drawn anew for every prompt."""
+"""Seeded in-context sequences: nouns labelled by category, under a binding drawn for every prompt."""
 
 from __future__ import annotations
 

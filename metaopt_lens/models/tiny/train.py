@@ -1,6 +1,6 @@
 """Train the bundled model from a seed: ``python -m metaopt_lens.models.tiny.train --seed 0 --out DIR``.
 
-The task cannot be solved from memory: labels are bound to categories anew in every sequence. Two things make
+The task cannot be solved from memory: every sequence binds labels to categories in its own way. Two things make
 it learnable in minutes on one core: rotary positions, and a curriculum from one noun a category (where
 copying an earlier label is enough) to all of them (where the model must know which nouns belong together).
 """

@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 
 from metaopt_lens._errors import OptionError
+from metaopt_lens.cli import _options as options
+from metaopt_lens.cli._showing import say_written
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,24 +24,18 @@ app = typer.Typer(
     help="Train small language models from scratch, with and without momentum attention.",
 )
 
-Device = Annotated[str | None, typer.Option(help="Where to train: cpu, cuda, ... (default: cuda if there is one).")]
-Eta = Annotated[float | None, typer.Option(help="Instead of the configuration's eta; 0 is plain attention.")]
-Learned = Annotated[bool, typer.Option("--learned", help="Learn one eta per head.")]
-Lags = Annotated[int | None, typer.Option(min=1, help="A control: sum only so many past tokens' values.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Instead of the configuration's number of steps.")]
-
 
 @app.command()
 def train(
     config: Annotated[str, typer.Argument(help="A TOML file, or icl-small, text-small, paper-350m.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of checkpoints and result; an unfinished run goes on.")],
-    eta: Eta = None,
-    learned: Learned = False,
-    lags: Lags = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder of checkpoints and result; an unfinished run is resumed.")],
+    eta: options.Eta = None,
+    learned: options.Learned = False,
+    lags: options.Lags = None,
     seed: Annotated[int | None, typer.Option(help="Instead of the configuration's seed.")] = None,
-    steps: Steps = None,
-    device: Device = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    steps: options.Steps = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
 ) -> None:
     """Train one model; resumes where it was interrupted."""
     from metaopt_lens.training import train as run
@@ -57,7 +53,7 @@ def train(
         say(f"perplexity at {length} tokens: {value:.3f}")
     for n, value in result.evaluation.accuracy.items():
         say(f"accuracy with {n} demonstrations: {value:.3f}")
-    say(f"wrote {out / 'result.json'}", soft_wrap=True)
+    say_written([out / "result.json"])
 
 
 @app.command()
@@ -68,11 +64,11 @@ def compare(
     ] = None,
     seeds: Annotated[int, typer.Option(min=2, help="Pairs of runs.")] = 5,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time, each on one CPU thread.")] = 1,
-    eta: Eta = None,
-    learned: Learned = False,
-    lags: Lags = None,
-    steps: Steps = None,
-    device: Device = None,
+    eta: options.Eta = None,
+    learned: options.Learned = False,
+    lags: options.Lags = None,
+    steps: options.Steps = None,
+    device: options.Device = None,
 ) -> None:
     """Train plain and momentum attention in pairs and report the paired differences with their intervals."""
     from metaopt_lens.training import compare_momentum, write_momentum_page
@@ -92,7 +88,8 @@ def compare(
         )
         console.print(_table(comparison.summary()))
         written = write_momentum_page(found, out / "momentum.html")
-    console.print(f"wrote {written}, and tables as CSV and JSON beside it", soft_wrap=True)
+    say_written([written])
+    console.print("and the tables as CSV and JSON in the same folder")
 
 
 def _changed(name: str, eta: float | None, learned: bool, lags: int | None, steps: int | None) -> TrainingConfig:

@@ -1,0 +1,219 @@
+"""Everything that is measured behind one demonstration set, batch by batch; only what is per query is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from metaopt_lens.analysis._answers import Answers, Choices, join_answers
+from metaopt_lens.analysis._context import Context
+from metaopt_lens.analysis._low_rank import MemoryBatch
+from metaopt_lens.analysis._measured import Measured
+from metaopt_lens.analysis._output_space import OutputSpace
+from metaopt_lens.analysis._query_batch import QueryBatch, join_norms, norms_of
+from metaopt_lens.analysis._statistic import Readings, Statistic, join_readings
+from metaopt_lens.analysis._statistics import STATISTICS
+from metaopt_lens.finetuning import WeightUpdate, updated_memory
+from metaopt_lens.prompts import TokenizedPrompt
+from metaopt_lens.runs import CHANGED, SETTINGS, Keep, Recorder, Runs, Setting, batches, prepare, queries_together
+
+_KEEP = Keep(raw_q=True)
+_ANSWERED: dict[str, Setting] = {"ZS": "zs", "ICL": "icl", "FT": "ft"}
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """A set's queries on some model, behind some demonstrations, with some update.
+
+    Attributes:
+        null: which null its statistics are; several variants of one name are draws, which are averaged.
+        space: of the model.
+        tokenized: the queries.
+        update: of the finetuned settings.
+        settings: runs that differ from the set's own; only these are made.
+        answered: also what is answered in context.
+    """
+
+    null: str
+    space: OutputSpace
+    tokenized: Sequence[TokenizedPrompt]
+    update: WeightUpdate
+    settings: tuple[Setting, ...] = SETTINGS
+    answered: bool = False
+
+    def prepare(self) -> Recorder:
+        """Run what stands before the queries."""
+        settings = self.settings
+        return prepare(self.space.model, self.tokenized[0], settings=settings, update=self.update, keep=_KEEP)
+
+
+@dataclass(frozen=True, eq=False)
+class SetMeasures:
+    """What came out for one demonstration set, its queries in order.
+
+    Attributes:
+        statistics: with all nulls.
+        norms: by name.
+        answers: by setting, ``ZS``, ``ICL`` and ``FT``; empty without candidates.
+        controlled: predicted candidates in context under a null, one row a draw.
+    """
+
+    statistics: list[Measured]
+    norms: dict[str, Float[Tensor, "query layer head"]]
+    answers: dict[str, Answers]
+    controlled: dict[str, Int[Tensor, "draw query"]]
+
+
+@dataclass
+class _Found:
+    """The same for one batch: readings of the statistics, and values of the variants by null, one a draw."""
+
+    readings: dict[str, Readings] = field(default_factory=dict)
+    norms: dict[str, Tensor] = field(default_factory=dict)
+    answers: dict[str, Answers] = field(default_factory=dict)
+    values: dict[str, list[dict[str, Tensor]]] = field(default_factory=dict)
+    controlled: dict[str, list[Tensor]] = field(default_factory=dict)
+
+
+def measure_set(
+    own: Variant,
+    variants: Sequence[Variant],
+    context: Context,
+    *,
+    trained: Sequence[Float[Tensor, "_ layer d_q"]] | None,
+    choices: Choices | None,
+    batch_size: int | None,
+) -> SetMeasures:
+    """Run a set's queries in all settings and every variant, and measure them.
+
+    Args:
+        own: the set itself.
+        variants: whose statistics are nulls.
+        context: of the comparison.
+        trained: see `QueryBatch`.
+        choices: what the queries choose among; None for no answers.
+        batch_size: queries run together; by default as many as memory allows.
+
+    Raises:
+        NonFiniteError: NaN or infinity in the activations.
+    """
+    recorders = [(variant, variant.prepare()) for variant in (own, *variants)]
+    tokens = own.tokenized
+    size = queries_together(own.space.model, tokens, own.settings) if batch_size is None else batch_size
+    parts: list[_Found] = []
+    rows: list[int] = []
+    known = None if trained is None else tuple(trained)
+    asked = None if choices is None else _Asked(choices, batch_size)
+    for chosen, found in batches(
+        range(len(tokens)),
+        lambda row: len(tokens[row].query),
+        lambda row_numbers: [_measure_batch(recorders, row_numbers, context, known, asked)],
+        batch_size=size,
+    ):
+        rows += chosen
+        parts += found
+    return _join(parts, torch.tensor(rows).argsort(), dataclasses.replace(context, eps=_eps(own)))
+
+
+def _eps(own: Variant) -> float:
+    dtype = getattr(torch, own.space.model.info.dtype)
+    return max(torch.finfo(t).eps for t in (dtype, torch.float32))
+
+
+def _measure_batch(
+    recorders: Sequence[tuple[Variant, Recorder]],
+    rows: list[int],
+    context: Context,
+    trained: tuple[Tensor, ...] | None,
+    asked: _Asked | None,
+) -> _Found:
+    found = _Found()
+    (own, recorder), *others = recorders
+    runs = recorder.runs([own.tokenized[row] for row in rows])
+    batch = _batch(own, runs, context, trained)
+    context = dataclasses.replace(context, eps=batch.eps)
+    for statistic in _readable(batch):
+        found.readings[statistic.name] = (*statistic.read(batch), *statistic.read_for_nulls(batch))
+    found.norms = norms_of(batch)
+    if asked is not None:
+        found.answers = {name: asked.behind(runs[0], setting, rows, own) for name, setting in _ANSWERED.items()}
+    for variant, recorder in others:
+        made = recorder.runs([variant.tokenized[row] for row in rows])
+        mixed = [Runs({**a.by_setting, **b.by_setting}) for a, b in zip(runs, made, strict=True)]
+        same_memory = batch.memory if variant.settings == ("icl",) else None
+        other = _batch(variant, mixed, context, None, same_memory)
+        values = {s.name: s.value(s.read(other), context).float() for s in _readable(other)}
+        found.values.setdefault(variant.null, []).append(values)
+        if asked is not None and variant.answered:
+            best = asked.behind(made[0], "icl", rows, variant).best
+            found.controlled.setdefault(variant.null, []).append(best)
+    return found
+
+
+def _batch(
+    variant: Variant,
+    runs: Sequence[Runs],
+    context: Context,
+    trained: tuple[Tensor, ...] | None,
+    memory: MemoryBatch | None = None,
+) -> QueryBatch:
+    if memory is None:
+        icl = [r.icl for r in runs]
+        memories = updated_memory(variant.space.model, variant.update, icl)
+        memory = MemoryBatch.of(memories, icl, subspace_dim=context.subspace_dim)
+    return QueryBatch(variant.space, variant.update, tuple(runs), memory, context, trained)
+
+
+def _readable(batch: QueryBatch) -> list[Statistic]:
+    return [row for row in STATISTICS if batch.trained is not None or not row.needs_factors]
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """What the queries choose among, and how many are asked together."""
+
+    choices: Choices
+    batch_size: int | None
+
+    def behind(self, runs: Runs, setting: Setting, rows: list[int], variant: Variant) -> Answers:
+        """Answers behind what stood before the query of a recorded run."""
+        model, prefix = variant.space.model, runs[setting].prefix
+        acting = variant.update.applied(model) if setting in CHANGED else nullcontext()
+        with acting:
+            return self.choices.answers(model, prefix, rows, batch_size=self.batch_size)
+
+
+def _join(parts: Sequence[_Found], order: Tensor, context: Context) -> SetMeasures:
+    statistics = []
+    for row in STATISTICS:
+        if row.name in parts[0].readings:
+            readings = join_readings([part.readings[row.name] for part in parts])
+            measured = row.measure(tuple(t[order] for t in readings), context)
+            statistics.append(dataclasses.replace(measured, nulls=measured.nulls | _nulls(parts, row.name, order)))
+    return SetMeasures(
+        statistics=statistics,
+        norms={name: t[order] for name, t in join_norms([part.norms for part in parts]).items()},
+        answers={name: join_answers([part.answers[name] for part in parts])[order] for name in parts[0].answers},
+        controlled={
+            name: torch.stack(
+                [torch.cat(draw)[order] for draw in zip(*(p.controlled[name] for p in parts), strict=True)]
+            )
+            for name in parts[0].controlled
+        },
+    )
+
+
+def _nulls(parts: Sequence[_Found], name: str, order: Tensor) -> dict[str, Tensor]:
+    """Mean over the draws of every null that comes from further runs."""
+    nulls = {}
+    for null, draws in parts[0].values.items():
+        if name in draws[0]:
+            joined = [torch.cat([part.values[null][i][name] for part in parts]) for i in range(len(draws))]
+            nulls[null] = torch.stack(joined).nanmean(0)[order]
+    return nulls

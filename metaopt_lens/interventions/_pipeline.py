@@ -1,0 +1,46 @@
+"""The stages of several interventions as one list of hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from metaopt_lens._errors import OptionError
+from metaopt_lens.interventions._sight import Sight
+from metaopt_lens.interventions._stages import Change
+from metaopt_lens.models import Hook, LensModel, refuse_momentum
+from metaopt_lens.runs import acting, acting_now
+
+
+def pipeline(model: LensModel, changes: Sequence[Change]) -> list[Hook]:
+    """Hooks that make all changes, in the order of the stages; see `Change`.
+
+    Args:
+        model: a wrapped model.
+        changes: of its interventions.
+
+    Raises:
+        OptionError: several memories at once, a visibility under momentum that is on already, or an addition under a
+            visibility that is.
+    """
+    plain = [hook for change in changes for hook in change.hooks]
+    visibilities = [change.visibility for change in changes if change.visibility is not None]
+    additions = [change.addition for change in changes if change.addition is not None]
+    for visibility in visibilities:
+        refuse_momentum(model, visibility.name)
+    if additions and (names := acting_now(model)):
+        raise OptionError(
+            f"{names[-1]} is applied to {model.info.name} already, and what is added to z (momentum attention) must be "
+            "told of it: give both to the same intervene(model, ...)."
+        )
+    at_z = {id(model.hook_points[model.hook_name("z", layer)]) for layer in range(model.info.n_layers)}
+
+    def is_at_z(hook: Hook) -> bool:
+        return hook[0] in model.hook_points and id(model.hook_points[hook[0]]) in at_z
+
+    hooks = [hook for hook in plain if not is_at_z(hook)]
+    if visibilities or additions:
+        sight = Sight(model, visibilities)
+        hooks += [*sight.hooks(), *acting(model, [visibility.name for visibility in visibilities])]
+        for addition in additions:
+            hooks += addition(model, sight)
+    return [*hooks, *(hook for hook in plain if is_at_z(hook))]

@@ -1,0 +1,323 @@
+"""Changes of a model's own matrices, one set for every token of a query, that do what the demonstrations do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from metaopt_lens._codec import Stored
+from metaopt_lens._errors import HeadError, ModelMismatchError, OptionError
+from metaopt_lens._storage import provenance
+from metaopt_lens.dual import rank_one_product
+from metaopt_lens.interventions import Change, DemoTokens, pipeline
+from metaopt_lens.models import (
+    ExpertsSite,
+    Fingerprint,
+    Hook,
+    LensModel,
+    ModelInfo,
+    fingerprint_of,
+    first_difference,
+    wrap,
+)
+from metaopt_lens.patches._changes import Rows, change_hooks
+from metaopt_lens.patches._placing import PatchedRows
+from metaopt_lens.patches._site import patch_site
+from metaopt_lens.prompts import TokenizedPrompt
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformer_lens import FactoredMatrix
+
+OUT_MATRICES = ("out", "o", "expert_out")
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertChanges:
+    """What the changes of a mixture of experts need beyond those of the router.
+
+    Attributes:
+        active: the experts that each token uses in context.
+        left_in: ``W (z_C - z)`` of each of them, gate and input matrix as the model keeps their rows.
+        chosen: the one whose output matrix adds u.
+        shift: ``z_C - z``.
+    """
+
+    active: Int[Tensor, "layer pos active"]
+    left_in: Float[Tensor, "layer pos active d_product"]
+    chosen: Int[Tensor, "layer pos"]
+    shift: Float[Tensor, "layer pos d_model"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class WeightPatch(Stored):
+    """The context as weights (arXiv:2511.17864; docs/theory.md, section 9).
+
+    For every layer and every token behind S: rank-one changes ``left (x) right`` of the MLP's matrices (of ``W_O`` in
+    attention-only models; of the scale of a norm that the MLP's output goes through), with which the model gives on
+    the zero-shot prompt, at in-context positions, what it gives in context. ``with intervene(model, patch):`` applies
+    it. Made by `compile_context`.
+
+    Attributes:
+        model: sizes and parametrisation of the model it belongs to.
+        tokens: the in-context prompt.
+        continuation: ids of tokens behind the query that it was extended to.
+        next_token: id of the token that the patched model is most sure comes next.
+        precision: dtype that the factors are kept and applied in.
+        left: left factors of every changed matrix: ``"gate"``, ``"in"``, ``"out"``; ``"o"``; ``"router"`` and
+            ``"expert_out"``.
+        right: right factors, ``"in"`` of all input matrices and ``"out"`` of the output matrix.
+        u: what the demonstrations add to the residual stream, through attention.
+        scale: change of the norm's scale, where the output goes through one.
+        smallest: smallest coordinate of the normalised output, which u is divided by; where there is a scale.
+        experts: of a mixture of experts.
+        weight_norms: Frobenius norms of the matrices that are changed.
+        fingerprint: of every weight of the model.
+        provenance: versions and time.
+    """
+
+    kind: ClassVar[str] = "weight patch"
+
+    model: ModelInfo
+    tokens: TokenizedPrompt
+    continuation: tuple[int, ...]
+    next_token: int
+    precision: str
+    left: Mapping[str, Float[Tensor, "layer pos _"]]
+    right: Mapping[str, Float[Tensor, "layer pos _"]]
+    u: Float[Tensor, "layer pos d_model"]
+    scale: Float[Tensor, "layer pos d_model"] | None
+    smallest: Float[Tensor, "layer pos"] | None
+    experts: ExpertChanges | None
+    weight_norms: Mapping[str, Float[Tensor, " layer"]]
+    fingerprint: Fingerprint
+    provenance: dict[str, Any] = field(default_factory=provenance)
+
+    # ---- what it is made of -------------------------------------------------------------------------------------
+
+    @property
+    def query_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens it has changes for: the query and its continuation."""
+        return (*self.tokens.ids[self.tokens.query.start :], *self.continuation)
+
+    @property
+    def generated(self) -> tuple[int, ...]:
+        """Ids of the greedy text behind the query, as far as it goes: the continuation and the next token."""
+        return (*self.continuation, self.next_token)
+
+    @property
+    def positions(self) -> range:
+        """Where these tokens stand in context."""
+        return range(self.tokens.query.start, self.tokens.query.start + len(self.query_ids))
+
+    @property
+    def zero_shot_ids(self) -> tuple[int, ...]:
+        """The prompt it is applied to: S, the query, and its continuation."""
+        return (*self.tokens.ids[: self.tokens.prefix.stop], *self.query_ids)
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """Names of the changed matrices."""
+        return tuple(self.left)
+
+    def dense(self, layer: int, position: int = -1, matrix: str | None = None) -> FactoredMatrix:
+        """The change of one matrix for one token, ``[d_out, d_in]`` (column convention), factored.
+
+        Args:
+            layer: which block.
+            position: which token behind S, from 0; -1 for the last.
+            matrix: one of `matrices`; None for the output matrix, or the only one there is.
+
+        Raises:
+            HeadError, OptionError: no such layer, token or matrix.
+        """
+        from transformer_lens import FactoredMatrix
+
+        name = self._matrix(matrix)
+        at = self._row(layer, position)
+        right = self.right["out" if name in OUT_MATRICES else "in"]
+        return FactoredMatrix(self.left[name][layer, at][:, None], right[layer, at][None])
+
+    def norms(self, matrix: str | None = None) -> Float[Tensor, "layer pos"]:
+        """Frobenius norms of a matrix's changes.
+
+        Args:
+            matrix: one of `matrices`; None for the output matrix, or the only one there is.
+        """
+        name = self._matrix(matrix)
+        right = self.right["out" if name in OUT_MATRICES else "in"]
+        found: Tensor = self.left[name].norm(dim=-1) * right.norm(dim=-1)
+        return found
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row for every layer, token and matrix: norm of the change, relative to the matrix, and its share.
+
+        ``share`` is that of the squared norm of all matrices' changes at this layer and token; ``"scale"`` stands for
+        the change of a norm's scale, which is no matrix and has none.
+        """
+        import pandas as pd
+
+        norms = {name: self.norms(name) for name in self.matrices}
+        whole = sum(n.square() for n in norms.values()) if norms else torch.zeros(0)
+        rows = []
+        for layer in range(self.model.n_layers):
+            for row, (position, token) in enumerate(zip(self.positions, self.query_ids, strict=True)):
+                at = {"layer": layer, "position": position, "token": token}
+                for name, norm in norms.items():
+                    n, of = float(norm[layer, row]), float(self.weight_norms[name][layer])
+                    share = n**2 / float(whole[layer, row])  # type: ignore[index]
+                    rows.append({**at, "matrix": name, "norm": n, "relative": n / of, "share": share})
+                if self.scale is not None:
+                    rows.append({**at, "matrix": "scale", "norm": float(self.scale[layer, row].norm())})
+        return pd.DataFrame(rows)
+
+    def _matrix(self, matrix: str | None) -> str:
+        outs = [name for name in self.matrices if name in OUT_MATRICES]
+        name = (outs or [*self.matrices])[0] if matrix is None else matrix
+        if name not in self.left:
+            has = ", ".join(map(repr, self.matrices))
+            raise OptionError(f"the patch of {self.model.name} changes the matrices {has}, there is no {matrix!r}.")
+        return name
+
+    def _row(self, layer: int, position: int) -> int:
+        n = len(self.query_ids)
+        if not 0 <= layer < self.model.n_layers:
+            raise HeadError(f"there is no layer {layer}: the model has layers 0 to {self.model.n_layers - 1}.")
+        if not -n <= position < n:
+            raise OptionError(f"there is no token {position}: the patch has changes for {n} tokens, counted from 0.")
+        return position % n
+
+    # ---- application --------------------------------------------------------------------------------------------
+
+    def change(self, model: LensModel) -> Change:
+        """What it does to the zero-shot prompt, whose tokens it puts at their in-context positions; see `intervene`.
+
+        Args:
+            model: the model it was compiled for, wrapped.
+
+        Raises:
+            ModelMismatchError: another model, other weights or another dtype.
+            UnsupportedModelError: the model's tokens cannot be moved to their in-context positions.
+        """
+        self.check_model(model)
+        model.check_movable()
+        placing = PatchedRows(model, DemoTokens.of(self.tokens), self.query_ids)
+        dtype = getattr(torch, self.precision)
+        hooks: list[Hook] = []
+        for layer in range(model.info.n_layers):
+            site = patch_site(model, layer)
+            hooks += change_hooks(site, self.changes(layer, placing, site.experts), dtype)
+        return placing.change(hooks)
+
+    def hooks(self, model: Any) -> list[Hook]:
+        """The hooks that apply it alone; raises as `change` does.
+
+        Args:
+            model: the model it was compiled for, or that model wrapped.
+        """
+        wrapped = wrap(model)
+        return pipeline(wrapped, [self.change(wrapped)])
+
+    def changes(self, layer: int, placing: PatchedRows, experts: ExpertsSite | None) -> TokenChanges:
+        """The changes of one block, in a pass that `placing` watches.
+
+        Args:
+            layer: which block.
+            placing: says which row belongs to which token.
+            experts: of a mixture of experts.
+        """
+        own = self.experts
+        others = {"scale": self.scale} | ({} if own is None else {"shift": own.shift, "chosen": own.chosen})
+        return TokenChanges(
+            placing,
+            left={name: factor[layer] for name, factor in self.left.items()},
+            right={name: factor[layer] for name, factor in self.right.items()},
+            other={name: factor[layer] for name, factor in others.items() if factor is not None},
+            experts=experts,
+        )
+
+    def check_model(self, model: LensModel) -> None:
+        """Raise `ModelMismatchError` unless it was compiled for this model, with these weights, in this dtype.
+
+        Args:
+            model: a wrapped model.
+        """
+        model.check_same(self.model, "this patch")
+        for fact in ("architecture", "positions", "dtype"):
+            mine, theirs = getattr(self.model, fact), getattr(model.info, fact)
+            if mine != theirs:
+                raise ModelMismatchError(
+                    f"this patch was compiled for {self.model.name} ({fact} = {mine}); {model.info.name} has {fact} = "
+                    f"{theirs}. Compile it again with compile_context(model, prompt)."
+                )
+        differs = first_difference(self.fingerprint, fingerprint_of(model))
+        if differs is not None:
+            raise ModelMismatchError(
+                f"this patch was compiled for other weights than those of {model.info.name} ({differs} differs): "
+                "compile it again with compile_context(model, prompt)."
+            )
+
+    def __repr__(self) -> str:
+        changed = " and ".join([*self.matrices, *(["the norm's scale"] if self.scale is not None else [])])
+        return (
+            f"WeightPatch of {self.model.name}: {len(self.tokens.demos)} demonstrations as rank-one changes of "
+            f"{changed} in {self.model.n_layers} layers, for {len(self.query_ids)} tokens, in {self.precision}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class TokenChanges:
+    """One block's changes, a row for every token; see `Changes`.
+
+    Attributes:
+        placing: says which row belongs to which token of the running pass.
+        left: left factors by matrix; see `WeightPatch`.
+        right: right factors.
+        other: ``"scale"``, or ``"shift"`` and ``"chosen"`` of `ExpertChanges`.
+        experts: of a mixture of experts.
+    """
+
+    placing: PatchedRows
+    left: dict[str, Tensor] = field(default_factory=dict)
+    right: dict[str, Tensor] = field(default_factory=dict)
+    other: dict[str, Tensor] = field(default_factory=dict)
+    experts: ExpertsSite | None = None
+
+    def product(self, matrix: str, x: Rows, product: Rows) -> Rows:  # noqa: ARG002 - see `Changes`
+        return self._rank_one(x, self.left[matrix], self.right["in"])
+
+    def output(self, hidden: Rows, out: Rows) -> Rows:  # noqa: ARG002
+        (left,) = (self.left[name] for name in OUT_MATRICES if name in self.left)
+        return self._rank_one(hidden, left, self.right["out"])
+
+    def scaled(self, normalized: Rows, out: Rows) -> Rows:  # noqa: ARG002
+        scale = self.other["scale"]
+        return self._own(normalized, normalized.to(scale) * self._of_tokens(scale, normalized))
+
+    def experts_input(self, x: Rows) -> Rows:
+        return self._rank_one(x, self.other["shift"], self.right["in"])
+
+    def experts_output(self, x: Rows, out: Rows) -> Rows:
+        assert self.experts is not None
+        chosen = self._of_tokens(self.other["chosen"], x)
+        hidden = self.experts.hidden(x, chosen)
+        weights, active = self.experts.route(x)
+        weight = torch.where(active == chosen[:, None], weights, 0.0).sum(-1, keepdim=True)
+        return weight.to(self.left["expert_out"]) * self.output(hidden, out)
+
+    def _rank_one(self, x: Rows, left: Tensor, right: Tensor) -> Rows:
+        product = rank_one_product(x.to(left), self._of_tokens(left, x), self._of_tokens(right, x))
+        return self._own(x, product)
+
+    def _of_tokens(self, factor: Tensor, x: Tensor) -> Tensor:
+        """The factor's row of every token; any row where a token has none."""
+        return factor.to(x.device)[self.placing.rows.to(x.device).clamp_min(0)]
+
+    def _own(self, x: Tensor, added: Rows) -> Rows:
+        """Nothing is added where a token has no row."""
+        return torch.where((self.placing.rows.to(x.device) >= 0)[:, None], added, 0.0)
