@@ -305,11 +305,11 @@ def test_unknown_word() -> None:
 def test_text_without_tokens() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=_word_level(), unk_token="<unk>")
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("z", "")
-    with pytest.raises(PromptError, match="no token of the label of demonstration 1 ' zz': change it"):
+    with pytest.raises(PromptError, match="no token for the label of demonstration 1 ' zz': change it"):
         tokenize_prompt(ICLPrompt([("apple", "dax"), ("pear", "zz")], "pear"), tokenizer)
-    with pytest.raises(PromptError, match="no token of the query 'z'"):
+    with pytest.raises(PromptError, match="no token for the query 'z'"):
         tokenize_prompt(ICLPrompt([], "z", Template("{input}")), tokenizer)
-    with pytest.raises(PromptError, match="no token of the label ' z': choose another"):
+    with pytest.raises(PromptError, match="no token for the label ' z': choose another"):
         tokenize_label("z", Template(), tokenizer)
     with pytest.raises(PromptError, match="the label is empty"):
         tokenize_label(" ", Template(), tokenizer)
