@@ -9,8 +9,6 @@ from metaopt_lens.dual._momentum_scan import check_eta as check_eta
 from metaopt_lens.dual._momentum_scan import momentum_state as momentum_state
 from metaopt_lens.dual._momentum_scan import momentum_values as momentum_values
 from metaopt_lens.dual._momentum_scan import momentum_weights as momentum_weights
-from metaopt_lens.dual._patch import effective_rank as effective_rank
-from metaopt_lens.dual._patch import factored_singular_values as factored_singular_values
 from metaopt_lens.dual._patch import rank_one_product as rank_one_product
 from metaopt_lens.dual._patch import ridge_right_factors as ridge_right_factors
 from metaopt_lens.dual._patch import ridge_scale as ridge_scale
@@ -33,8 +31,6 @@ __all__ = [
     "SoftmaxParts",
     "attend",
     "attention_scores",
-    "effective_rank",
-    "factored_singular_values",
     "linear_memory",
     "linear_weights",
     "merge_softmax",

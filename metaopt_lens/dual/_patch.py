@@ -70,33 +70,3 @@ def ridge_scale(
     """
     squares = normalized.square().sum(0)
     return (targets * normalized).sum(0) / (squares + ridge * squares.mean())
-
-
-def factored_singular_values(
-    left: Float[Tensor, "rank d_out"], right: Float[Tensor, "rank d_in"]
-) -> Float[Tensor, " rank"]:
-    """Singular values of ``sum_r left_r (x) right_r``, from the factors.
-
-    Args:
-        left: left factors, one in a row.
-        right: right factors.
-
-    Returns:
-        The largest first; at most as many as the sizes allow are not 0.
-    """
-    small = torch.linalg.qr(left.mT, mode="r").R @ torch.linalg.qr(right.mT, mode="r").R.mT
-    found: Tensor = torch.linalg.svdvals(small)
-    return torch.nn.functional.pad(found, (0, len(left) - len(found)))
-
-
-def effective_rank(singular_values: Float[Tensor, "*item rank"]) -> Float[Tensor, "*item"]:
-    """``(sum_i s_i^2)^2 / sum_i s_i^4``: 1 for a rank-one matrix, n for n equal singular values.
-
-    Args:
-        singular_values: of the matrix; not all 0.
-
-    Returns:
-        The participation ratio of the squares.
-    """
-    squares = singular_values.square()
-    return squares.sum(-1).square() / squares.square().sum(-1)

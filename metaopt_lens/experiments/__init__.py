@@ -10,3 +10,15 @@ from metaopt_lens.experiments._run_result import ExperimentResult as ExperimentR
 from metaopt_lens.experiments._sweep import SweepConfig as SweepConfig
 from metaopt_lens.experiments._sweep import run_sweep as run_sweep
 from metaopt_lens.experiments._sweep_result import SweepResult as SweepResult
+
+__all__ = [
+    "ExperimentResult",
+    "RunConfig",
+    "SweepConfig",
+    "SweepResult",
+    "episode_prompts",
+    "load_run_model",
+    "published_numbers",
+    "run_experiment",
+    "run_sweep",
+]

@@ -127,9 +127,9 @@ def run_sweep(
 
     Args:
         config: what to go over.
-        out: directory of the results, with one for every run.
+        out: directory of the results.
         recompute_damaged: recompute damaged pieces instead of refusing them.
-        progress: show the time left: a bar on a terminal, elsewhere a line for each job in the log `metaopt_lens`.
+        progress: show a progress bar (on a terminal).
 
     Returns:
         A `SweepResult`, which reads from `out`.

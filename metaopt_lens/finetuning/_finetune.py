@@ -47,7 +47,20 @@ def finetune(
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model; never modified.
         demos: demonstrations, a prompt (in the forms `decompose` takes; its demonstrations and template are taken), or
             a list of plain texts.
+        lr: learning rate (see `choose_learning_rate`).
+        epochs: passes over the demonstrations.
+        projections: which of ``"q"``, ``"k"``, ``"v"``, ``"o"`` are updated, in every layer.
+        bias: also update their biases, where the model has them.
+        optimizer: a class of ``torch.optim``.
+        optimizer_options: its further arguments.
+        loss: ``"all"`` predicted tokens of a demonstration, or those of its ``"label"`` only.
+        order: ``"given"``, ``"reversed"``, ``"shuffled"`` (reshuffled every epoch), or a permutation.
+        batch_size: demonstrations per step; None for all.
+        layer_causal: every layer learns from its own early-exit loss only (arXiv:2311.07772).
+        readout: what that loss reads: the ``"block"`` output or the ``"attention"`` output.
+        seed: of ``order="shuffled"``.
         template: the text around input and label; the prompt's own for an `ICLPrompt`.
+        prepend_bos: put BOS first; None for the model's default.
         keep_factors: also keep every step's inputs, error signals and queries (memory: steps x layers x tokens).
         allow_processed: accept a model with folded norms or biases, whose update is another one.
         progress: show a progress bar (on a terminal).
@@ -98,7 +111,12 @@ def prepare(
     """A finetuning that is ready to run: arguments checked, model wrapped, demonstrations tokenised.
 
     Args:
-        model, demos, template, prepend_bos, allow_processed, optimizer: see `finetune`.
+        model: see `finetune`.
+        demos: see `finetune`.
+        template: see `finetune`.
+        prepend_bos: see `finetune`.
+        allow_processed: see `finetune`.
+        optimizer: see `finetune`.
         given: fields of `FinetuneSettings`.
     """
     settings = make_settings(optimizer, **given)
@@ -129,7 +147,12 @@ def make_settings(
 
 
 def require_raw_weights(model: LensModel, *, allow_processed: bool) -> None:
-    """Raise `ModelMismatchError` for folded weights: finetuning and dW depend on the parametrisation."""
+    """Raise `ModelMismatchError` for folded weights: finetuning and dW depend on the parametrisation.
+
+    Args:
+        model: a wrapped model.
+        allow_processed: raise nothing.
+    """
     if model.info.is_processed and not allow_processed:
         raise ModelMismatchError(
             f"{model.info.name} has {' and '.join(model.info.processing)}, which changes what finetuning does. Load it "

@@ -30,8 +30,10 @@ class LearningRateChoice:
     """The learning rate that did best on held-out demonstrations, and how all of them did.
 
     Attributes:
-        lr: the choice. rates: what was tried; accuracy, loss: on the held-out demonstrations, NaN where training
-            diverged. base_accuracy, base_loss: without finetuning.
+        lr: the choice.
+        rates: what was tried.
+        accuracy, loss: on the held-out demonstrations, NaN where training diverged.
+        base_accuracy, base_loss: without finetuning.
     """
 
     lr: float
@@ -68,11 +70,11 @@ def choose_learning_rate(
     guessing, ln(vocabulary).
 
     Args:
-        model: a `HookedTransformer`, a `TransformerBridge` or a wrapped model; never modified.
+        model: `HookedTransformer`, `TransformerBridge` or a wrapped model. It is not modified.
         demos: what to finetune on.
-        held_out: what to judge on (not among `demos`).
-        rates: the learning rates to try.
-        metric: what the best rate has most of (``"accuracy"``) or least of (``"loss"``) on `held_out`.
+        held_out: what to judge on; none of `demos`.
+        rates: learning rates to try.
+        metric: ``"accuracy"`` on the held-out demonstrations (ties go to the lower loss), or ``"loss"``.
         candidates: the label words; by default all labels that occur.
         template: the text around input and label; the prompt's own for an `ICLPrompt`, whose instruction stands before
             the held-out queries too.

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from metaopt_lens._errors import OptionError, UndefinedMetricError
+from metaopt_lens._types import TokenSpan
 from metaopt_lens.dual import at_least_float32, right_factor
 from metaopt_lens.interventions import DemoTokens, pipeline
-from metaopt_lens.models import Hook, LensModel, Prefix, Readout, dtype_name, fingerprint_of, wrap
+from metaopt_lens.models import AttentionCall, Hook, LensModel, Prefix, Readout, dtype_name, fingerprint_of, wrap
 from metaopt_lens.patches._changes import Rows, change_hooks, rows_of
 from metaopt_lens.patches._placing import PatchedRows
 from metaopt_lens.patches._site import PatchSite, patch_site
@@ -113,23 +114,31 @@ class Compiler:
             raise OptionError(
                 f"precision must be one of {', '.join(map(repr, PRECISIONS))} or None, got {precision!r}."
             )
-        refuse_acting(model, "compile_context")
         tokens = tokenize_for(model, as_prompt(prompt), prepend_bos=prepend_bos, require_demos=True)
+        return cls.behind(model, tokens, _dtype(model, precision))
+
+    @classmethod
+    def behind(cls, model: LensModel, tokens: TokenizedPrompt, dtype: torch.dtype) -> Compiler:
+        """Run S and the demonstrations of a prompt."""
+        refuse_acting(model, "compile_context")
         sites = tuple(patch_site(model, layer) for layer in range(model.info.n_layers))
         model.check_movable()
         prefix = run_shared_prefix(model, tokens.ids[: tokens.query.start])
         assert prefix is not None  # there is at least one demonstration
-        return cls(model, tokens, prefix, sites, _dtype(model, precision))
+        return cls(model, tokens, prefix, sites, dtype)
 
-    def compile(self, tokens: TokenizedPrompt, continuation: Sequence[int] = ()) -> WeightPatch:
+    def compile(
+        self, tokens: TokenizedPrompt, continuation: Sequence[int] = (), *, hidden: TokenSpan | None = None
+    ) -> WeightPatch:
         """The patch of a query behind the shared demonstrations.
 
         Args:
             tokens: the prompt.
             continuation: ids of further tokens behind it.
+            hidden: what no token of the query sees in context.
         """
         queries = (*tokens.ids[tokens.query.start :], *continuation)
-        targets = self._in_context(queries)
+        targets = self._in_context(queries, hidden)
         demos = DemoTokens.of(tokens)
         placing = PatchedRows(self.model, demos, queries)
         hooks: list[Hook] = []
@@ -144,7 +153,17 @@ class Compiler:
         assert logits is not None
         return self._patch(tokens, tuple(continuation), int(logits.argmax()), compiling)
 
-    def _in_context(self, queries: Sequence[int]) -> list[dict[str, Tensor]]:
+    def run_queries(self, queries: Sequence[int], hooks: Sequence[Hook]) -> None:
+        """One in-context pass behind the demonstrations.
+
+        Args:
+            queries: ids of the tokens behind them.
+            hooks: that read it.
+        """
+        read = Readout(torch.tensor([[len(queries) - 1]]), torch.tensor([0]))
+        self.model.run(torch.tensor([[*queries]]), hooks=hooks, prefix=self.prefix, read=read)
+
+    def _in_context(self, queries: Sequence[int], hidden: TokenSpan | None) -> list[dict[str, Tensor]]:
         """Per layer, at every query token behind the demonstrations, what the patched run is to reproduce."""
         seen: list[dict[str, Tensor]] = [{} for _ in self.sites]
 
@@ -154,16 +173,18 @@ class Compiler:
 
             return store
 
+        def hide(call: AttentionCall) -> Tensor | None:
+            return None if hidden is None else call.attend(call.inside(hidden))[0]
+
         hooks: list[Hook] = []
         for site in self.sites:
+            if hidden is not None:
+                hooks += self.model.attention_hooks(site.layer, hide, prefix=self.prefix)
             hooks.append((site.before, keep(site.layer, "before")))
             hooks += [(name, keep(site.layer, matrix)) for matrix, name in site.products.items()]
             if site.experts is not None:
                 hooks.append((site.experts.input_name, keep(site.layer, "z")))
-        last = torch.tensor([[len(queries) - 1]])
-        self.model.run(
-            torch.tensor([[*queries]]), hooks=hooks, prefix=self.prefix, read=Readout(last, torch.tensor([0]))
-        )
+        self.run_queries(queries, hooks)
         return seen
 
     def _patch(
