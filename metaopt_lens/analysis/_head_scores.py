@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metaopt_lens._errors import OptionError
 from metaopt_lens.analysis._controls import shuffle_labels
 from metaopt_lens.decomposition import Decomposition, LogitContributions, written
 from metaopt_lens.models import AttentionCall, LensModel, Prefix, Readout
@@ -97,8 +96,7 @@ def function_vector_scores(
         seed: of the shuffles.
 
     Raises:
-        PromptError: a prompt whose demonstrations all have one label.
-        OptionError: a prompt without a label.
+        PromptError: a prompt without a label, or whose demonstrations all have the same one.
     """
     rows = []
     for number, prompt in enumerate(prompts):

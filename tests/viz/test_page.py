@@ -60,8 +60,8 @@ def test_the_page_says_what_was_decomposed(result: Decomposition, tmp_path: Path
     assert "as trained" in markup
     assert "Processed weights" not in markup
     for demo in result.prompt.demos:
-        assert f"<pre>{demo.input} : <mark>{demo.label}</mark></pre>" in markup
-    assert "<span>query</span><pre>plum :</pre>" in markup
+        assert f"<pre>{demo.input}: <mark>{demo.label}</mark></pre>" in markup
+    assert "<span>query</span><pre>plum:</pre>" in markup
     for name, value in result.provenance.items():
         assert name in markup
         assert str(value) in markup
@@ -111,8 +111,8 @@ def test_prompt_text_is_escaped(result: Decomposition, tmp_path: Path) -> None:
     markup = _markup(path)
     assert "<script>alert" not in path.read_text(encoding="utf-8")
     assert "</pre><b>" not in markup
-    assert "<span>query</span><pre>&lt;/pre&gt;&lt;b&gt; :</pre>" in markup
-    assert "&lt;script&gt;alert(1)&lt;/script&gt; : <mark>a &amp; b</mark>" in markup
+    assert "<span>query</span><pre>&lt;/pre&gt;&lt;b&gt;:</pre>" in markup
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;: <mark>a &amp; b</mark>" in markup
 
 
 def test_a_machine_path_is_not_shown(result: Decomposition, tmp_path: Path) -> None:
