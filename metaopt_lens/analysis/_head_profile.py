@@ -135,12 +135,10 @@ def head_profile(
         seed: of shuffled labels and of the random tokens for induction.
 
     Raises:
-        OptionError: no prompts, or a comparison of another number of queries.
-        PromptError: a prompt without a label or rival candidates, or demonstrations of one label only.
+        OptionError: a comparison of another number of queries.
+        PromptError: no prompts, a prompt without a label or rival candidates, or demonstrations of one label only.
     """
     wrapped, parsed = wrap(model), as_prompts(list(prompts))
-    if not parsed:
-        raise OptionError("a head profile needs at least one prompt.")
     if comparison is not None and len(comparison.sets) != len(parsed):
         raise OptionError(f"the comparison is of {len(comparison.sets)} queries, the profile of {len(parsed)}.")
     split = decompose(wrapped, parsed, zero_shot_runs="none", prepend_bos=prepend_bos)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from metaopt_lens._errors import PromptError
 from metaopt_lens.analysis._controls import shuffle_labels
 from metaopt_lens.decomposition import Decomposition, LogitContributions, written
 from metaopt_lens.models import AttentionCall, LensModel, Prefix, Readout
@@ -101,8 +102,9 @@ def function_vector_scores(
     rows = []
     for number, prompt in enumerate(prompts):
         if prompt.label is None:
-            raise OptionError(
-                f"query {prompt.query!r} has no label: a function-vector score asks for the right answer."
+            raise PromptError(
+                f"query {prompt.query!r} has no label, and a function-vector score asks for the right answer: "
+                "ICLPrompt(..., label=...)."
             )
         tokens = tokenize_for(model, shuffle_labels(prompt, seed=seed + number), prepend_bos=prepend_bos)
         prefix = run_shared_prefix(model, tokens.ids[: tokens.query.start])

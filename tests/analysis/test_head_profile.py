@@ -7,7 +7,7 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 import torch
-from hosts import prompt, shared
+from hosts import shared
 from scipy import stats
 
 from metaopt_lens import ICLPrompt, compare, decompose, finetune, load_tiny, wrap
@@ -30,11 +30,8 @@ NOUNS = [("apple", "dax"), ("hammer", "wug"), ("pear", "dax"), ("saw", "wug"), (
 def prompts() -> list[ICLPrompt]:
     """Two sets of four demonstrations, two queries each."""
     sets = (NOUNS[:4], NOUNS[2:])
-    return [
-        ICLPrompt(demos, query, label=label)
-        for demos in sets
-        for query, label in (("cherry", "dax"), ("pliers", "wug"))
-    ]
+    asked = (("cherry", "dax"), ("pliers", "wug"))
+    return [ICLPrompt(demos, query, label=label) for demos in sets for query, label in asked]
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +89,7 @@ def test_function_vector_scores_are_those_of_a_slow_loop() -> None:
     for number, text in enumerate(asked):
         tokens = tokenize_for(wrap(model), shuffle_labels(text, seed=5 + number))
         ids = torch.tensor([tokens.ids])
-        right = tokenize_for(wrap(model), text.with_demos([])).ids[:0]
         label = model.tokenizer.encode(f" {text.label}", add_special_tokens=False)[-1]
-        assert right == ()
         with torch.no_grad():
             before = model(ids)[0, -1].softmax(-1)[label]
             for layer, head in [(0, 1), (1, 2), (2, 1), (2, 3)]:
@@ -196,8 +191,7 @@ def test_plots(profile: HeadProfile) -> None:
 
 
 def test_what_a_profile_needs() -> None:
-    with pytest.raises(OptionError, match="a head profile needs at least one prompt"):
+    with pytest.raises(PromptError, match="no prompts: give at least one"):
         head_profile(load_tiny(), [])
     with pytest.raises(PromptError, match="has no label"):
         head_profile(load_tiny(), [ICLPrompt(NOUNS[:4], "cherry")])
-    assert prompt().label is None
