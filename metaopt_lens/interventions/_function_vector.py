@@ -111,9 +111,7 @@ def function_vector(
         for runs in batch:
             total += runs.icl.z[-1].detach().double().cpu()
     written = through_w_o(wrapped, total / len(tokens))  # [layer, head, d_model]
-    return FunctionVector(
-        model=wrapped.info, vector=written[chosen].sum(0).float(), heads=chosen, n_prompts=len(tokens)
-    )
+    return FunctionVector(model=wrapped.info, vector=written[chosen].sum(0), heads=chosen, n_prompts=len(tokens))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
