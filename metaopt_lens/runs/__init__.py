@@ -56,3 +56,14 @@ from metaopt_lens.runs._scoring import check_candidates as check_candidates
 from metaopt_lens.runs._scoring import read_queries as read_queries
 from metaopt_lens.runs._scoring import score_candidates as score_candidates
 from metaopt_lens.runs._scoring import scored_tokens as scored_tokens
+
+__all__ = [
+    "Keep",
+    "LabelPrediction",
+    "Run",
+    "Runs",
+    "TopToken",
+    "VocabularyAnswer",
+    "predict_labels",
+    "record",
+]
