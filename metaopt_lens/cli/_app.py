@@ -36,12 +36,13 @@ app = typer.Typer(
 )
 for _command in (
     _prompt_commands.compare,
+    _compile_command.compile_,
     _record_commands.analyze,
     _experiment_commands.run,
     _experiment_commands.sweep,
     _experiment_commands.report,
 ):
-    app.command()(_command)
+    app.command(_command.__name__.rstrip("_"))(_command)
 app.add_typer(_momentum_commands.app, name="momentum")
 app.command()(_prompt_commands.demo)
 app.command()(_prompt_commands.decompose)

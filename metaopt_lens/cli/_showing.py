@@ -72,6 +72,19 @@ def show_comparison(found: Comparison) -> None:
         console.print(f"note: {note}", markup=False)
 
 
+def show_compiled(found: CompiledPrompt) -> None:
+    """The patch, how well it does what the context does, answers, norms and shares."""
+    from metaopt_lens.viz import compiled_texts
+
+    console = Console(highlight=False)
+    say(repr(found.patch))
+    say(found.sentence)
+    for table in compiled_texts(found):
+        console.print(table)
+    for note in found.notes:
+        say(note)
+
+
 def show_run(result: ExperimentResult) -> None:
     """What a run found, in short."""
     from metaopt_lens.viz import run_sentences
