@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from metaopt_lens.decomposition import Decomposition as Decomposition
     from metaopt_lens.decomposition import DecompositionSet as DecompositionSet
     from metaopt_lens.decomposition import decompose as decompose
+    from metaopt_lens.experiments import run_experiment as run_experiment
     from metaopt_lens.finetuning import WeightUpdate as WeightUpdate
     from metaopt_lens.finetuning import choose_learning_rate as choose_learning_rate
     from metaopt_lens.finetuning import finetune as finetune
@@ -54,6 +55,7 @@ _HOME = {
     "load_prompts": "prompts",
     "load_tiny": "models.tiny",
     "meta_gradient": "interventions",
+    "run_experiment": "experiments",
     "wrap": "models",
 }
 # Rarely written out, and public in their rooms; here for code written for 0.1.

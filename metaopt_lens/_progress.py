@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal; elsewhere, as in a log file, a line now and then with the time left."""
+"""Progress of long work: a bar on a terminal; elsewhere lines with the time left, in the log `metaopt_lens`."""
 
 from __future__ import annotations
 
@@ -41,16 +41,33 @@ class Progress:
             seconds = time.monotonic() - self._start
             LOG.info("%s: %d of %d in %.1f s", self._what, self._done, self._total, seconds)
 
-    def advance(self, n: int = 1) -> None:
+    def advance(self, n: int = 1, name: str | None = None) -> None:
         """Say that pieces of work are finished.
 
         Args:
             n: how many.
+            name: of what is finished; then it gets a line of its own at once.
         """
         self._done += n
+        self._bar.set_postfix_str(name or "", refresh=False)
         self._bar.update(n)
         now = time.monotonic()
-        if self._logs and now - self._last_line >= self._every:
+        if self._logs and (name is not None or now - self._last_line >= self._every):
             self._last_line = now
-            left = (now - self._start) / self._done * (self._total - self._done)
-            LOG.info("%s: %d of %d, about %.0f s left", self._what, self._done, self._total, left)
+            left = duration((now - self._start) / self._done * (self._total - self._done))
+            if name is None:
+                LOG.info("%s: %d of %d, about %s left", self._what, self._done, self._total, left)
+            else:
+                LOG.info("%s: %s, %.0f %%, about %s left", self._what, name, 100 * self._done / self._total, left)
+
+
+def duration(seconds: float) -> str:
+    """A length of time as people say it: ``8 s``, ``12 min``, ``3 h 20 min``.
+
+    Args:
+        seconds: the length.
+    """
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

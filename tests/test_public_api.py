@@ -109,10 +109,11 @@ def public_functions(owner: str) -> Iterator[tuple[str, Callable[..., object]]]:
     for name in module.__all__:
         value = getattr(module, name)
         members = inspect.getmembers_static(value) if inspect.isclass(value) else [("", value)]
+        fields = getattr(value, "__dataclass_fields__", {})  # a field's default may be a function
         for method, member in members:
             function = member.__func__ if isinstance(member, classmethod | staticmethod) else member
             ours = inspect.isfunction(function) and function.__module__.startswith("metaopt_lens")
-            if ours and not method.startswith("_"):
+            if ours and not method.startswith("_") and method not in fields:
                 yield f"{name}.{method}".rstrip("."), function
 
 

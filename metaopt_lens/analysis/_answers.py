@@ -57,7 +57,8 @@ class Words:
     """The label words of all prompts, and which of them each prompt chooses among.
 
     Attributes:
-        names: all of them. own: of every prompt.
+        names: all of them.
+        own: of every prompt.
     """
 
     names: tuple[str, ...]
@@ -93,7 +94,8 @@ class Choices:
 
     Attributes:
         labels: tokens of all label words that are scored.
-        own: of every query, its candidates among them. gold: its right label (-1 where not known).
+        own: of every query, its candidates among them.
+        gold: its right label (-1 where not known).
         queries: token ids of every query.
     """
 

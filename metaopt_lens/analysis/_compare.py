@@ -52,20 +52,20 @@ def compare(
 
     Args:
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model; never modified.
-        prompts: queries with their demonstrations, in the forms `decompose` takes; prompts with the same
-            demonstrations form a set.
+        prompts: queries with their demonstrations, in the forms `decompose` takes; prompts with the same demonstrations
+            form a set.
         update: what finetuning did: one per demonstration set, in order of their first prompt (one alone for one set).
         controls: ``"quick"``, ``"standard"``, ``"sceptic"``, or `Controls`.
         finetuning: how to finetune without `update`; by default one epoch of SGD on keys and values.
         measures: how to measure: subspaces, recall, scoring of labels, the published conventions.
-        candidates: label words to choose from; by default each prompt's own, else the labels of its demonstrations,
-            and the query's label, which always belongs to them.
+        candidates: label words to choose from; by default each prompt's own, else the labels of its demonstrations, and
+            the query's label, which always belongs to them.
         prepend_bos: put BOS first; None for the model's default.
         allow_processed: accept a model with folded norms or biases.
         allow_other_training: accept updates that were trained on something else than their set's demonstrations.
         batch_size: queries run together; by default as many as memory allows.
         seed: of shuffles and random draws.
-        progress: show a bar (on a terminal).
+        progress: show a progress bar (on a terminal).
 
     Returns:
         A `Comparison`, its queries in the order of `prompts`.

@@ -92,11 +92,22 @@ class Comparison(Stored):
         return scope(self.n_sets)
 
     def interval(self, values: Float[Tensor, "query ..."], *, level: float = 0.95) -> Interval:
-        """t interval, over demonstration sets, of the mean of anything per query (see `mean_interval`)."""
+        """t interval, over demonstration sets, of the mean of anything per query (see `mean_interval`).
+
+        Args:
+            values: one value per query.
+            level: coverage of the intervals.
+        """
         return mean_interval(values, sets=self.sets, level=level)
 
     def statistic_interval(self, statistic: Measured, values: Float[Tensor, "query ..."], *, level: float) -> Interval:
-        """The same for values derived from a statistic: one value a set where the set decides it."""
+        """The same for values derived from a statistic: one value a set where the set decides it.
+
+        Args:
+            statistic: the statistic.
+            values: one value per query, derived from it.
+            level: coverage of the intervals.
+        """
         if statistic.unit == "query":
             return self.interval(values, level=level)
         means = set_means(values, self.sets)
@@ -109,6 +120,9 @@ class Comparison(Stored):
 
         Behind flipped labels the accuracy stands twice: against the natural and against the flipped labels. Draws of
         shuffled labels are averaged per query. Intervals are cut at 0 and 1.
+
+        Args:
+            level: coverage of the intervals.
 
         Raises:
             UndefinedMetricError: no candidates, or no gold labels.
@@ -167,7 +181,11 @@ class Comparison(Stored):
         return self._table("heads", head_frame, level)
 
     def p_values(self, excess: Float[Tensor, " query *item"]) -> Float[Tensor, "*item"]:
-        """Two-sided p of the mean being 0, by a t test over demonstration sets; NaN with fewer than three of them."""
+        """Two-sided p of the mean being 0, by a t test over demonstration sets; NaN with fewer than three of them.
+
+        Args:
+            excess: one value per query, 0 by chance.
+        """
         return t_test(set_means(excess, self.sets))
 
     def summary(self, *, level: float = 0.95) -> pd.DataFrame:
@@ -193,7 +211,11 @@ class Comparison(Stored):
         return self._tables[name, level].copy()
 
     def plot(self, statistic: str = "z total") -> Any:
-        """A plotly figure: layer x head map of a statistic, its main null next to it."""
+        """A plotly figure: layer x head map of a statistic, its main null next to it.
+
+        Args:
+            statistic: its name in `statistics`.
+        """
         return draw(self, "plot", statistic)
 
     # ---- storing ------------------------------------------------------------------------------------------------

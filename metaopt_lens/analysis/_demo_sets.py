@@ -23,7 +23,8 @@ class DemoSet:
 
     Attributes:
         indices: where its prompts stood among all.
-        prompts: the queries. tokenized: the same as tokens.
+        prompts: the queries.
+        tokenized: the same as tokens.
     """
 
     indices: list[int]

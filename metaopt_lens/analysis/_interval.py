@@ -59,7 +59,11 @@ class Interval:
 
 
 def scope(n_sets: int) -> str:
-    """What intervals over so many demonstration sets speak about."""
+    """What intervals over so many demonstration sets speak about.
+
+    Args:
+        n_sets: demonstration sets.
+    """
     return CONDITIONAL if n_sets < MIN_SETS_TO_DECIDE else f"over {n_sets} demonstration sets"
 
 

@@ -49,8 +49,8 @@ def finetuned_answers(
 
     Args:
         model: never modified.
-        prompt: the first of the control's prompts. tokens: of a prompt of the set, for what stands before the
-            demonstrations.
+        prompt: the first of the control's prompts.
+        tokens: of a prompt of the set, for what stands before the demonstrations.
         like: the update whose settings are used.
         choices: of the set's queries.
         prepend_bos: as for the prompts.

@@ -69,7 +69,8 @@ class Spectrum:
     """Singular value decomposition ``left @ diag(values) @ right.mT``, thin, in float64.
 
     Attributes:
-        left, right: singular vectors in columns. values: descending.
+        left, right: singular vectors in columns.
+        values: descending.
         rank: how many values are larger than rounding.
     """
 
@@ -139,7 +140,12 @@ def overlap(first: Spectrum, second: Spectrum, *, k: int) -> tuple[Float[Tensor,
 
 
 def frobenius_cosine(first: Factors, second: Factors) -> Float[Tensor, ...]:
-    """Cosine of two matrices in the Frobenius inner product, in float64; NaN where a matrix is zero."""
+    """Cosine of two matrices in the Frobenius inner product, in float64; NaN where a matrix is zero.
+
+    Args:
+        first: matrices in factors.
+        second: as many others.
+    """
     _check_comparable(first, second)
     # reducing each matrix to its singular values first would be exact for a norm, but costs far more
     norms = (_inner(first, first).clamp_min(0) * _inner(second, second).clamp_min(0)).sqrt()
@@ -147,7 +153,11 @@ def frobenius_cosine(first: Factors, second: Factors) -> Float[Tensor, ...]:
 
 
 def singular_values(matrix: Factors) -> Float[Tensor, "*item rank"]:
-    """Singular values, descending, in float64; as many as the factors allow to be non-zero."""
+    """Singular values, descending, in float64; as many as the factors allow to be non-zero.
+
+    Args:
+        matrix: in factors.
+    """
     return _svd(matrix)[1]
 
 
@@ -155,6 +165,11 @@ def principal_angles(first: Factors, second: Factors, *, k: int) -> PrincipalAng
     """Principal angles between the spaces of the k leading singular vectors of two matrices.
 
     `UndefinedMetricError` if a matrix has rank below k: its k-th singular direction is arbitrary.
+
+    Args:
+        first: matrices in factors.
+        second: as many others.
+        k: dimension of the subspaces.
     """
     _check_comparable(first, second)
     check_positive(k=k)
@@ -181,12 +196,20 @@ def effective_rank(matrix: Factors) -> Float[Tensor, ...]:
     """Exponential of the entropy of the singular values divided by their sum (Roy & Vetterli 2007).
 
     Between 1 and the rank; NaN where the matrix is zero.
+
+    Args:
+        matrix: in factors.
     """
     return spectrum(matrix).effective_rank
 
 
 def random_factors(like: Factors, *, seed: Seed) -> Factors:
-    """Gaussian factors of the same sizes, scaled so that each product keeps the given Frobenius norm."""
+    """Gaussian factors of the same sizes, scaled so that each product keeps the given Frobenius norm.
+
+    Args:
+        like: what is imitated.
+        seed: or the generator to draw from.
+    """
     generator = as_generator(seed)
     left, right = (
         torch.randn(factor.shape, generator=generator, dtype=torch.float64).to(factor.device)
@@ -198,7 +221,14 @@ def random_factors(like: Factors, *, seed: Seed) -> Factors:
 
 
 def random_subspace_angles(d: int, k: int, *, n_draws: int, seed: Seed) -> Float[Tensor, "item rank"]:
-    """Principal angles between pairs of independent, uniformly drawn k-dimensional subspaces of R^d."""
+    """Principal angles between pairs of independent, uniformly drawn k-dimensional subspaces of R^d.
+
+    Args:
+        d: dimension of the surrounding space.
+        k: dimension of the subspaces.
+        n_draws: pairs.
+        seed: or the generator to draw from.
+    """
     check_positive(d=d, k=k, n_draws=n_draws)
     if k > d:
         raise OptionError(f"a subspace of {d} dimensions has at most {d}, got k={k}: choose k <= {d}.")

@@ -58,7 +58,8 @@ class SetMeasures:
     """What came out for one demonstration set, its queries in order.
 
     Attributes:
-        statistics: with all nulls. norms: by name.
+        statistics: with all nulls.
+        norms: by name.
         answers: by setting, ``ZS``, ``ICL`` and ``FT``; empty without candidates.
         controlled: predicted candidates in context under a null, one row a draw.
     """

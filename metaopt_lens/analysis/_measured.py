@@ -19,7 +19,8 @@ class Measured:
     """One statistic, for every query, layer and (at head level) head, with what it would be by chance.
 
     Attributes:
-        name: for example ``"z total"``; description: what is compared, in which space.
+        name: for example ``"z total"``.
+        description: what is compared, in which space.
         level: at layer level the head axis has length 1.
         unit: ``set`` where the demonstrations decide the value and queries behind them repeat it.
         values: NaN where undefined.

@@ -20,7 +20,8 @@ class Null:
     """What the excess of a similarity over a null answers.
 
     Attributes:
-        question: in words. what: the excess, as it is called in a sentence.
+        question: in words.
+        what: the excess, as it is called in a sentence.
     """
 
     question: str

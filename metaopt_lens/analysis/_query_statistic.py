@@ -58,10 +58,18 @@ class QueryStatistic:
         return QueryStatistic(self.values.nanmean(-1), self.undefined_because)
 
     def select(self, queries: Bool[Tensor, " query"]) -> QueryStatistic:
-        """The same for some of the queries."""
+        """The same for some of the queries.
+
+        Args:
+            queries: which.
+        """
         return QueryStatistic(self.values[queries], self.undefined_because)
 
     @staticmethod
     def concatenate(parts: list[QueryStatistic]) -> QueryStatistic:
-        """Join the statistics of successive groups of queries."""
+        """Join the statistics of successive groups of queries.
+
+        Args:
+            parts: the statistics, in order.
+        """
         return QueryStatistic(torch.cat([part.values for part in parts]), parts[0].undefined_because)

@@ -47,6 +47,9 @@ class Rec2FTP:
         """Exact (Clopper-Pearson) interval of `value` in percent, from its counts; None where there is no value.
 
         Queries count as independent: with demonstration sets that differ, the truth is less certain than this.
+
+        Args:
+            level: nominal coverage.
         """
         return exact_interval(self.both, self.ft, level=level)
 
@@ -75,7 +78,13 @@ class Rec2FTP:
 
 
 def exact_interval(k: int, n: int, *, level: float = 0.95) -> tuple[float, float] | None:
-    """Clopper-Pearson interval, in percent, of a share of which k of n were seen; None if n is 0."""
+    """Clopper-Pearson interval, in percent, of a share of which k of n were seen; None if n is 0.
+
+    Args:
+        k: how many have the property.
+        n: of how many.
+        level: nominal coverage.
+    """
     from scipy.stats import beta  # here, as importing it takes half a second
 
     if n == 0:

@@ -188,6 +188,11 @@ def sim_aou_null(
     Both unit vectors lie on one side of the sphere's point ``zs``, so their differences from it share the
     component along ``zs`` even when all else is independent. Exact when the components orthogonal to ``zs``
     are independent and isotropic. NaN where a hidden state is zero.
+
+    Args:
+        icl: attention outputs of the in-context run.
+        zs: of the zero-shot run.
+        ft: of the finetuned zero-shot run.
     """
     away_icl = (1 - cosine(icl, zs)).clamp_min(0)  # rounding can push a cosine above 1
     away_ft = (1 - cosine(ft, zs)).clamp_min(0)

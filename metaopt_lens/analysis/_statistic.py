@@ -47,7 +47,11 @@ class Statistic:
     needs_factors: bool = False
 
     def called(self, context: Context) -> str:
-        """Its name, filled in."""
+        """Its name, filled in.
+
+        Args:
+            context: what the comparison was told.
+        """
         return self.name.format(**context.words)
 
     def measure(self, readings: Readings, context: Context) -> Measured:

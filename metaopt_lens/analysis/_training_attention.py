@@ -42,7 +42,12 @@ class TrainingAttention:
 def finetuning_scores(
     ft_attn_q: Float[Tensor, "src layer d_model"], attn_q: Float[Tensor, "query layer d_model"]
 ) -> Float[Tensor, "query layer src"]:
-    """Product of each query's vector with each demonstration token's, summed over all heads, in float64."""
+    """Product of each query's vector with each demonstration token's, summed over all heads, in float64.
+
+    Args:
+        ft_attn_q: query vectors of the demonstrations' tokens in finetuning.
+        attn_q: query vectors of the queries.
+    """
     if ft_attn_q.shape[1:] != attn_q.shape[1:]:
         raise OptionError(
             f"query vectors of one model are needed, got layers and width {tuple(ft_attn_q.shape[1:])} "
@@ -60,7 +65,11 @@ def finetuning_scores(
 
 def context_columns(demo_lengths: Int[Tensor, " demo"]) -> Int[Tensor, " src"]:
     """Columns of a context ``start token, demonstration, separator, demonstration, separator ...`` that are
-    demonstration tokens; `demo_lengths` counts the tokens without start token and separator."""
+    demonstration tokens; `demo_lengths` counts the tokens without start token and separator.
+
+    Args:
+        demo_lengths: tokens of each demonstration.
+    """
     lengths = demo_lengths.tolist()
     columns: list[int] = []
     start = 1

@@ -9,7 +9,7 @@ import typer
 
 from metaopt_lens._errors import MetaoptLensError
 from metaopt_lens.cli import _experiment_commands, _momentum_commands, _prompt_commands, _record_commands
-from metaopt_lens.cli._showing import say
+from metaopt_lens.cli._showing import log_on_stderr, say
 
 _MISTAKE = 2  # exit code for everything the user can put right; typer's own for bad options
 
@@ -19,7 +19,8 @@ class _Commands(typer.core.TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with log_on_stderr():
+                return super().invoke(ctx)
         except MetaoptLensError as error:
             say(f"error: {' '.join(str(error).split())}", to_stderr=True)
             raise typer.Exit(_MISTAKE) from error

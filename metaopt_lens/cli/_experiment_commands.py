@@ -5,65 +5,53 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from metaopt_lens._configuration import read_file
 from metaopt_lens._errors import OptionError
 from metaopt_lens.cli import _options as options
+from metaopt_lens.cli import _run_options as of_run
 from metaopt_lens.cli._showing import say, say_written, show_run
+
+if TYPE_CHECKING:
+    from metaopt_lens.experiments import RunConfig
+
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    "seeds": options.seeds,
+    "lr": options.learning_rate,
+    "rules": lambda text: [rule.strip() for rule in text.split(",")],
+}
 
 
 def run(
-    out: Annotated[Path, typer.Option("--out", help="Directory of the results; an unfinished run there is resumed.")],
+    out: of_run.Out,
     model: options.MaybeModel = None,
-    task: Annotated[
-        str | None, typer.Option(help="sst2, sst5, mr, subj, agnews, cb, word-pairs, synthetic, ..., or a TOML file.")
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="TOML or JSON file with settings; options given here take precedence.")
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Local file or folder with the task's rows (default: the hub).", metavar="PATH")
-    ] = None,
-    shots: Annotated[
-        int | None, typer.Option(help="Demonstrations, or as many as fit the context window (default 32).")
-    ] = None,
-    seeds: Annotated[
-        str | None, typer.Option(help="How many demonstration sets, or their seeds, such as 1,2,5 (default 3).")
-    ] = None,
-    queries: Annotated[int | None, typer.Option(help="How many rows to use as queries (default: all).")] = None,
+    task: of_run.TaskName = None,
+    config: of_run.Config = None,
+    data: of_run.Data = None,
+    shots: of_run.Shots = None,
+    seeds: of_run.Seeds = None,
+    queries: of_run.Queries = None,
     lr: options.MaybeRate = None,
-    variant: Annotated[
-        options.Variant | None,
-        typer.Option(help="Form of the templates: as published, or the released code's one-line form."),
-    ] = None,
-    selection: Annotated[
-        options.Selection | None, typer.Option(help="How demonstrations are chosen (default balanced).")
-    ] = None,
-    rules: Annotated[str | None, typer.Option(help="gd, lcgd, or gd,lcgd (default).")] = None,
-    random_weights: Annotated[
-        bool | None,
-        typer.Option("--random-weights/--no-random-weights", help="Also run on permuted weights (default yes)."),
-    ] = None,
-    attribution: Annotated[
-        bool | None,
-        typer.Option("--attribution/--no-attribution", help="Measure every head's effect (default yes)."),
-    ] = None,
-    reference: Annotated[
-        bool | None, typer.Option("--reference/--no-reference", help="Metrics with the published code's choices.")
-    ] = None,
+    variant: of_run.TemplateVariant = None,
+    selection: of_run.Chosen = None,
+    rules: of_run.Rules = None,
+    controls: of_run.ControlsPreset = None,
+    n_label_draws: of_run.LabelDraws = None,
+    random_weights: of_run.RandomWeights = None,
+    unrelated: of_run.Unrelated = None,
+    attribution: of_run.Attribution = None,
+    reference: of_run.Reference = None,
     dtype: options.MaybeWeightsType = None,
     device: options.Device = None,
-    n_devices: Annotated[int | None, typer.Option(help="Spread the model over this many devices.")] = None,
-    device_map: Annotated[
-        str | None, typer.Option(help="Placement of the modules, such as auto; passed to TransformerLens.")
-    ] = None,
+    n_devices: of_run.Devices = None,
+    device_map: of_run.DeviceMap = None,
     threads: options.Threads = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences run together (default 16).")] = None,
-    save_updates: Annotated[
-        bool | None, typer.Option("--save-updates/--no-save-updates", help="Store the weight updates as well.")
-    ] = None,
+    batch_size: of_run.Together = None,
+    save_updates: of_run.SaveUpdates = None,
     recompute_damaged: options.Recompute = False,
     no_cache: options.NoCache = False,
 ) -> None:
@@ -71,27 +59,27 @@ def run(
     given = dict(locals())
     for name in ("out", "config", "recompute_damaged", "no_cache"):  # not settings of the run
         del given[name]
-    read: dict[str, Callable[[str], Any]] = {
-        "seeds": options.seeds,
-        "lr": options.learning_rate,
-        "rules": lambda text: [rule.strip() for rule in text.split(",")],
-    }
-    changed = {
-        name: read[name](value) if name in read else str(value) if isinstance(value, StrEnum) else value
-        for name, value in given.items()
-        if value is not None
-    }
-
-    from metaopt_lens.experiments import RunConfig, load_run_model, run_experiment
+    from metaopt_lens.experiments import load_run_model, run_experiment
 
     options.quiet_hub()
-    body = {**({} if config is None else RunConfig.load(config).to_dict()), **changed}
+    settings = _settings(config, {name: value for name, value in given.items() if value is not None})
+    converted = load_run_model(settings, cache=False) if no_cache else None
+    show_run(run_experiment(settings, out, model=converted, recompute_damaged=recompute_damaged))
+
+
+def _settings(file: Path | None, given: dict[str, Any]) -> RunConfig:
+    """A file's settings under those of the command line."""
+    from metaopt_lens.experiments import RunConfig
+
+    changed = {
+        name: _READERS[name](value) if name in _READERS else str(value) if isinstance(value, StrEnum) else value
+        for name, value in given.items()
+    }
+    body = {**({} if file is None else read_file(file)), **changed}
     for name in ("model", "task"):
         if name not in body:
             raise OptionError(f"run needs --{name} (or --config with a file that names it).")
-    settings = RunConfig.from_dict(body, where="the options")
-    converted = load_run_model(settings, cache=False) if no_cache else None
-    show_run(run_experiment(settings, out, model=converted, recompute_damaged=recompute_damaged))
+    return RunConfig.from_dict(body, where="the options" if file is None else f"{file} with the options")
 
 
 def sweep(

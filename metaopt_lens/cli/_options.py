@@ -36,6 +36,14 @@ class Variant(StrEnum):
     one_line = "one-line"
 
 
+class Controls(StrEnum):
+    """What similarities are compared with."""
+
+    quick = "quick"
+    standard = "standard"
+    sceptic = "sceptic"
+
+
 class Selection(StrEnum):
     """How demonstrations are chosen."""
 

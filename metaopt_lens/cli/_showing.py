@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,23 @@ if TYPE_CHECKING:
 def say(text: str, *, to_stderr: bool = False) -> None:
     """A line of text as it is, however long."""
     Console(stderr=to_stderr).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def log_on_stderr() -> Iterator[None]:
+    """Within it, lines of the library's log go to stderr, each with the time of day."""
+    import logging
+
+    log, handler = logging.getLogger("metaopt_lens"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def say_written(paths: Iterable[Path], *, to_stderr: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from metaopt_lens._errors import UndefinedMetricError, UnsupportedModelError
 from metaopt_lens.analysis import mean_interval
 from metaopt_lens.experiments._prompt_set import PromptSet
 from metaopt_lens.experiments._run_config import RunConfig
-from metaopt_lens.experiments._stages import Save, read_json, untimed, write_json
+from metaopt_lens.experiments._stages import Save, read_json, versions, write_json
 from metaopt_lens.interventions import HeadEffects, Recovery, head_effects, rank_by_effect, recovery
 from metaopt_lens.models import LensModel
 from metaopt_lens.prompts import ICLPrompt, tokenize_label
@@ -41,7 +42,7 @@ def attribution(config: RunConfig, model: LensModel, prompts: PromptSet) -> Save
     def save(folder: Path) -> None:
         write_json(folder / "attribution.json", {"queries": len(chosen), "notes": notes})
         if effects is not None:
-            untimed(effects.save(folder / "effects"))
+            dataclasses.replace(effects, provenance=versions()).save(folder / "effects")
 
     return save
 

@@ -53,6 +53,8 @@ class RunConfig:
         held_out: rows for the choice of the learning rate, at most.
         n_candidates: for open vocabularies: how many outputs each query chooses among; None for all that occur.
         scoring: of label words, ``"mean"`` log-probability of their tokens or the ``"first"`` token's.
+        controls: ``"quick"``, ``"standard"`` or ``"sceptic"`` (see `Controls`). The next three take precedence.
+        n_label_draws: how often the demonstrations' labels are shuffled; each costs a run of everything, and 0 is none.
         random_weights: also run on permuted weights (costs the model's memory once more and about doubles the time).
         unrelated: also finetune on unrelated texts.
         attribution: also measure what every head's meta-gradient does to the answers, on the first
@@ -86,8 +88,10 @@ class RunConfig:
     held_out: Count = 32
     n_candidates: _AtLeast2 | None = None
     scoring: Scoring = "mean"
-    random_weights: Flag = True
-    unrelated: Flag = True
+    controls: Literal["quick", "standard", "sceptic"] = "sceptic"
+    n_label_draws: NonNegative | None = None
+    random_weights: Flag | None = None
+    unrelated: Flag | None = None
     attribution: Flag = True
     attribution_queries: Count = 16
     attribution_metric: Literal["auto", "logit_difference", "label_log_prob"] = "auto"

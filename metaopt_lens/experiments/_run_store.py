@@ -177,7 +177,7 @@ class RunStore:
             removed.append(piece)
         return removed
 
-    def write(self, piece: str, save: Callable[[Path], None]) -> None:
+    def write(self, piece: str, save: Callable[[Path], object]) -> None:
         """Let `save` fill a directory, and put it in place as the piece.
 
         Raises:

@@ -26,9 +26,7 @@ from metaopt_lens.finetuning import LearningRateChoice, choose_learning_rate
 from metaopt_lens.models import LensModel
 from metaopt_lens.runs import tokenize_for
 
-Save = Callable[[Path], None]
-
-_LABEL_DRAWS = 4
+Save = Callable[[Path], object]  # fills the folder of a piece
 
 
 def write_json(path: Path, body: Any) -> None:
@@ -81,13 +79,7 @@ def comparison(config: RunConfig, model: LensModel, prompts: PromptSet, rule: Ru
     found = compare(
         model,
         prompts.prompts,
-        controls=Controls(
-            shuffled_labels=_LABEL_DRAWS,
-            unrelated_text=config.unrelated,
-            random_weights=config.random_weights,
-            texts={UNRELATED_TEXT: prompts.unrelated} if config.unrelated and prompts.unrelated else {},
-            n_null_draws=config.n_null_draws,
-        ),
+        controls=_controls(config, prompts),
         finetuning=Finetuning(lr=lr, epochs=config.epochs, layer_causal=rule == "lcgd"),
         measures=Measures(
             subspace_dim=min(config.subspace_dim, model.info.d_head),
@@ -107,19 +99,27 @@ def comparison(config: RunConfig, model: LensModel, prompts: PromptSet, rule: Ru
         found.save(folder / "comparison")
         write_json(folder / "finetuning.json", {"lr": lr, "losses": list(update.losses), "notes": list(found.notes)})
         if config.save_updates:
-            untimed(update.save(folder / "update"))
+            dataclasses.replace(update, provenance=versions()).save(folder / "update")
 
     return save
+
+
+def _controls(config: RunConfig, prompts: PromptSet) -> Controls:
+    """Those of the preset, but for what the configuration says itself."""
+    said = {
+        "shuffled_labels": config.n_label_draws,
+        "unrelated_text": config.unrelated,
+        "random_weights": config.random_weights,
+    }
+    changes: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
+    asked = dataclasses.replace(Controls.of(config.controls), n_null_draws=config.n_null_draws, **changes)
+    own = asked.unrelated_text and bool(prompts.unrelated)
+    return dataclasses.replace(asked, texts={UNRELATED_TEXT: prompts.unrelated}) if own else asked
 
 
 def versions() -> dict[str, Any]:
     """Versions without the time, so that equal runs give equal bytes."""
     return {name: value for name, value in provenance().items() if name != "created"}
-
-
-def untimed(file: Path) -> None:
-    """Take the time out of a saved result's JSON file."""
-    write_json(file, {**read_json(file), "provenance": versions()})
 
 
 def load_comparison(folder: Path) -> Comparison:
@@ -143,12 +143,8 @@ def example(config: RunConfig, model: LensModel, prompts: PromptSet) -> Save:
     size = 2 * 4 * info.n_layers * n_tokens * info.n_kv_heads * info.d_head
     if size > _EXAMPLE_BYTES:
         return lambda folder: write_json(folder / "example.json", {"left_out": f"about {size >> 20} MiB"})
-    found = decompose(model, first, prepend_bos=config.prepend_bos)
-
-    def save(folder: Path) -> None:
-        untimed(found.save(folder / "decomposition"))
-
-    return save
+    found = dataclasses.replace(decompose(model, first, prepend_bos=config.prepend_bos), provenance=versions())
+    return lambda folder: found.save(folder / "decomposition")
 
 
 def load_example(folder: Path) -> Decomposition | None:

@@ -6,28 +6,25 @@ import itertools
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
-from tqdm.auto import tqdm
 
 from metaopt_lens._configuration import Count, Different, read, read_file, settings
-from metaopt_lens._errors import FileFormatError, MetaoptLensError, OptionError
-from metaopt_lens.experiments._run import find_run_task, run_experiment
+from metaopt_lens._errors import MetaoptLensError, OptionError
+from metaopt_lens._progress import Progress
+from metaopt_lens.experiments._run import run_experiment
 from metaopt_lens.experiments._run_config import LearningRate, RunConfig, Seeds
-from metaopt_lens.experiments._run_result import ExperimentResult
+from metaopt_lens.experiments._run_inputs import find_run_task, load_run_model
 from metaopt_lens.experiments._run_store import RunStore
+from metaopt_lens.experiments._sweep_result import SWEEP_FILE, SweepResult
 from metaopt_lens.experiments._workers import Workers
 from metaopt_lens.tasks import Task
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-SWEEP_FILE = "sweep.json"
-_AXES = ("model", "task", "shots", "lr")
+_MODEL_FIELDS = ("model", "dtype", "device", "revision", "n_devices", "device_map")
 _UNSAFE = re.compile(r"[^A-Za-z0-9.]+")
 
 
@@ -120,55 +117,6 @@ class SweepConfig:
         return read(cls, read_file(path), where=str(path))
 
 
-@dataclass(frozen=True, repr=False)
-class SweepResult:
-    """The stored results of a sweep.
-
-    Attributes:
-        path: its directory, with a directory for every run.
-        names: of the runs.
-    """
-
-    path: Path
-    names: tuple[str, ...]
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> SweepResult:
-        """Open the directory of a sweep, finished or not.
-
-        Args:
-            path: the sweep's directory.
-
-        Raises:
-            FileFormatError: it holds no sweep.
-        """
-        body = RunStore(path).read(SWEEP_FILE)
-        if body is None or not isinstance(body.get("runs"), dict):
-            raise FileFormatError(f"{path} holds no sweep: there is no (valid) {SWEEP_FILE} in it.")
-        return cls(Path(path), tuple(body["runs"]))
-
-    @property
-    def runs(self) -> dict[str, ExperimentResult]:
-        """The results of all runs, by name."""
-        return {name: ExperimentResult.load(self.path / name) for name in self.names}
-
-    def table(self, name: str) -> pd.DataFrame:
-        """A table (see `ExperimentResult.table`) of all runs below each other, with columns model, task, shots, lr.
-
-        Args:
-            name: see `ExperimentResult.table`.
-        """
-        import pandas as pd
-
-        frames = [
-            run.table(name).assign(**{axis: getattr(run.config, axis) for axis in _AXES}) for run in self.runs.values()
-        ]
-        return pd.concat(frames, ignore_index=True)
-
-    def __repr__(self) -> str:
-        return f"SweepResult of {len(self.names)} runs in {self.path}: {', '.join(self.names)}"
-
-
 def run_sweep(
     config: SweepConfig, out: str | os.PathLike[str], *, recompute_damaged: bool = False, progress: bool = True
 ) -> SweepResult:
@@ -182,6 +130,9 @@ def run_sweep(
         out: directory of the results.
         recompute_damaged: recompute damaged pieces instead of refusing them.
         progress: show a progress bar (on a terminal).
+
+    Returns:
+        A `SweepResult`, which reads from `out`.
 
     Raises:
         OptionError: a value that makes no sense, an unknown task.
@@ -203,9 +154,9 @@ def run_sweep(
         for seed in run.seeds
     ]
     failed: dict[str, str] = {}
-    with tqdm(total=len(jobs), desc="sweep", unit="job", disable=None if progress else True) as bar:
-        for name, problem in config.workers.run(_job, jobs):
-            bar.update()
+    with Progress(len(jobs), "sweep", shown=progress) as shown:
+        for name, seed, problem in config.workers.run(_job, jobs):
+            shown.advance(1, f"{name}, seed {seed}")
             if problem is not None:
                 failed.setdefault(name, problem)
     if failed:
@@ -226,45 +177,31 @@ def _prepare(store: RunStore) -> None:
 
 def _job(
     name: str, config: RunConfig, task: Task, out: str, seed: int, threads: int, recompute_damaged: bool
-) -> tuple[str, str | None]:
-    """One seed of one run, in a worker."""
+) -> tuple[str, int, str | None]:
+    """One seed of one run, in a worker, and what went wrong."""
     import torch
 
     torch.set_num_threads(threads)
+    problem = None
     try:
         run_experiment(
             config,
             out,
-            model=_model(
-                config.model, config.dtype, config.device, config.revision, config.n_devices, config.device_map
-            ),
+            model=_model(RunConfig(task="", **{name: getattr(config, name) for name in _MODEL_FIELDS})),
             task=task,
             only_seeds=[seed],
             recompute_damaged=recompute_damaged,
             progress=False,
         )
     except MetaoptLensError as error:
-        return name, str(error)
-    return name, None
+        problem = str(error)
+    return name, seed, problem
 
 
 @lru_cache(maxsize=1)
-def _model(
-    name: str,
-    dtype: str,
-    device: str | None,
-    revision: str | None,
-    n_devices: int | None,
-    device_map: str | None,
-) -> Any:
+def _model(named: RunConfig) -> Any:
     """The model of the last job, which is often that of the next."""
-    import torch
-
-    from metaopt_lens.models import load_model
-
-    return load_model(
-        name, dtype=getattr(torch, dtype), device=device, revision=revision, n_devices=n_devices, device_map=device_map
-    )
+    return load_run_model(named)
 
 
 def _slug(text: str) -> str:

@@ -13,3 +13,12 @@ from metaopt_lens.finetuning._update import WeightUpdate as WeightUpdate
 from metaopt_lens.finetuning._updated_memory import UpdatedMemory as UpdatedMemory
 from metaopt_lens.finetuning._updated_memory import delta_w_ft as delta_w_ft
 from metaopt_lens.finetuning._updated_memory import updated_memory as updated_memory
+
+__all__ = [
+    "FinetuneSettings",
+    "LearningRateChoice",
+    "StepFactors",
+    "WeightUpdate",
+    "choose_learning_rate",
+    "finetune",
+]

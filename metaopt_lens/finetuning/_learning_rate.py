@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from metaopt_lens._errors import NonFiniteError, OptionError, PromptError
-from metaopt_lens.finetuning._finetune import finetune
-from metaopt_lens.models import LensModel, wrap
+from metaopt_lens.finetuning._descent import Descent
+from metaopt_lens.finetuning._finetune import prepare
+from metaopt_lens.models import Hook, LensModel, wrap
 from metaopt_lens.prompts import Demo, ICLPrompt, Template, tokenize_label
-from metaopt_lens.runs import check_candidates, score_candidates, tokenize_for
+from metaopt_lens.runs import check_candidates, run_shared_prefix, score_candidates, tokenize_for
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,8 +30,10 @@ class LearningRateChoice:
     """The learning rate that did best on held-out demonstrations, and how all of them did.
 
     Attributes:
-        lr: the choice. rates: what was tried; accuracy, loss: on the held-out demonstrations, NaN where the training
-            loss diverged. base_accuracy, base_loss: without finetuning.
+        lr: the choice.
+        rates: what was tried.
+        accuracy, loss: on the held-out demonstrations, NaN where training diverged.
+        base_accuracy, base_loss: without finetuning.
     """
 
     lr: float
@@ -60,9 +66,15 @@ def choose_learning_rate(
     """Finetune with every rate and keep the one that predicts held-out demonstrations best, zero-shot.
 
     Ties in accuracy go to the lower loss (mean negative log-probability of the correct label among the candidates).
+    A rate has diverged, and is given up, once a training loss is above twice that of the first step and twice that of
+    guessing, ln(vocabulary).
 
     Args:
-        demos: what to finetune on; held_out: what to judge on (not among `demos`).
+        model: `HookedTransformer`, `TransformerBridge` or a wrapped model. It is not modified.
+        demos: what to finetune on.
+        held_out: what to judge on; none of `demos`.
+        rates: learning rates to try.
+        metric: ``"accuracy"`` on the held-out demonstrations (ties go to the lower loss), or ``"loss"``.
         candidates: the label words; by default all labels that occur.
         template: the text around input and label; the prompt's own for an `ICLPrompt`, whose instruction stands before
             the held-out queries too.
@@ -78,65 +90,95 @@ def choose_learning_rate(
         raise OptionError("choose_learning_rate needs at least one rate.")
     if metric not in {"accuracy", "loss"}:
         raise OptionError(f"metric must be 'accuracy' or 'loss', got {metric!r}.")
-    wrapped = wrap(model)
-    form = demos.template if isinstance(demos, ICLPrompt) else template or Template()
-    instruction = demos.instruction if isinstance(demos, ICLPrompt) else None
-    train = [_pair(d) for d in (demos.demos if isinstance(demos, ICLPrompt) else demos)]
-    test = [_pair(d) for d in held_out]
-    if not test:
-        raise PromptError("choose_learning_rate needs at least one held-out demonstration.")
-    words = tuple(candidates or dict.fromkeys(label for _, label in (*train, *test)))
-    ids = [tokenize_label(word, form, wrapped.tokenizer) for word in words]
-    check_candidates(ids, words)
-    missing = sorted({label for _, label in test} - set(words))
-    if missing:
-        raise PromptError(f"the held-out label {missing[0]!r} is not among the candidates {list(words)}.")
-    gold = torch.tensor([words.index(label) for _, label in test])
-    # Trained and judged on the same prompt: its template, its instruction, and BOS or not.
-    prompts = [ICLPrompt((), text, form, instruction) for text, _ in test]
-    queries = [tokenize_for(wrapped, prompt, prepend_bos=prepend_bos).ids for prompt in prompts]
+    settings.pop("keep_factors", None)
+    if isinstance(demos, ICLPrompt):
+        form, instruction, train = demos.template, demos.instruction, [_pair(demo) for demo in demos.demos]
+    else:
+        form, instruction, train = template or Template(), None, [_pair(demo) for demo in demos]
+    judge = _Judge.of(
+        wrap(model), train, held_out, candidates, template=form, instruction=instruction, prepend_bos=prepend_bos
+    )
     training = demos if isinstance(demos, ICLPrompt) else train
-    base_accuracy, base_loss = _judge(wrapped, queries, ids, gold)
-    accuracy, loss = [], []
-    for rate in rates:
-        try:
-            update = finetune(
-                wrapped, training, lr=rate, template=form, prepend_bos=prepend_bos, progress=False, **settings
-            )
-        except NonFiniteError:
-            found = (float("nan"), float("nan"))
-        else:
-            with update.applied(wrapped):
-                found = _judge(wrapped, queries, ids, gold)
-        accuracy.append(found[0])
-        loss.append(found[1])
-    usable = [i for i in range(len(rates)) if loss[i] == loss[i]]
+    descent = prepare(judge.model, training, lr=rates[0], template=form, prepend_bos=prepend_bos, **settings)
+    checked = [replace(descent.settings, lr=float(rate)).lr for rate in rates]
+    base = judge.verdict()
+    found = [_try_rate(descent, judge, rate) for rate in checked]
+    usable = [i for i, (_, loss) in enumerate(found) if not math.isnan(loss)]
     if not usable:
         raise NonFiniteError(f"finetuning diverged at every learning rate tried ({list(rates)}): try smaller ones.")
-    keys = {i: (-accuracy[i], loss[i]) if metric == "accuracy" else (loss[i],) for i in usable}
-    best = min(usable, key=lambda i: keys[i])
+    best = min(usable, key=lambda i: (-found[i][0], found[i][1]) if metric == "accuracy" else (found[i][1],))
     return LearningRateChoice(
         lr=float(rates[best]),
         metric=metric,
         rates=tuple(rates),
-        accuracy=tuple(accuracy),
-        loss=tuple(loss),
-        base_accuracy=base_accuracy,
-        base_loss=base_loss,
+        accuracy=tuple(accuracy for accuracy, _ in found),
+        loss=tuple(loss for _, loss in found),
+        base_accuracy=base[0],
+        base_loss=base[1],
     )
+
+
+def _try_rate(descent: Descent, judge: _Judge, rate: float) -> tuple[float, float]:
+    """Accuracy and loss on the held-out demonstrations after finetuning at a rate; NaN if it diverges."""
+    try:
+        update = descent.at(rate)
+    except NonFiniteError:
+        return math.nan, math.nan
+    return judge.verdict(update.hooks(judge.model))
 
 
 def _pair(demo: Demo | tuple[str, str]) -> tuple[str, str]:
     return (demo.input, demo.label) if isinstance(demo, Demo) else demo
 
 
-def _judge(
-    model: LensModel,
-    queries: Sequence[Sequence[int]],
-    candidates: Sequence[Sequence[int]],
-    gold: torch.Tensor,
-) -> tuple[float, float]:
-    scores = score_candidates(model, None, queries, candidates)
-    hits = (scores.argmax(-1) == gold).double().mean()
-    log_probs = scores.log_softmax(-1)[torch.arange(len(gold)), gold]
-    return float(hits), float(-log_probs.mean())
+@dataclass(frozen=True, eq=False)
+class _Judge:
+    """Held-out demonstrations, tokenised once: what they ask, the label words, and which of them is right."""
+
+    model: LensModel
+    shared: tuple[int, ...]  # the instruction, with BOS: run once for all queries
+    queries: tuple[tuple[int, ...], ...]
+    words: tuple[tuple[int, ...], ...]
+    gold: Int[Tensor, " query"]
+
+    @classmethod
+    def of(
+        cls,
+        model: LensModel,
+        train: Sequence[tuple[str, str]],
+        held_out: Sequence[Demo | tuple[str, str]],
+        candidates: Sequence[str] | None,
+        *,
+        template: Template,
+        instruction: str | None,
+        prepend_bos: bool | None,
+    ) -> _Judge:
+        """Judged on the same prompt as trained on: its template, its instruction, and BOS or not."""
+        test = [_pair(demo) for demo in held_out]
+        if not test:
+            raise PromptError("choose_learning_rate needs at least one held-out demonstration.")
+        words = tuple(candidates or dict.fromkeys(label for _, label in (*train, *test)))
+        ids = [tokenize_label(word, template, model.tokenizer) for word in words]
+        check_candidates(ids, words)
+        missing = sorted({label for _, label in test} - set(words))
+        if missing:
+            raise PromptError(f"the held-out label {missing[0]!r} is not among the candidates {list(words)}.")
+        prompts = [ICLPrompt((), text, template, instruction) for text, _ in test]
+        tokenized = [tokenize_for(model, prompt, prepend_bos=prepend_bos) for prompt in prompts]
+        start = 0 if instruction is None else tokenized[0].query.start
+        return cls(
+            model,
+            shared=tokenized[0].ids[:start],
+            queries=tuple(tokens.ids[start:] for tokens in tokenized),
+            words=tuple(map(tuple, ids)),
+            gold=torch.tensor([words.index(label) for _, label in test]),
+        )
+
+    def verdict(self, hooks: Sequence[Hook] = ()) -> tuple[float, float]:
+        """Accuracy, and mean negative log-probability of the right label among the candidates."""
+        with self.model.hooked(hooks):
+            prefix = run_shared_prefix(self.model, self.shared)
+            scores = score_candidates(self.model, prefix, self.queries, self.words)
+        hits = (scores.argmax(-1) == self.gold).double().mean()
+        log_probs = scores.log_softmax(-1)[torch.arange(len(self.gold)), self.gold]
+        return float(hits), float(-log_probs.mean())

@@ -3,6 +3,9 @@
 from metaopt_lens.interventions._apply import AppliedMetaGradient as AppliedMetaGradient
 from metaopt_lens.interventions._attribution import head_effects as head_effects
 from metaopt_lens.interventions._demo_tokens import DemoTokens as DemoTokens
+from metaopt_lens.interventions._function_vector import FunctionVector as FunctionVector
+from metaopt_lens.interventions._function_vector import function_vector as function_vector
+from metaopt_lens.interventions._function_vector import word_pair_prompts as word_pair_prompts
 from metaopt_lens.interventions._head_effects import HeadEffects as HeadEffects
 from metaopt_lens.interventions._head_effects import ICLHeads as ICLHeads
 from metaopt_lens.interventions._head_effects import rank_by_effect as rank_by_effect
@@ -21,3 +24,16 @@ from metaopt_lens.interventions._stages import Change as Change
 from metaopt_lens.interventions._stages import Memory as Memory
 from metaopt_lens.interventions._stages import StagedIntervention as StagedIntervention
 from metaopt_lens.interventions._stages import Visibility as Visibility
+
+__all__ = [
+    "AppliedMetaGradient",
+    "HeadEffects",
+    "ICLHeads",
+    "KnockOut",
+    "MetaGradient",
+    "MomentumAttention",
+    "Recovery",
+    "head_effects",
+    "intervene",
+    "meta_gradient",
+]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from metaopt_lens._codec import NOT_IN_0_1, Stored
+from metaopt_lens._codec import Stored
 from metaopt_lens._errors import UndefinedMetricError
 from metaopt_lens._plots import draw
 from metaopt_lens._storage import provenance
@@ -56,7 +57,7 @@ class HeadEffects(Stored):
         selection_order: heads by exact mean effect on the other queries, in the direction of the gain, as ``layer *
             n_heads + head``.
         added: the metric of the held-out queries with only the first n heads of that order in place, n from 0 to all.
-        demos: the demonstrations' texts (none in files of version 0.1).
+        demos: the demonstrations' texts.
         provenance: versions and time.
     """
 
@@ -75,8 +76,18 @@ class HeadEffects(Stored):
     held_out: Int[Tensor, " held_out"]
     selection_order: Int[Tensor, " rank"]
     added: Float[Tensor, "held_out n_added"]
-    demos: tuple[Demo, ...] = field(default=(), metadata=NOT_IN_0_1)
+    demos: tuple[Demo, ...] = ()
     provenance: dict[str, Any] = field(default_factory=provenance)
+
+    @classmethod
+    def _refusal(cls, body: Mapping[str, Any]) -> str | None:
+        """Files of 0.1 do not say which queries were held out (nor the demonstrations' texts)."""
+        if "demos" in body:
+            return None
+        return (
+            "was written by metaopt-lens 0.1, which ranked heads and counted their recovery on the same queries: "
+            "measure them again with head_effects(model, prompts)."
+        )
 
     @property
     def gain(self) -> Float[Tensor, " query"]:

@@ -44,7 +44,8 @@ def meta_gradient(
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model. It is not modified.
         demos: demonstrations, or a prompt (in the forms `decompose` takes) whose demonstrations, template and
             instruction are taken (its query is not).
-        template: the text around inputs and labels. instruction: text before the demonstrations.
+        template: the text around inputs and labels.
+        instruction: text before the demonstrations.
         prepend_bos: put BOS first; None for the model's default.
 
     Raises:
@@ -94,7 +95,8 @@ class MetaGradient(Stored):
         tokens: ids of S and D and the demonstrations' spans.
         k, v: keys (as the scores see them) and values of S and D.
         host_k: keys as the host's cache holds them, where that is something else.
-        heads: which heads it acts on. chosen: which demonstrations are in it.
+        heads: which heads it acts on.
+        chosen: which demonstrations are in it.
         strength: factor on the change of z it makes.
         fingerprint: of every weight of the model, so that it is not applied to one with other weights.
         provenance: versions and time.
@@ -125,6 +127,11 @@ class MetaGradient(Stored):
 
         Demonstrations are counted as in the prompt. What is left out is masked: later ones keep what they read from it.
 
+        Args:
+            heads: heads such as ``"L3H7"`` or ``(3, 7)``; None for all.
+            layers: layers, counted from 0; None for all.
+            demos: demonstrations, counted from 0; None for all.
+
         Raises:
             HeadError, OptionError: unknown heads, layers or demonstrations, or an empty selection.
         """
@@ -139,12 +146,20 @@ class MetaGradient(Stored):
         return dataclasses.replace(self, heads=mask, chosen=chosen)
 
     def without_demo(self, index: int) -> MetaGradient:
-        """Leave one demonstration out by masking its tokens; make a new meta-gradient to re-run without it."""
+        """Leave one demonstration out by masking its tokens; make a new meta-gradient to re-run without it.
+
+        Args:
+            index: the demonstration, counted from 0.
+        """
         self.tokens.check_demos([index])
         return self.select(demos=[demo for demo in self.chosen if demo != index])
 
     def scaled(self, strength: float) -> MetaGradient:
-        """The same direction, `strength` times as far: ``z + strength (z_applied - z)``."""
+        """The same direction, `strength` times as far: ``z + strength (z_applied - z)``.
+
+        Args:
+            strength: factor on the change of z.
+        """
         return dataclasses.replace(self, strength=self.strength * float(strength))
 
     def __mul__(self, factor: float) -> MetaGradient:
@@ -153,7 +168,12 @@ class MetaGradient(Stored):
     __rmul__ = __mul__
 
     def delta_w(self, layer: int, head: int) -> FactoredMatrix:
-        """``dW_ICL = sum_{i in D} v_i (x) k_i`` of one head, factored; ``.AB @ q``."""
+        """``dW_ICL = sum_{i in D} v_i (x) k_i`` of one head, factored; ``.AB @ q``.
+
+        Args:
+            layer: counted from 0.
+            head: counted from 0.
+        """
         HeadRef(layer, head).check(self.model.n_layers, self.model.n_heads)
         inside = self.tokens.mask(self.chosen, self.tokens.stop).to(self.k.device)
         of_layer = memory_of(self.k[layer], self.v[layer], inside)
@@ -182,11 +202,19 @@ class MetaGradient(Stored):
         return AppliedMetaGradient(meta_gradient=selected, form=form, scale=scale)
 
     def change(self, model: LensModel) -> Change:
-        """The exact merge; see `apply`."""
+        """The exact merge; see `apply`.
+
+        Args:
+            model: a wrapped model.
+        """
         return self.apply().change(model)
 
     def hooks(self, model: Any) -> list[Hook]:
-        """Hooks of the exact merge on a host or a wrapped model; see `apply`."""
+        """Hooks of the exact merge on a host or a wrapped model; see `apply`.
+
+        Args:
+            model: the wrapped model that the hooks are for.
+        """
         return self.apply().hooks(model)
 
     @property
@@ -199,6 +227,11 @@ class MetaGradient(Stored):
         """Logits of queries (ids without S and D, ``[batch, pos]``) behind the host's own cache, on any model.
 
         The whole in-context run, whatever is selected; takes the options of `LensModel.run`.
+
+        Args:
+            model: `HookedTransformer`, `TransformerBridge` or a wrapped model.
+            queries: token ids of the queries.
+            options: those of `LensModel.run`.
         """
         wrapped = wrap(model)
         self.check_model(wrapped)
@@ -206,11 +239,20 @@ class MetaGradient(Stored):
         return wrapped.run(queries, prefix=self.prefix, **options)
 
     def prompt(self, query: str, **options: Any) -> ICLPrompt:
-        """The in-context prompt that asks `query` behind these demonstrations."""
+        """The in-context prompt that asks `query` behind these demonstrations.
+
+        Args:
+            query: the query's text.
+            options: further arguments of `ICLPrompt`: label, candidates.
+        """
         return ICLPrompt(self.demos, query, self.template, self.instruction, **options)
 
     def check_prompt(self, prompt: ICLPrompt) -> None:
-        """Raise `PromptError` unless the prompt has this template, instruction and demonstrations."""
+        """Raise `PromptError` unless the prompt has this template, instruction and demonstrations.
+
+        Args:
+            prompt: an in-context prompt.
+        """
         for what in ("template", "instruction", "demos"):
             mine, theirs = getattr(self, what), getattr(prompt, what)
             if mine != theirs:
@@ -220,7 +262,11 @@ class MetaGradient(Stored):
                 )
 
     def check_model(self, model: LensModel) -> None:
-        """Raise `ModelMismatchError` unless it was made with this model, in this dtype."""
+        """Raise `ModelMismatchError` unless it was made with this model, in this dtype.
+
+        Args:
+            model: a wrapped model.
+        """
         model.check_same(self.model, "this meta-gradient")
         for fact in ("architecture", "positions", "dtype"):
             mine, theirs = getattr(self.model, fact), getattr(model.info, fact)

@@ -35,3 +35,14 @@ from metaopt_lens.models._passes import HostPass as HostPass
 from metaopt_lens.models._prefix import Prefix as Prefix
 from metaopt_lens.models._wrapping import ProcessedWeightsWarning as ProcessedWeightsWarning
 from metaopt_lens.models._wrapping import wrap as wrap
+
+__all__ = [
+    "CacheRebuiltWarning",
+    "HeadRef",
+    "Intervention",
+    "LensModel",
+    "ModelInfo",
+    "ProcessedWeightsWarning",
+    "load_model",
+    "wrap",
+]

@@ -25,12 +25,14 @@ class BridgeBlock:
     """One block of a bridge.
 
     Attributes:
-        block: TransformerLens's own. cfg: the model's configuration.
+        block: TransformerLens's own.
+        cfg: the model's configuration.
         layer: which it is.
         family: its row of the table.
         window: of its attention as transformers' cache knows it, None without one.
         pattern_before_z: whether the attention pattern is seen before z.
-        n_heads: query heads. d_head: size of one.
+        n_heads: query heads.
+        d_head: size of one.
     """
 
     block: Any

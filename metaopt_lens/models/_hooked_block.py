@@ -24,7 +24,8 @@ class HookedBlock:
     """One block of a HookedTransformer.
 
     Attributes:
-        block: TransformerLens's own. cfg: the model's configuration.
+        block: TransformerLens's own.
+        cfg: the model's configuration.
         layer: which it is.
         name: of the model, for errors.
         post_norm: whether the architecture normalises the outputs of attention and MLP, and not their inputs.

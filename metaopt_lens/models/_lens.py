@@ -85,27 +85,51 @@ class LensModel:
         return self.adapter.head()
 
     def score_rule(self, layer: int) -> ScoreRule:
-        """How `layer` turns ``q . k`` into scores."""
+        """How `layer` turns ``q . k`` into scores.
+
+        Args:
+            layer: counted from 0.
+        """
         return self.adapter.blocks[layer].rule()
 
     def w_o(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
-        """Output projection of every head."""
+        """Output projection of every head.
+
+        Args:
+            layer: counted from 0.
+        """
         return self.adapter.blocks[layer].w_o()
 
     def b_o(self, layer: int) -> Float[Tensor, " d_model"] | None:
-        """Output bias, which belongs to no head; None where there is none."""
+        """Output bias, which belongs to no head; None where there is none.
+
+        Args:
+            layer: counted from 0.
+        """
         return self.adapter.blocks[layer].b_o()
 
     def norm_after_attention(self, layer: int) -> FixedNorm | None:
-        """The norm between a layer's attention output and the residual stream; None where there is none."""
+        """The norm between a layer's attention output and the residual stream; None where there is none.
+
+        Args:
+            layer: counted from 0.
+        """
         return self.adapter.blocks[layer].norm_after_attention()
 
     def has_bias(self, projection: str, layer: int) -> bool:
-        """Whether projection `"q"`, `"k"`, `"v"` or `"o"` of a layer has a bias."""
+        """Whether projection `"q"`, `"k"`, `"v"` or `"o"` of a layer has a bias.
+
+        Args:
+            projection: its name.
+            layer: counted from 0.
+        """
         return self.adapter.blocks[layer].has_bias(projection)
 
     def mlp_site(self, layer: int) -> MlpSite:
         """The layer's MLP.
+
+        Args:
+            layer: counted from 0.
 
         Raises:
             UnsupportedModelError: there is none, or one of another kind than plain and gated.
@@ -118,6 +142,9 @@ class LensModel:
 
     def block_mlp(self, layer: int) -> MlpSite | ExpertsSite | None:
         """What follows or accompanies the layer's attention; None where nothing does.
+
+        Args:
+            layer: counted from 0.
 
         Raises:
             UnsupportedModelError: something of an unknown kind.
@@ -160,11 +187,21 @@ class LensModel:
         return self.adapter.blocks[layer].hook_name(kind)
 
     def residual_hook(self, end: str, layer: int) -> str:
-        """Name of the hook point on the residual stream before (`"pre"`), within (`"mid"`) or after (`"post"`)."""
+        """Name of the hook point on the residual stream before (`"pre"`), within (`"mid"`) or after (`"post"`).
+
+        Args:
+            end: where in the block.
+            layer: counted from 0.
+        """
         return self.hook_name(f"resid_{end}", layer)
 
     def attention_input_hook(self, layer: int, use: Callable[[Tensor], None]) -> Hook:
-        """A hook that hands the attention input x, ``[batch, pos, d_model]``, to `use`."""
+        """A hook that hands the attention input x, ``[batch, pos, d_model]``, to `use`.
+
+        Args:
+            layer: counted from 0.
+            use: called with x in every pass.
+        """
         return self.adapter.blocks[layer].attention_input_hook(use)
 
     def attention_hooks(self, layer: int, use: AttentionCallback, *, prefix: Prefix | None = None) -> list[Hook]:
@@ -196,7 +233,11 @@ class LensModel:
         return placed_hooks(self.adapter, place, use, range(self.info.n_layers) if layers is None else layers)
 
     def hooked(self, hooks: Sequence[Hook]) -> AbstractContextManager[None]:
-        """Attach hooks for the length of the block, names checked first."""
+        """Attach hooks for the length of the block, names checked first.
+
+        Args:
+            hooks: pairs of hook name and function.
+        """
         return hooked(self.adapter, hooks)
 
     def run(
@@ -253,11 +294,21 @@ class LensModel:
         return run_prefix(self, tokens, hooks=hooks, grad=grad)
 
     def check_window(self, n_tokens: int, what: str = "the prompt") -> None:
-        """Raise `ContextWindowError` if `n_tokens` do not fit the context window."""
+        """Raise `ContextWindowError` if `n_tokens` do not fit the context window.
+
+        Args:
+            n_tokens: length of the prompt.
+            what: what errors call it.
+        """
         self.info.check_window(n_tokens, what)
 
     def check_same(self, other: ModelInfo, what: str) -> None:
-        """Raise `ModelMismatchError` unless `other` has this model's sizes and parametrisation."""
+        """Raise `ModelMismatchError` unless `other` has this model's sizes and parametrisation.
+
+        Args:
+            other: the model that something was made with.
+            what: what errors call it.
+        """
         self.info.check_same(other, what)
 
     def check_movable(self) -> None:

@@ -23,7 +23,8 @@ def choose_batch_size(model: LensModel, *, n_new: int, n_prefix: int, n_read: in
 
     Args:
         model: a wrapped model.
-        n_new: tokens of a sequence. n_prefix: tokens of the prefix before it.
+        n_new: tokens of a sequence.
+        n_prefix: tokens of the prefix before it.
         n_read: positions of a sequence whose logits are read; 0 for passes without logits.
     """
     info = model.info
@@ -56,7 +57,9 @@ def batches(
     A batch that runs out of memory is halved and tried again, and later batches keep the smaller size.
 
     Args:
-        items: what to run. length: of an item, in tokens. run: gives the results of a batch.
+        items: what to run.
+        length: of an item, in tokens.
+        run: gives the results of a batch.
         batch_size: items run together.
 
     Yields:

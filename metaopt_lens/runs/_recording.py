@@ -80,6 +80,16 @@ def record_batches(
 ) -> Iterator[tuple[list[int], list[Runs]]]:
     """`record` batch by batch, so that not all runs need to be held; takes the same arguments.
 
+    Args:
+        model: see `record`.
+        prompts: see `record`.
+        settings: see `record`.
+        update: see `record`.
+        position: see `record`.
+        keep: see `record`.
+        batch_size: see `record`.
+        grad: see `record`.
+
     Yields:
         Which prompts were run, and their runs. A batch never spans two sets of demonstrations.
     """

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -19,6 +20,7 @@ from families import make_bridge
 from runs import SMALL, files_of, fork, wait
 from text_models import make_text_model, rows, write_rows
 
+import metaopt_lens
 from metaopt_lens import MetaoptLensError, load_tiny
 from metaopt_lens._errors import (
     ContextWindowError,
@@ -29,7 +31,9 @@ from metaopt_lens._errors import (
     PromptError,
 )
 from metaopt_lens.experiments import ExperimentResult, RunConfig, run_experiment
+from metaopt_lens.experiments._prompt_set import PromptSet
 from metaopt_lens.experiments._run_store import RunStore
+from metaopt_lens.experiments._stages import _controls
 from metaopt_lens.tasks import Row, Task, TaskRows
 
 _KILLS = 20
@@ -118,6 +122,51 @@ def test_a_finished_run_is_left_as_it_is(reference: tuple[Path, float]) -> None:
     before = {file: file.stat().st_mtime_ns for file in reference[0].rglob("*")}
     _run(SMALL, reference[0], model=None)  # the model is not even loaded
     assert {file: file.stat().st_mtime_ns for file in reference[0].rglob("*")} == before
+
+
+def test_the_log_gets_a_line_for_each_piece_with_the_time_left(
+    tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = _with(seeds=(0,), attribution=False)
+    with caplog.at_level("INFO", "metaopt_lens"):
+        result = metaopt_lens.run_experiment(config, tmp_path / "run", model=tiny)
+        lines = [record.message for record in caplog.records if record.message.startswith("tiny on synthetic-2: ")]
+        pieces = [name for log in result.provenance for name in log["pieces"]]
+        assert len(pieces) == 4
+        for line, name in zip(lines[:-1], pieces, strict=True):
+            assert re.fullmatch(rf"tiny on synthetic-2: {name}, \d+ %, about \d+ s left", line), line
+        caplog.clear()
+        _run(config, tmp_path / "silent", tiny)
+        assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, (4, True, True, True)),
+        ({"controls": "quick"}, (0, False, False, False)),
+        ({"controls": "standard"}, (1, True, True, False)),
+        ({"controls": "standard", "n_label_draws": 3, "unrelated": False}, (3, True, False, False)),
+        ({"controls": "quick", "random_weights": True}, (0, False, False, True)),
+    ],
+)
+def test_controls_are_those_of_a_preset_but_for_what_is_said(changes: dict[str, Any], expected: Any) -> None:
+    prompts = PromptSet((), (), ("w1 w2",), {}, ())
+    asked = _controls(RunConfig("tiny", "synthetic", n_null_draws=7, **changes), prompts)
+    assert (asked.shuffled_labels, asked.flipped_labels, asked.unrelated_text, asked.random_weights) == expected
+    assert asked.texts == ({"unrelated text": ("w1 w2",)} if asked.unrelated_text else {})
+    assert asked.n_null_draws == 7
+
+
+def test_a_table_of_settings_will_do_and_shuffles_are_as_many_as_asked_for(tiny: Any, tmp_path: Path) -> None:
+    settings = SMALL.to_dict() | {"seeds": 1, "n_label_draws": 2, "attribution": False}
+    result = metaopt_lens.run_experiment(settings, tmp_path / "run", model=tiny, progress=False)
+    assert result.config == _with(seeds=(0,), n_label_draws=2, attribution=False)
+    found = result.comparison(result.config.rules[0])
+    assert found.settings["n_label_draws"] == 2
+    assert {len(rows) for rows in found.controlled.values()} == {2, 1}  # shuffles, and one flip
+    with pytest.raises(OptionError, match="shots"):
+        metaopt_lens.run_experiment({**settings, "shots": 0}, tmp_path / "other")
 
 
 def test_the_learning_rate_is_chosen_and_updates_are_stored(tiny: Any, tmp_path: Path) -> None:

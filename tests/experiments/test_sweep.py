@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -197,8 +198,16 @@ def test_the_run_command(tmp_path: Path) -> None:
     found = _call("run", "--config", file, "--seeds", 1, "--no-attribution", "--out", out)
     assert found.exit_code == 0, found.output
     assert "gd: accuracy ZS" in found.output
+    assert re.search(r"\d\d:\d\d:\d\d tiny on synthetic-2: seed-0/gd, \d+ %, about \d+ s left\n", found.stderr)
     config = ExperimentResult.load(out).config
     assert config == dataclasses.replace(SMALL, seeds=(0,), attribution=False)
+    part = tmp_path / "part.json"
+    part.write_text(json.dumps({k: v for k, v in SMALL.to_dict().items() if k not in {"model", "task"}}))
+    found = _call("run", "--config", part, "--seeds", 1, "--no-attribution", "--out", tmp_path / "part")
+    assert "run needs --model" in found.stderr
+    named = ("--model", SMALL.model, "--task", SMALL.task)
+    found = _call("run", "--config", part, *named, "--seeds", 1, "--no-attribution", "--out", out)
+    assert found.exit_code == 0, found.output  # the same run, which is finished
     found = _call("run", "--config", file, "--shots", 5, "--out", out)
     assert found.exit_code == 2
     assert "holds a run of another configuration" in " ".join(found.stderr.split())

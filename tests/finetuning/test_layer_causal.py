@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hosts import shared
+from hosts import build, shared
 from own_parameters import OwnParameters, early_exit_losses, example, layer_causal
 from torch import Tensor
 
@@ -112,9 +112,40 @@ def test_readouts_are_two_different_things_and_both_learn() -> None:
         assert "layer-causal SGD" in repr(update)
 
 
+@pytest.mark.parametrize("readout", ["block", "attention"])
+def test_only_one_layers_logits_are_held_at_a_time(readout: Any) -> None:
+    """Autograd keeps what the backward pass needs: of all layers' logits never more than of one layer's."""
+    model = wrap(shared("bridge:llama"))
+    live: list[int] = [0]
+    most = 0
+
+    class Held:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+            self.is_logits = tensor.shape[-2:] == (n_tokens, model.info.d_vocab)
+            live[0] += self.is_logits
+
+        def __del__(self) -> None:
+            live[0] -= self.is_logits
+
+    def pack(tensor: Tensor) -> Held:
+        nonlocal most
+        held = Held(tensor)
+        most = max(most, live[0])
+        return held
+
+    examples = training_examples(model, DEMOS[:1])
+    n_layers, n_tokens = model.info.n_layers, len(examples[0].ids) - 1
+    finetune(model, DEMOS[:1], lr=0.1, layer_causal=True, readout=readout, progress=False)  # what is tried once
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+        losses = layer_causal_losses(model, examples, [], readout)
+        assert len(losses) == n_layers == 3
+    assert most == 2  # of one layer, by log-softmax and by the loss
+
+
 def test_a_model_whose_early_exit_is_not_its_logits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = wrap(shared("bridge:gpt2"))
+    model = wrap(build("bridge:gpt2"))
     exit_ = model.early_exit
-    monkeypatch.setattr(model, "early_exit", lambda residual: 2.0 * exit_(residual))
+    monkeypatch.setattr(model, "early_exit", lambda residual, tokens=None: 2.0 * exit_(residual, tokens))
     with pytest.raises(MetaoptLensError, match=r"layer-causal finetuning reads layers out.*misses its own logits by"):
         finetune(model, DEMOS, lr=0.1, layer_causal=True, progress=False)

@@ -10,8 +10,11 @@ import torch
 from hosts import build, left_as_it_was, shared
 from torch import Tensor
 
-from metaopt_lens import Demo, ICLPrompt, MetaoptLensError, Template
+from metaopt_lens import Demo, ICLPrompt, MetaoptLensError, Template, load_tiny
 from metaopt_lens.finetuning import choose_learning_rate, finetune
+from metaopt_lens.finetuning._finetune import prepare
+from metaopt_lens.models import wrap
+from metaopt_lens.runs import tokenize_for
 
 TRAIN = [("w30 w31", "w32"), ("w34", "w36"), ("w38 w39", "w32"), ("w42", "w36")]
 TEST = [("w50", "w32"), ("w51 w52", "w36"), ("w53", "w36")]
@@ -87,6 +90,55 @@ def test_rates_that_diverge_are_nan_and_never_chosen() -> None:
     assert math.isnan(choice.accuracy[0])
     with pytest.raises(MetaoptLensError, match=r"diverged at every learning rate tried \(\[1e\+25, 1e\+26\]\)"):
         choose_learning_rate(model, TRAIN, TEST, rates=(1e25, 1e26))
+
+
+def test_a_rate_is_given_up_once_its_loss_is_twice_that_of_guessing() -> None:
+    """Its losses are finite, so `finetune` goes to the end; nobody would choose it."""
+    model = load_tiny()
+    demos = [("apple", "dax"), ("hammer", "wug"), ("plum", "dax"), ("saw", "wug"), ("pear", "dax")]
+    held_out = [("cherry", "dax"), ("drill", "wug")]
+    losses = finetune(model, demos, lr=1e4, progress=False).losses
+    limit = 2 * max(losses[0], math.log(wrap(model).info.d_vocab))
+    assert [loss > limit for loss in losses] == [False, False, False, True, False]
+    choice = choose_learning_rate(model, demos, held_out, rates=(1e4, 0.02))
+    assert math.isnan(choice.loss[0])
+    assert choice.lr == 0.02
+
+
+@pytest.mark.parametrize("settings", [{}, {"layer_causal": True}, {"batch_size": 3, "order": "shuffled", "epochs": 2}])
+def test_rates_that_share_their_first_step_are_trained_as_if_alone(settings: dict[str, Any]) -> None:
+    model = shared("bridge:llama")
+    descent = prepare(model, TRAIN, template=None, prepend_bos=None, lr=1.0, **settings)
+    for rate in RATES:
+        shared_step, alone = descent.at(rate), finetune(model, TRAIN, lr=rate, progress=False, **settings)
+        assert shared_step.settings == alone.settings
+        assert shared_step.losses == alone.losses
+        for name, tensor in alone.tensors().items():
+            assert torch.equal(tensor, shared_step.tensors()[name])
+
+
+def test_the_passes_that_rates_have_in_common_are_run_once() -> None:
+    model = shared("bridge:llama")
+    choose_learning_rate(model, TRAIN, TEST, rates=RATES)  # what is tried once is tried
+    passes: list[int] = []
+    handle = model.original_model.register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
+    try:
+        choose_learning_rate(model, TRAIN, TEST, rates=RATES)
+    finally:
+        handle.remove()
+    assert passes.count(len(TEST)) == 1 + len(RATES)  # all held-out queries in one batch
+    assert passes.count(1) == 1 + len(RATES) * (len(TRAIN) - 1)
+
+
+def test_an_instruction_is_run_once_for_all_held_out_queries_and_changes_nothing() -> None:
+    model = shared("bridge:llama")
+    prompt = ICLPrompt(TRAIN, "w16", instruction="w5 w6 w7\n")
+    choice = choose_learning_rate(model, prompt, TEST, rates=RATES)
+    queries = [tokenize_for(wrap(model), ICLPrompt((), text, instruction="w5 w6 w7\n")).ids for text, _ in TEST]
+    for rate, loss in zip(RATES, choice.loss, strict=True):
+        with finetune(model, prompt, lr=rate, progress=False).applied(model), torch.no_grad():
+            rows = [model(torch.tensor([ids]))[0, -1].double().log_softmax(-1)[[32, 36]] for ids in queries]
+        assert loss == pytest.approx(judged(torch.stack(rows))[1], rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,60 @@
+"""The log of one process that worked on a run: command, versions, times; under ``provenance/``."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import secrets
+import socket
+import sys
+from typing import Any
+
+import torch
+
+from metaopt_lens._storage import provenance
+from metaopt_lens.experiments._run_config import RunConfig
+from metaopt_lens.experiments._run_store import RunStore
+from metaopt_lens.experiments._stages import write_json
+
+
+class RunLog:
+    """Written when the work begins, after every piece, and at the end.
+
+    Args:
+        store: of the run.
+        config: of the run.
+        device: where the model is.
+    """
+
+    def __init__(self, store: RunStore, config: RunConfig, device: torch.device) -> None:
+        now = datetime.datetime.now(datetime.UTC)
+        self._store = store
+        self._name = f"{now:%Y%m%dT%H%M%S}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}.json"
+        self._body: dict[str, Any] = {
+            "command": sys.argv,
+            "started": now.isoformat(timespec="seconds"),
+            "ended": None,
+            "host": socket.gethostname(),
+            "platform": platform.platform(),
+            "threads": torch.get_num_threads(),
+            "device": str(device),
+            "versions": provenance(),
+            "config": config.to_dict(),
+            "pieces": {},
+        }
+        self._write()
+
+    def add(self, piece: str, seconds: float) -> None:
+        """A piece that was made, and what it took."""
+        self._body["pieces"][piece] = {"seconds": round(seconds, 3)}
+        self._write()
+
+    def end(self) -> None:
+        """All is done that this process could do."""
+        self._body["ended"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self._write()
+
+    def _write(self) -> None:
+        with self._store.writing():
+            write_json(self._store.folder / "provenance" / self._name, self._body)
