@@ -8,7 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from metaopt_lens._errors import MetaoptLensError
-from metaopt_lens.cli import _experiment_commands, _momentum_commands, _prompt_commands, _record_commands
+from metaopt_lens.cli import (
+    _compile_command,
+    _experiment_commands,
+    _momentum_commands,
+    _prompt_commands,
+    _record_commands,
+)
 from metaopt_lens.cli._showing import log_on_stderr, say
 
 _MISTAKE = 2  # exit code for everything the user can put right; typer's own for bad options

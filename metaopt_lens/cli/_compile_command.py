@@ -18,7 +18,7 @@ def compile_(
         typer.Option(
             "--prompt",
             help="A .json, .jsonl or text file. The first prompt is compiled; with four or more queries behind the "
-            "same demonstrations, one patch for all is fitted on half of them and asked of the others.",
+            "same demonstrations, one patch for all is fitted on every second and asked of the others.",
             metavar="FILE",
         ),
     ],
@@ -27,9 +27,8 @@ def compile_(
         typer.Option(help="Of the patch: model, float32 or float64 (default: the model's, float32 at least)."),
     ] = None,
     ridge: Annotated[
-        float | None,
-        typer.Option(help="Penalty of the patch for all queries, relative to the mean square of an input."),
-    ] = None,
+        float, typer.Option(help="Penalty of the patch for all queries, relative to the mean square of an input.")
+    ] = 0.1,
     dtype: options.WeightsType = options.DType.float32,
     device: options.Device = None,
     form: options.Form = options.Format.table,

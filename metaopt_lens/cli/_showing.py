@@ -14,7 +14,7 @@ from rich.console import Console
 if TYPE_CHECKING:
     from metaopt_lens.analysis import Comparison
     from metaopt_lens.decomposition import Decomposition, DecompositionSet
-    from metaopt_lens.experiments import ExperimentResult
+    from metaopt_lens.experiments import CompiledPrompt, ExperimentResult
     from metaopt_lens.runs import LabelPrediction
 
 

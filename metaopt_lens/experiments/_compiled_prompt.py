@@ -14,14 +14,14 @@ from metaopt_lens._errors import MetaoptLensError, UnsupportedModelError
 from metaopt_lens.analysis import StaticCurve, static_curve
 from metaopt_lens.interventions import intervene
 from metaopt_lens.models import LensModel, Readout, wrap
-from metaopt_lens.patches import ContextShares, WeightPatch, compile_context, context_shares
+from metaopt_lens.patches import RIDGE, ContextShares, WeightPatch, compile_context, context_shares
 from metaopt_lens.prompts import ICLPrompt, read_token
 from metaopt_lens.runs import TopToken
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# A static patch is fitted on half of the queries, two or more, and asked of as many others.
+# A static patch is fitted on every second query, two or more, and asked of the others.
 _FEWEST_QUERIES = 4
 
 
@@ -74,16 +74,16 @@ def compile_prompts(
     prompts: Sequence[ICLPrompt],
     *,
     precision: str | None = None,
-    ridge: float | None = None,
+    ridge: float = RIDGE,
     prepend_bos: bool | None = None,
 ) -> CompiledPrompt:
-    """Compile the first prompt; with four or more queries also fit one patch for all on half of them.
+    """Compile the first prompt; with four or more queries also fit one patch for all on every second.
 
     Args:
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model.
         prompts: one or more queries behind the same demonstrations.
         precision: see `compile_context`.
-        ridge: see `static_patch`; None for its default.
+        ridge: see `static_patch`.
         prepend_bos: put BOS first; None for the model's default.
 
     Returns:
@@ -102,14 +102,12 @@ def compile_prompts(
     static = None
     if len(prompts) < _FEWEST_QUERIES:
         notes.append(
-            f"No patch for all queries: it is fitted on half of them and asked of the others, {_FEWEST_QUERIES} or "
+            f"No patch for all queries: it is fitted on every second and asked of the others, {_FEWEST_QUERIES} or "
             f"more, got {len(prompts)}."
         )
     else:
-        half = len(prompts) // 2
-        options = {} if ridge is None else {"ridge": ridge}
         try:
-            static = static_curve(wrapped, prompts[:half], prompts[half:], prepend_bos=prepend_bos, **options)
+            static = static_curve(wrapped, prompts[::2], prompts[1::2], prepend_bos=prepend_bos, ridge=ridge)
         except MetaoptLensError as error:
             notes.append(f"No patch for all queries: {error}")
     return CompiledPrompt(
@@ -137,4 +135,4 @@ def _logits(model: LensModel, ids: Sequence[int], patch: WeightPatch) -> Float[T
 def _top(model: LensModel, logits: Float[Tensor, "pos d_vocab"], n: int = 5) -> tuple[TopToken, ...]:
     best = logits[-1].double().softmax(-1).topk(n)
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return tuple(TopToken(read_token(model.tokenizer, token), probability) for token, probability in pairs)
+    return tuple(TopToken(read_token(token, model.tokenizer), probability) for token, probability in pairs)

@@ -210,4 +210,4 @@ def _map(columns: dict[str, Tensor], across: str, what: str, *, signed: bool = F
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows as plain data; what is undefined is None."""
-    return [{k: None if pd.isna(v) else v for k, v in row.items()} for row in frame.to_dict("records")]
+    return [{str(k): None if pd.isna(v) else v for k, v in row.items()} for row in frame.to_dict("records")]

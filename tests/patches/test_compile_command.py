@@ -12,13 +12,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from metaopt_lens import ICLPrompt, WeightPatch, load_tiny
+from metaopt_lens import ICLPrompt, WeightPatch, intervene, load_tiny
 from metaopt_lens._errors import OptionError, PromptError
 from metaopt_lens.analysis import Factors, effective_rank, static_curve
 from metaopt_lens.cli import app
-from metaopt_lens.experiments import CompiledPrompt, compile_prompts
+from metaopt_lens.experiments import CompiledPrompt, compile_prompts, episode_prompts
+from metaopt_lens.models import wrap
 from metaopt_lens.models.tiny import sample_episode
 from metaopt_lens.patches import static_patch
+from metaopt_lens.runs import tokenize_for
 
 
 @cache
@@ -26,8 +28,6 @@ def queries(n: int = 12) -> tuple[ICLPrompt, ...]:
     """Different queries behind the same demonstrations, with their labels."""
     found: dict[str, ICLPrompt] = {}
     episode = sample_episode(random.Random(3), n_demos=8, n_categories=2)
-    from metaopt_lens.experiments import episode_prompts
-
     for prompt in episode_prompts(episode):
         found.setdefault(prompt.query, prompt)
     return tuple(found.values())[:n]
@@ -64,16 +64,7 @@ def test_the_static_curve_is_what_its_definition_says() -> None:
     fitted, asked = queries()[:6], queries()[6:]
     curve = static_curve(model, fitted, asked, n_fit=(2, 6))
     static = static_patch(model, fitted)
-    from metaopt_lens import intervene
-
     for number, prompt in enumerate(asked):
-        ids = ICLPrompt([], prompt.query, prompt.template).text if False else None
-        assert ids is None
-        tokens = compiled()[1].patch.tokens
-        del tokens
-        from metaopt_lens.models import wrap
-        from metaopt_lens.runs import tokenize_for
-
         whole = tokenize_for(wrap(model), prompt)
         with torch.no_grad():
             expected = model(torch.tensor([whole.ids]))[0, -1].double().log_softmax(-1)
