@@ -45,6 +45,8 @@ def training_examples(
     tokenized = tokenize_for(model, prompt, prepend_bos=prepend_bos, require_demos=True, check_window=False)
     n_bos = 0 if tokenized.bos is None else len(tokenized.bos)
     examples = []
+    if loss == "label" and not all(map(len, tokenized.labels)):
+        raise PromptError("loss='label' learns labels, and the chunks of a context have none: use loss='all'.")
     for index, (ids, demo, label) in enumerate(
         zip(demonstration_ids(tokenized), tokenized.demos, tokenized.labels, strict=True)
     ):
