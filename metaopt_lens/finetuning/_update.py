@@ -215,7 +215,7 @@ class WeightUpdate(Stored):
         """One row per layer, projection and (key-value) head: Frobenius norms of dW and db; of the MLP, in no head."""
         import pandas as pd
 
-        rows = []
+        rows: list[dict[str, Any]] = []
         for projection in ATTENTION:
             weight, bias = getattr(self, f"w_{projection}"), getattr(self, f"b_{projection}")
             if weight is None:
