@@ -85,7 +85,7 @@ def function_vector(
 ) -> FunctionVector:
     """The mean output of some heads at the last token of in-context prompts, summed in the residual stream.
 
-    ``sum over heads of W_O mean z`` (arXiv:2310.15213; docs/theory.md, section 12); b_O and a norm after attention are
+    ``sum over heads of W_O mean z`` (arXiv:2310.15213; docs/theory.md, section 10); b_O and a norm after attention are
     left out.
 
     Args:
