@@ -11,7 +11,8 @@ from metaopt_lens.models import Intervention, LensModel, Prefix
 from metaopt_lens.prompts import TokenizedPrompt
 from metaopt_lens.runs._batching import batches, choose_batch_size
 from metaopt_lens.runs._destinations import Position, destinations_of, prompt_groups
-from metaopt_lens.runs._forward import ATTENTION, Keep, Row, run_rows, run_shared_prefix
+from metaopt_lens.runs._forward import run_rows, run_shared_prefix
+from metaopt_lens.runs._keep import ATTENTION, Keep, Row
 from metaopt_lens.runs._prompt_run import CHANGED, SETTINGS, WITH_DEMOS, Run, Runs, Setting
 
 
@@ -96,7 +97,9 @@ def record_batches(
         if size is None:
             longest = max(len(tokens.query) for tokens in members)
             together = len({"icl", "zs_matched"} & set(settings)) or 1  # these two ride in one batch
-            size = max(1, choose_batch_size(model, n_new=longest, n_prefix=members[0].query.start) // together)
+            n_read = max(len(rows[i]) for i in group) if keep.logits else 0
+            fits = choose_batch_size(model, n_new=longest, n_prefix=members[0].query.start, n_read=n_read)
+            size = max(1, fits // together)
         for chosen, runs in batches(group, lambda i: len(prompts[i].query), run, batch_size=size):
             yield [group[i] for i in chosen], runs
 
