@@ -220,8 +220,9 @@ def _reading(
     model: LensModel, text: TokenizedPrompt, run: Run | None, candidates: Sequence[tuple[int, ...]]
 ) -> QueryReading:
     """What the model says after a prompt, from its run as far as that was kept."""
-    has_top = run is not None and run.top_tokens is not None and run.top_tokens.shape[-1] == N_TOP
-    if run is not None and has_top and run.destinations[-1] == text.n_tokens - 1:
-        if all(len(label) == 1 and label[0] in run.asked for label in candidates):
+    at_end = run is not None and run.destinations[-1] == text.n_tokens - 1
+    if run is not None and at_end and run.top_tokens is not None and run.top_tokens.shape[-1] == N_TOP:
+        unknown = [label for label in candidates if len(label) > 1 or label[0] not in run.asked]
+        if not unknown:
             return read_run(run, candidates)
     return read_queries(model, None, [text.ids], candidates, n_top=N_TOP)[0]
