@@ -151,10 +151,10 @@ def test_estimates_alone_knock_nothing_out(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_every_knock_out_is_counted(caplog: pytest.LogCaptureFixture) -> None:
-    """The zero-shot end, 12 heads, 3 demonstrations, 36 pairs of 3 queries; 12 numbers of heads of 2 held-out ones."""
+    """The zero-shot end, 12 heads, 3 demonstrations, 36 pairs of 3 queries; 13 numbers of heads of 2 held-out ones."""
     with caplog.at_level("INFO", "metaopt_lens"):
         head_effects(shared("bridge:gpt2"), prompts(), metric="loss", per_demo=True)
-    n = 3 * (1 + 12 + 3 + 36) + 2 * 12
+    n = 3 * (1 + 12 + 3 + 36) + 2 * 13
     assert [record.message.split(" in ")[0] for record in caplog.records] == [f"knock-outs: {n} of {n}"]
     caplog.clear()
     with caplog.at_level("INFO", "metaopt_lens"):
