@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -247,20 +247,7 @@ class WeightPatch(Stored):
         Args:
             model: a wrapped model.
         """
-        model.check_same(self.model, "this patch")
-        for fact in ("architecture", "positions", "dtype"):
-            mine, theirs = getattr(self.model, fact), getattr(model.info, fact)
-            if mine != theirs:
-                raise ModelMismatchError(
-                    f"this patch was compiled for {self.model.name} ({fact} = {mine}); {model.info.name} has {fact} = "
-                    f"{theirs}. Compile it again with compile_context(model, prompt)."
-                )
-        differs = first_difference(self.fingerprint, fingerprint_of(model))
-        if differs is not None:
-            raise ModelMismatchError(
-                f"this patch was compiled for other weights than those of {model.info.name} ({differs} differs): "
-                "compile it again with compile_context(model, prompt)."
-            )
+        check_patched_model(self, model)
 
     def __repr__(self) -> str:
         changed = " and ".join([*self.matrices, *(["the norm's scale"] if self.scale is not None else [])])
@@ -321,3 +308,35 @@ class TokenChanges:
     def _own(self, x: Tensor, added: Rows) -> Rows:
         """Nothing is added where a token has no row."""
         return torch.where((self.placing.rows.to(x.device) >= 0)[:, None], added, 0.0)
+
+
+@runtime_checkable
+class _OfAModel(Protocol):
+    @property
+    def model(self) -> ModelInfo: ...
+
+    @property
+    def fingerprint(self) -> Fingerprint: ...
+
+
+def check_patched_model(patch: _OfAModel, model: LensModel) -> None:
+    """Raise `ModelMismatchError` unless a patch was made for this model, with these weights, in this dtype.
+
+    Args:
+        patch: exact or static.
+        model: a wrapped model.
+    """
+    model.check_same(patch.model, "this patch")
+    for fact in ("architecture", "positions", "dtype"):
+        mine, theirs = getattr(patch.model, fact), getattr(model.info, fact)
+        if mine != theirs:
+            raise ModelMismatchError(
+                f"this patch was compiled for {patch.model.name} ({fact} = {mine}); {model.info.name} has {fact} = "
+                f"{theirs}. Compile it again with compile_context(model, prompt)."
+            )
+    differs = first_difference(patch.fingerprint, fingerprint_of(model))
+    if differs is not None:
+        raise ModelMismatchError(
+            f"this patch was compiled for other weights than those of {model.info.name} ({differs} differs): "
+            "compile it again with compile_context(model, prompt)."
+        )

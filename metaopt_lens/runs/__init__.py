@@ -1,5 +1,6 @@
 """One prompt in one setting is a `Run`: the only thing that models give out, made by `record` and read by functions."""
 
+from metaopt_lens.prompts import tokenize_for as tokenize_for
 from metaopt_lens.runs._batching import batches as batches
 from metaopt_lens.runs._batching import choose_batch_size as choose_batch_size
 from metaopt_lens.runs._batching import map_batches as map_batches
@@ -58,4 +59,14 @@ from metaopt_lens.runs._scoring import read_queries as read_queries
 from metaopt_lens.runs._scoring import read_run as read_run
 from metaopt_lens.runs._scoring import score_candidates as score_candidates
 from metaopt_lens.runs._scoring import scored_tokens as scored_tokens
-from metaopt_lens.runs._tokens import tokenize_for as tokenize_for
+
+__all__ = [
+    "Keep",
+    "LabelPrediction",
+    "Run",
+    "Runs",
+    "TopToken",
+    "VocabularyAnswer",
+    "predict_labels",
+    "record",
+]

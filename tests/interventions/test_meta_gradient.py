@@ -496,6 +496,41 @@ def test_swapped_rows_of_the_value_projection_are_seen() -> None:
         mg.check_model(wrap(model))
 
 
+def test_a_weight_changed_behind_autograd_is_seen_at_the_next_intervene() -> None:
+    """Tensors count their changes, but not those made through ``.data`` or NumPy."""
+    model = build("bridge:llama")
+    mg = meta_gradient(model, prompt())
+    weight = dict(model.named_parameters())
+    value = next(weight[n] for n in sorted(weight) if "v_proj" in n and n.endswith("weight"))
+    version, before = value._version, value.detach().clone()
+    for change in (
+        lambda: value.data[3, 5].add_(0.5),
+        lambda: value.detach().numpy().__setitem__((0, 0), 1.5),
+        lambda: value.data.copy_(value.data.flip(0).clone()),
+    ):
+        with intervene(model, mg):
+            pass
+        change()
+        assert value._version == version  # no cache could tell
+        with pytest.raises(MetaoptLensError, match=r"made with other weights .* differs"), intervene(model, mg):
+            pass
+        value.data.copy_(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("size", [1, 7, 121, 1000])
+def test_checksums_differ_whatever_number_is_changed(dtype: torch.dtype, size: int) -> None:
+    from metaopt_lens.models._checksum import checksum
+
+    whole = (100 * torch.rand(size + 1, generator=torch.Generator().manual_seed(size))).to(dtype)
+    values = whole[1:]  # not aligned to words
+    for index in range(size):
+        changed = values.clone()
+        changed[index] += 1
+        assert int(checksum(changed)) != int(checksum(values))
+    assert int(checksum(values)) == int(checksum(values.clone()))
+
+
 def test_a_file_of_version_0_1_is_refused_with_the_reason(tmp_path: Path) -> None:
     made("bridge:gpt2").save(tmp_path / "mg")
     file = tmp_path / "mg.json"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hosts import HOST_NAMES, prompt
+from hosts import HOST_NAMES, prompt, requires_hooked
 from test_exact_patch import FLOAT32_INSIDE, precise
 
 from metaopt_lens import WeightPatch, compile_context
@@ -86,9 +86,8 @@ def test_with_a_norm_behind_attention_its_scale_is_that_in_context() -> None:
     torch.testing.assert_close(shares.by_head[1].sum(1), expected.detach(), rtol=0, atol=1e-5)
 
 
+@requires_hooked
 def test_where_the_attention_output_cannot_be_read_it_is_said() -> None:
-    if "hooked:window_softcap" not in HOST_NAMES:
-        return
     model = precise("hooked:window_softcap")
     with pytest.raises(UnsupportedModelError, match="normalises the attention output before the hook"):
         context_shares(model, compile_context(model, PROMPT))
