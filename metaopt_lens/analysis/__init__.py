@@ -57,6 +57,9 @@ from metaopt_lens.analysis._similarity import sim_am as sim_am
 from metaopt_lens.analysis._similarity import sim_aou as sim_aou
 from metaopt_lens.analysis._similarity import sim_aou_null as sim_aou_null
 from metaopt_lens.analysis._similarity import unit as unit
+from metaopt_lens.analysis._static_curve import StaticCurve as StaticCurve
+from metaopt_lens.analysis._static_curve import static_curve as static_curve
+from metaopt_lens.analysis._static_curve import static_ranks as static_ranks
 from metaopt_lens.analysis._statistic import Statistic as Statistic
 from metaopt_lens.analysis._statistics import STATISTICS as STATISTICS
 from metaopt_lens.analysis._statistics import statistic as statistic

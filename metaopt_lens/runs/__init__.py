@@ -15,6 +15,7 @@ from metaopt_lens.runs._guard import refuse_acting as refuse_acting
 from metaopt_lens.runs._head_order import rank_heads as rank_heads
 from metaopt_lens.runs._keep import Keep as Keep
 from metaopt_lens.runs._keep import Row as Row
+from metaopt_lens.runs._outputs import all_heads_output as all_heads_output
 from metaopt_lens.runs._outputs import attention_output as attention_output
 from metaopt_lens.runs._outputs import demo_scores as demo_scores
 from metaopt_lens.runs._outputs import output_bias as output_bias
