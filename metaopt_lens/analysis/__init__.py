@@ -57,6 +57,9 @@ from metaopt_lens.analysis._similarity import sim_am as sim_am
 from metaopt_lens.analysis._similarity import sim_aou as sim_aou
 from metaopt_lens.analysis._similarity import sim_aou_null as sim_aou_null
 from metaopt_lens.analysis._similarity import unit as unit
+from metaopt_lens.analysis._static_curve import StaticCurve as StaticCurve
+from metaopt_lens.analysis._static_curve import static_curve as static_curve
+from metaopt_lens.analysis._static_curve import static_ranks as static_ranks
 from metaopt_lens.analysis._statistic import Statistic as Statistic
 from metaopt_lens.analysis._statistics import STATISTICS as STATISTICS
 from metaopt_lens.analysis._statistics import statistic as statistic
@@ -66,6 +69,8 @@ from metaopt_lens.analysis._training_attention import demonstration_queries as d
 from metaopt_lens.analysis._training_attention import finetuning_scores as finetuning_scores
 from metaopt_lens.analysis._training_attention import training_attention as training_attention
 from metaopt_lens.analysis._training_attention import usable_factors as usable_factors
+from metaopt_lens.analysis._update_words import finetuning_words as finetuning_words
+from metaopt_lens.analysis._update_words import value_update_words as value_update_words
 from metaopt_lens.analysis._verdict import Finding as Finding
 from metaopt_lens.analysis._verdict import findings as findings
 from metaopt_lens.analysis._verdict import headline as headline

@@ -8,7 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from metaopt_lens._errors import MetaoptLensError
-from metaopt_lens.cli import _experiment_commands, _momentum_commands, _prompt_commands, _record_commands
+from metaopt_lens.cli import (
+    _compile_command,
+    _experiment_commands,
+    _momentum_commands,
+    _prompt_commands,
+    _record_commands,
+)
 from metaopt_lens.cli._showing import log_on_stderr, say
 
 _MISTAKE = 2  # exit code for everything the user can put right; typer's own for bad options
@@ -37,12 +43,13 @@ app = typer.Typer(
 )
 for _command in (
     _prompt_commands.compare,
+    _compile_command.compile_,
     _record_commands.analyze,
     _experiment_commands.run,
     _experiment_commands.sweep,
     _experiment_commands.report,
 ):
-    app.command()(_command)
+    app.command(_command.__name__.rstrip("_"))(_command)
 app.add_typer(_momentum_commands.app, name="momentum")
 app.command()(_prompt_commands.demo)
 app.command()(_prompt_commands.decompose)

@@ -14,7 +14,7 @@ from rich.console import Console
 if TYPE_CHECKING:
     from metaopt_lens.analysis import Comparison
     from metaopt_lens.decomposition import Decomposition, DecompositionSet
-    from metaopt_lens.experiments import ExperimentResult
+    from metaopt_lens.experiments import CompiledPrompt, ExperimentResult
     from metaopt_lens.runs import LabelPrediction
 
 
@@ -88,6 +88,19 @@ def show_comparison(found: Comparison) -> None:
     console.print(comparison_text(found))
     for note in found.notes:
         console.print(f"note: {note}", markup=False)
+
+
+def show_compiled(found: CompiledPrompt) -> None:
+    """The patch, how well it does what the context does, answers, norms and shares."""
+    from metaopt_lens.viz import compiled_texts
+
+    console = Console(highlight=False)
+    say(repr(found.patch))
+    say(found.sentence)
+    for table in compiled_texts(found):
+        console.print(table)
+    for note in found.notes:
+        say(note)
 
 
 def show_run(result: ExperimentResult) -> None:

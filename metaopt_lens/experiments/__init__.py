@@ -1,5 +1,7 @@
 """Runs of experiments and their stored results."""
 
+from metaopt_lens.experiments._compiled_prompt import CompiledPrompt as CompiledPrompt
+from metaopt_lens.experiments._compiled_prompt import compile_prompts as compile_prompts
 from metaopt_lens.experiments._episode_prompts import episode_prompts as episode_prompts
 from metaopt_lens.experiments._published import published_numbers as published_numbers
 from metaopt_lens.experiments._run import run_experiment as run_experiment

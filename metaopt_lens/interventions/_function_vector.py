@@ -123,7 +123,8 @@ class FunctionVector(Stored):
     Attributes:
         model: sizes and parametrisation of the model it belongs to.
         vector: what is added.
-        heads: whose outputs it is made of. n_prompts: over how many prompts they were averaged.
+        heads: whose outputs it is made of.
+        n_prompts: over how many prompts they were averaged.
         provenance: versions and time.
     """
 

@@ -6,6 +6,7 @@ from metaopt_lens.patches._shares import ContextShares as ContextShares
 from metaopt_lens.patches._shares import LeftOut as LeftOut
 from metaopt_lens.patches._shares import context_shares as context_shares
 from metaopt_lens.patches._shares import leave_one_out as leave_one_out
+from metaopt_lens.patches._static_patch import RIDGE as RIDGE
 from metaopt_lens.patches._static_patch import StaticPatch as StaticPatch
 from metaopt_lens.patches._static_patch import exact_patches as exact_patches
 from metaopt_lens.patches._static_patch import fit_static as fit_static

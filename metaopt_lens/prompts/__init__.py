@@ -16,3 +16,14 @@ from metaopt_lens.prompts._tokenize import read_token as read_token
 from metaopt_lens.prompts._tokenize import tokenize_label as tokenize_label
 from metaopt_lens.prompts._tokenize import tokenize_prompt as tokenize_prompt
 from metaopt_lens.prompts._tokenized import TokenizedPrompt as TokenizedPrompt
+
+__all__ = [
+    "ContextPrompt",
+    "Demo",
+    "ICLPrompt",
+    "PromptLike",
+    "Template",
+    "TokenizedPrompt",
+    "load_prompts",
+    "tokenize_prompt",
+]

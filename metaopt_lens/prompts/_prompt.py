@@ -110,9 +110,9 @@ class ICLPrompt:
         last word where there is neither.
 
         Args:
-            text: the whole prompt.
-            label: the query's correct label, if known.
-            candidates: the label words to choose from, if known.
+            text: demonstrations and query.
+            label: the query's right label, if known.
+            candidates: label words to choose from; None for those of the demonstrations and the query.
 
         Returns:
             A prompt whose `text` equals the given text but for white space at its two ends and Windows line ends.
@@ -180,7 +180,7 @@ class ICLPrompt:
         """The same prompt with other demonstrations.
 
         Args:
-            demos: as `ICLPrompt` takes them.
+            demos: `Demo` objects or (input, label) pairs.
         """
         return ICLPrompt(
             demos, self.query, self.template, self.instruction, label=self.label, candidates=self.candidates
@@ -190,7 +190,7 @@ class ICLPrompt:
         """The same prompt without one demonstration.
 
         Args:
-            index: which, counted from 0.
+            index: the demonstration to leave out, counted from 0.
 
         Raises:
             PromptError: there is no such demonstration, or nothing of the context would be left.

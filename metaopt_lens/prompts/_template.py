@@ -51,7 +51,7 @@ class Template:
         """The template's input part around `text`, which may itself contain braces.
 
         Args:
-            text: an input.
+            text: the input.
         """
         return self.input.replace("{input}", text)
 
@@ -67,7 +67,7 @@ class Template:
         """The template's label part around `text`, with the space that belongs to the label.
 
         Args:
-            text: a label.
+            text: the label word.
         """
         return self.label.replace("{label}", text)
 

@@ -92,10 +92,10 @@ def tokenize_label(
     """Token ids of a label where it follows a query: what the model has to predict, with its space.
 
     Args:
-        label: the word, or several.
+        label: the label word.
         template: the text around it.
         tokenizer: a Hugging Face tokenizer.
-        allow_unk: accept text for which the tokenizer has only its unknown token.
+        allow_unk: accept a word for which the tokenizer has only its unknown token.
 
     Raises:
         PromptError: the label is empty or unknown.
@@ -115,7 +115,7 @@ def read_token(token: int, tokenizer: HFTokenizer | None) -> str:
     """A token id as text, its leading space included (as in `TokenizedPrompt.tokens`).
 
     Args:
-        token: the id.
+        token: its id.
         tokenizer: a Hugging Face tokenizer.
     """
     return PieceEncoder(tokenizer, allow_unk=True).readable(token)

@@ -12,6 +12,9 @@ from metaopt_lens.viz._comparison_text import accuracies_text as accuracies_text
 from metaopt_lens.viz._comparison_text import comparison_data as comparison_data
 from metaopt_lens.viz._comparison_text import comparison_text as comparison_text
 from metaopt_lens.viz._comparison_text import frame_text as frame_text
+from metaopt_lens.viz._compiled_page import compiled_data as compiled_data
+from metaopt_lens.viz._compiled_page import compiled_texts as compiled_texts
+from metaopt_lens.viz._compiled_page import write_compiled_outputs as write_compiled_outputs
 from metaopt_lens.viz._effects_map import effects_map as effects_map
 from metaopt_lens.viz._maps import head_map as head_map
 from metaopt_lens.viz._output import write_outputs as write_outputs

@@ -1,0 +1,199 @@
+"""What one patch for all queries is worth on queries it was not fitted on, against how many it was fitted on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from metaopt_lens._errors import OptionError, PromptError
+from metaopt_lens.analysis._interval import mean_interval
+from metaopt_lens.analysis._matrices import Factors, effective_rank
+from metaopt_lens.analysis._recall import exact_interval
+from metaopt_lens.interventions import intervene
+from metaopt_lens.models import LensModel, Readout, wrap
+from metaopt_lens.patches import RIDGE, StaticPatch, exact_patches, fit_static
+from metaopt_lens.prompts import ICLPrompt, PromptLike, TokenizedPrompt, as_prompts, tokenize_label
+from metaopt_lens.runs import candidate_labels, check_candidates, run_shared_prefix, tokenize_for
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, eq=False)
+class StaticCurve:
+    """Answers to held-out queries: in context, zero-shot, and with static patches fitted on more and more queries.
+
+    Attributes:
+        n_fit: how many queries each static patch was fitted on.
+        ridge: of all of them.
+        in_context: log-probabilities of the next token, in context.
+        zero_shot: without demonstrations.
+        static: with each static patch.
+        correct: whether the right label's first token has the best score among the candidates' first tokens: in
+            context, zero-shot, then with each static patch.
+        effective_rank: of the last static patch's matrices, by name.
+    """
+
+    n_fit: tuple[int, ...]
+    ridge: float
+    in_context: Float[Tensor, "query d_vocab"]
+    zero_shot: Float[Tensor, "query d_vocab"]
+    static: Float[Tensor, "fit query d_vocab"]
+    correct: Bool[Tensor, "setting query"]
+    effective_rank: dict[str, Float[Tensor, " layer"]]
+
+    @property
+    def kl_to_in_context(self) -> Float[Tensor, "setting query"]:
+        """``KL(in context | setting)`` in nats: zero-shot, then each static patch."""
+        return torch.stack([_kl(self.in_context, other) for other in (self.zero_shot, *self.static)])
+
+    @property
+    def kl_to_zero_shot(self) -> Float[Tensor, "setting query"]:
+        """``KL(zero-shot | setting)`` in nats: in context, then each static patch."""
+        return torch.stack([_kl(self.zero_shot, other) for other in (self.in_context, *self.static)])
+
+    @property
+    def sentence(self) -> str:
+        """Whether the last patch beats zero-shot on these queries, by a t interval of the paired difference."""
+        gain = self.correct[-1].double() - self.correct[1].double()
+        found = mean_interval(gain)
+        n, what = len(gain), "conditional on these demonstrations"
+        low, high = float(found.low), float(found.high)
+        text = f"{float(found.estimate):+.1%} of {n} held-out queries"
+        if low != low:  # all queries changed alike
+            return f"The static patch changes the accuracy by {text}, the same for all of them: no interval."
+        verdict = "beats" if low > 0 else "does worse than" if high < 0 else "is not shown to beat"
+        return (
+            f"The static patch fitted on {self.n_fit[-1]} queries {verdict} zero-shot: accuracy {text} "
+            f"(95 % interval {low:+.1%} to {high:+.1%}, {what})."
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row for every setting: accuracy with its exact interval, and both divergences with their t intervals."""
+        import pandas as pd
+
+        names = ["in context", "zero-shot", *(f"static patch, {k} queries" for k in self.n_fit)]
+        nothing = torch.zeros(1, self.correct.shape[1], dtype=torch.float64)
+        to_in_context = torch.cat([nothing, self.kl_to_in_context])
+        to_zero_shot = torch.cat([self.kl_to_zero_shot[:1], nothing, self.kl_to_zero_shot[1:]])
+        rows = []
+        for number, name in enumerate(names):
+            right = self.correct[number]
+            interval = exact_interval(int(right.sum()), len(right))
+            assert interval is not None  # there are queries
+            row: dict[str, Any] = {"setting": name, "n": len(right), "accuracy": float(right.double().mean())}
+            row |= {"accuracy_low": interval[0] / 100, "accuracy_high": interval[1] / 100}
+            for key, kl in (("kl_to_in_context", to_in_context[number]), ("kl_to_zero_shot", to_zero_shot[number])):
+                mean = mean_interval(kl)
+                row |= {key: float(mean.estimate), f"{key}_low": float(mean.low), f"{key}_high": float(mean.high)}
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+
+def static_curve(
+    model: Any,
+    fitted: Sequence[PromptLike],
+    held_out: Sequence[PromptLike],
+    *,
+    n_fit: Sequence[int] | None = None,
+    ridge: float = RIDGE,
+    prepend_bos: bool | None = None,
+) -> StaticCurve:
+    """Fit static patches on the first of some queries, and ask others (docs/theory.md, section 9).
+
+    Args:
+        model: `HookedTransformer`, `TransformerBridge` or a wrapped model.
+        fitted: queries to fit on, behind the same demonstrations.
+        held_out: other queries behind them, each with its label.
+        n_fit: how many of the first `fitted` each patch is fitted on; by default 2, 4, 8, ... and all.
+        ridge: weight of the penalty, relative to the mean square of an input.
+        prepend_bos: put BOS first; None for the model's default.
+
+    Returns:
+        The answers to the held-out queries.
+
+    Raises:
+        PromptError: a held-out query without label, one that was fitted, or other demonstrations.
+        OptionError: `n_fit` below 2 or above the number of queries.
+    """
+    wrapped, fit, asked = wrap(model), as_prompts(fitted), as_prompts(held_out)
+    counts = _counts(len(fit)) if n_fit is None else tuple(n_fit)
+    if not counts or not all(2 <= k <= len(fit) for k in counts):
+        raise OptionError(f"n_fit must be from 2 to the {len(fit)} fitting queries, got {list(counts)}.")
+    known = {prompt.query for prompt in fit}
+    for prompt in asked:
+        if prompt.label is None:
+            raise PromptError(f"the held-out query {prompt.query!r} needs its label: ICLPrompt(..., label=...).")
+        if prompt.query in known:
+            raise PromptError(f"the query {prompt.query!r} is fitted on and held out: give other queries.")
+    tokens = [tokenize_for(wrapped, p, prepend_bos=prepend_bos, require_demos=True) for p in asked]
+    labels = [_first_tokens(wrapped, prompt) for prompt in asked]
+    patches = exact_patches(wrapped, fit, prepend_bos=prepend_bos)
+    prefix = run_shared_prefix(wrapped, tokens[0].ids[: tokens[0].query.start])
+    in_context = torch.stack([_next(wrapped, t.ids[t.query.start :], prefix) for t in tokens])
+    zero_shot = _zero_shot(wrapped, tokens)
+    statics = [fit_static(patches[:k], ridge=ridge) for k in counts]
+    answers = []
+    for static in statics:
+        with intervene(wrapped, static):
+            answers.append(_zero_shot(wrapped, tokens))
+    settings = [in_context, zero_shot, *answers]
+    return StaticCurve(
+        n_fit=counts,
+        ridge=ridge,
+        in_context=in_context,
+        zero_shot=zero_shot,
+        static=torch.stack(answers),
+        correct=torch.stack([_correct(setting, labels) for setting in settings]),
+        effective_rank=static_ranks(statics[-1]),
+    )
+
+
+def static_ranks(patch: StaticPatch) -> dict[str, Float[Tensor, " layer"]]:
+    """Effective rank of each matrix's change in every layer; see `effective_rank`.
+
+    Args:
+        patch: made by `static_patch`.
+    """
+    found = {}
+    for name in patch.matrices:
+        changes = [patch.dense(layer, name) for layer in range(patch.model.n_layers)]
+        found[name] = torch.stack([effective_rank(Factors(change.A, change.B)) for change in changes])
+    return found
+
+
+def _counts(n: int) -> tuple[int, ...]:
+    return (*(2**i for i in range(1, n.bit_length()) if 2**i < n), n)
+
+
+def _first_tokens(model: LensModel, prompt: ICLPrompt) -> list[int]:
+    """First tokens of the candidates, the right label's first."""
+    names = [prompt.label or "", *(label for label in candidate_labels(prompt) if label != prompt.label)]
+    ids = [tokenize_label(name, prompt.template, model.tokenizer) for name in names]
+    check_candidates(ids, names, scoring="first")
+    return [label[0] for label in ids]
+
+
+def _next(model: LensModel, ids: Sequence[int], prefix: Any = None) -> Float[Tensor, " d_vocab"]:
+    """Log-probabilities of the token that follows."""
+    logits = model.run(torch.tensor([list(ids)]), prefix=prefix, read=Readout(torch.tensor([[len(ids) - 1]])))
+    assert logits is not None
+    return logits[0, 0].detach().double().log_softmax(-1)
+
+
+def _zero_shot(model: LensModel, tokens: Sequence[TokenizedPrompt]) -> Float[Tensor, "query d_vocab"]:
+    return torch.stack([_next(model, t.zero_shot().ids) for t in tokens])
+
+
+def _correct(log_probs: Float[Tensor, "query d_vocab"], labels: Sequence[Sequence[int]]) -> Bool[Tensor, " query"]:
+    return torch.tensor([int(row[list(own)].argmax()) == 0 for row, own in zip(log_probs, labels, strict=True)])
+
+
+def _kl(p: Float[Tensor, "query d_vocab"], q: Float[Tensor, "query d_vocab"]) -> Float[Tensor, " query"]:
+    found: Tensor = (p.exp() * (p - q)).sum(-1)
+    return found

@@ -1,0 +1,213 @@
+"""A context compiled into weights: terminal tables, plain data, and one HTML page that needs no network."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from rich.console import RenderableType
+from torch import Tensor
+
+from metaopt_lens._storage import atomic_path, write_text
+from metaopt_lens.experiments import CompiledPrompt
+from metaopt_lens.viz._comparison_text import frame_text
+from metaopt_lens.viz._page import model_name
+from metaopt_lens.viz._render import Measured, render
+from metaopt_lens.viz._segments import segments, visible_token
+
+_DEMO_ROWS = 12
+
+
+def compiled_texts(found: CompiledPrompt) -> list[RenderableType]:
+    """Terminal tables: answers, matrices, demonstrations, and the patch for all queries where there is one.
+
+    Args:
+        found: what `compile_prompts` returned.
+    """
+    tables: list[RenderableType] = [
+        frame_text(_answers(found), "The most probable next tokens"),
+        frame_text(_by_matrix(found), "Norms of the changes, mean over layers and tokens"),
+    ]
+    if found.shares is not None:
+        title = "Shares of the demonstrations in what the patch adds, mean over layers and tokens"
+        tables.append(frame_text(_demos(found).head(_DEMO_ROWS), title))
+    if found.static is not None:
+        frame = found.static.to_frame()
+        tables.append(frame_text(frame, "One patch for all queries, on queries it was not fitted on"))
+        tables.append(found.static.sentence)
+    return tables
+
+
+def compiled_data(found: CompiledPrompt) -> dict[str, Any]:
+    """Everything as plain data.
+
+    Args:
+        found: what `compile_prompts` returned.
+    """
+    patch = found.patch
+    data: dict[str, Any] = {
+        "model": patch.model.name,
+        "prompt": list(patch.tokens.tokens),
+        "precision": patch.precision,
+        "matrices": list(patch.matrices),
+        "logits_off_patched": found.off[0],
+        "logits_off_zero_shot": found.off[1],
+        "largest_logit": found.largest,
+        "answers": {name: [[t.text, t.probability] for t in tops] for name, tops in found.top.items()},
+        "norms": _records(found.norms()),
+        "demonstrations": _records(_demos(found)) if found.shares is not None else None,
+        "norm_scale_fixed": None if found.shares is None else found.shares.norm_scale_fixed,
+        "smallest_normalised_coordinate": None if patch.smallest is None else float(patch.smallest.min()),
+        "static": None,
+        "notes": list(found.notes),
+    }
+    if found.static is not None:
+        ranks = {name: values.tolist() for name, values in found.static.effective_rank.items()}
+        data["static"] = {
+            "table": _records(found.static.to_frame()),
+            "sentence": found.static.sentence,
+            "effective_rank": ranks,
+        }
+    return data
+
+
+def write_compiled_page(found: CompiledPrompt, path: str | os.PathLike[str]) -> Path:
+    """Write a self-contained page: the prompt struck out, answers, maps of norms and shares, the patch for all queries.
+
+    Args:
+        found: what `compile_prompts` returned.
+        path: the file to write.
+
+    Returns:
+        The path.
+    """
+    tokens, shares = found.patch.tokens, found.demo_shares()
+    frame = found.norms()
+    ranks = None
+    if found.static is not None:
+        ranks = _map({name: values for name, values in found.static.effective_rank.items()}, "matrix", "effective rank")
+    html = render(
+        "compiled.html.j2",
+        heading=f"The context as weights of {model_name(found.patch.model)}",
+        sentence=found.sentence,
+        pieces=[
+            (segment.kind, segment.colour, segment.name, "".join(tokens.tokens[segment.span.slice]).strip("\n"))
+            for segment in segments(tokens)
+        ],
+        answers=_answers(found),
+        maps=[
+            (_matrix_map(frame, column), caption)
+            for column, caption in (
+                ("norm", "Frobenius norm of the change, mean over the query's tokens."),
+                ("relative", "The same, relative to the norm of the matrix."),
+            )
+            if column in frame
+        ],
+        shares=None if shares is None else _demo_map(shares),
+        fixed=found.shares is not None and found.shares.norm_scale_fixed,
+        demos=None if found.shares is None else _demos(found),
+        static=None if found.static is None else _static_table(found),
+        static_sentence=None if found.static is None else found.static.sentence,
+        ranks=ranks,
+        smallest=None if found.patch.smallest is None else f"{float(found.patch.smallest.min()):.2g}",
+        notes=found.notes,
+        provenance={"weights": found.patch.model.weights, **found.patch.provenance},
+    )
+    return write_text(path, html)
+
+
+def write_compiled_outputs(found: CompiledPrompt, folder: str | os.PathLike[str]) -> dict[str, Path]:
+    """Write ``compiled.csv``, ``compiled.json`` and ``compiled.html``, and the patch itself; returns their paths.
+
+    Args:
+        found: what `compile_prompts` returned.
+        folder: where the files are written.
+    """
+    base = Path(folder)
+    with atomic_path(base / "compiled.csv") as temporary:
+        found.patch.to_frame().to_csv(temporary, index=False)
+    text = json.dumps(compiled_data(found), indent=1, ensure_ascii=False)
+    return {
+        "table": base / "compiled.csv",
+        "data": write_text(base / "compiled.json", text + "\n"),
+        "page": write_compiled_page(found, base / "compiled.html"),
+        "patch": found.patch.save(base / "patch"),
+    }
+
+
+def _answers(found: CompiledPrompt) -> pd.DataFrame:
+    columns = {
+        name: [f"{visible_token(token.text)} {token.probability:.1%}" for token in tops]
+        for name, tops in found.top.items()
+    }
+    return pd.DataFrame({"rank": range(1, 1 + max(map(len, columns.values()))), **columns})
+
+
+def _by_matrix(found: CompiledPrompt) -> pd.DataFrame:
+    frame = found.norms().drop(columns="layer")
+    return frame.groupby("matrix", sort=False).mean().reset_index()
+
+
+def _demos(found: CompiledPrompt) -> pd.DataFrame:
+    shares = found.demo_shares()
+    assert shares is not None
+    tokens = found.patch.tokens
+    texts = ["".join(tokens.tokens[span.slice]).strip() for span in tokens.demos]
+    return pd.DataFrame({"demonstration": texts, "share": shares.mean(0).tolist()})
+
+
+def _static_table(found: CompiledPrompt) -> pd.DataFrame:
+    assert found.static is not None
+    frame = found.static.to_frame()
+    columns: dict[str, Any] = {"setting": frame["setting"], "queries": frame["n"]}
+    for name in ("accuracy", "kl_to_in_context", "kl_to_zero_shot"):
+        parts = (frame[name], frame[f"{name}_low"], frame[f"{name}_high"])
+        columns[name] = [Measured(value, low, high) for value, low, high in zip(*parts, strict=True)]
+    return pd.DataFrame(columns)
+
+
+def _matrix_map(frame: pd.DataFrame, column: str) -> go.Figure:
+    grid = frame.pivot_table(index="layer", columns="matrix", values=column, sort=False)
+    return _map({str(name): torch.tensor(grid[name].to_numpy()) for name in grid.columns}, "matrix", column)
+
+
+def _demo_map(shares: Tensor) -> go.Figure:
+    columns = {f"{i + 1}": column for i, column in enumerate(shares.T)}
+    return _map(columns, "demonstration", "share", signed=True)
+
+
+def _map(columns: dict[str, Tensor], across: str, what: str, *, signed: bool = False) -> go.Figure:
+    """A map of layers against anything."""
+    cells = [[float(v) for v in row] for row in torch.stack([c.double().cpu() for c in columns.values()], dim=1)]
+    bound = max((abs(v) for row in cells for v in row), default=0.0) or 1.0
+    colours = {"colorscale": "RdBu", "zmin": -bound, "zmax": bound} if signed else {"colorscale": "Blues", "zmin": 0}
+    heat = go.Heatmap(
+        z=cells,
+        x=list(columns),
+        y=list(range(len(cells))),
+        hovertemplate=f"layer %{{y}}, {across} %{{x}}<br>{what} %{{z:.4g}}<extra></extra>",
+        xgap=1,
+        ygap=1,
+        colorbar={"thickness": 10, "outlinewidth": 0},
+        **colours,
+    )
+    figure = go.Figure(heat)
+    figure.update_layout(
+        title=what,
+        height=min(max(150 + 18 * len(cells), 240), 720),
+        margin={"l": 44, "r": 10, "t": 42, "b": 40},
+        paper_bgcolor="white",
+    )
+    figure.update_xaxes(title=across, type="category")
+    figure.update_yaxes(title="layer", autorange="reversed")
+    return figure
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as plain data; what is undefined is None."""
+    return [{str(k): None if pd.isna(v) else v for k, v in row.items()} for row in frame.to_dict("records")]
