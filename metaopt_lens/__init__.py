@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from metaopt_lens.models.tiny import load_tiny as load_tiny
     from metaopt_lens.patches import WeightPatch as WeightPatch
     from metaopt_lens.patches import compile_context as compile_context
+    from metaopt_lens.prompts import ContextPrompt as ContextPrompt
     from metaopt_lens.prompts import Demo as Demo
     from metaopt_lens.prompts import ICLPrompt as ICLPrompt
     from metaopt_lens.prompts import Template as Template
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Comparison": "analysis",
+    "ContextPrompt": "prompts",
     "Decomposition": "decomposition",
     "ICLPrompt": "prompts",
     "KnockOut": "interventions",

@@ -140,7 +140,7 @@ def tokenizer() -> Any:
     raw = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     raw.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"\n"), "isolated"),
+            pre_tokenizers.Split(Regex(r"\n|:"), "isolated"),
             pre_tokenizers.Split(Regex(r"[ \t]+"), "removed"),
         ]
     )

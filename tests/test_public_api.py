@@ -92,9 +92,9 @@ def test_errors_share_one_base_and_a_builtin() -> None:
 
 
 def documented_rooms() -> list[str]:
-    """Rooms that say in ``__all__`` what is meant for users; the others are for this package alone."""
-    names = (m.name for m in pkgutil.walk_packages(metaopt_lens.__path__, "metaopt_lens.") if m.ispkg)
-    return [name for name in names if "__all__" in vars(importlib.import_module(name))]
+    """The package and its rooms that say in ``__all__`` what is meant for users; others are for this package alone."""
+    rooms = (m.name for m in pkgutil.walk_packages(metaopt_lens.__path__, "metaopt_lens.") if m.ispkg)
+    return ["metaopt_lens", *(name for name in rooms if "__all__" in vars(importlib.import_module(name)))]
 
 
 def described(documentation: str | None) -> set[str]:

@@ -69,6 +69,8 @@ from metaopt_lens.analysis._training_attention import demonstration_queries as d
 from metaopt_lens.analysis._training_attention import finetuning_scores as finetuning_scores
 from metaopt_lens.analysis._training_attention import training_attention as training_attention
 from metaopt_lens.analysis._training_attention import usable_factors as usable_factors
+from metaopt_lens.analysis._update_words import finetuning_words as finetuning_words
+from metaopt_lens.analysis._update_words import value_update_words as value_update_words
 from metaopt_lens.analysis._verdict import Finding as Finding
 from metaopt_lens.analysis._verdict import findings as findings
 from metaopt_lens.analysis._verdict import headline as headline

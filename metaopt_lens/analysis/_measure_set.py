@@ -147,7 +147,7 @@ def _measure_batch(
         made = recorder.runs([variant.tokenized[row] for row in rows])
         mixed = [Runs({**a.by_setting, **b.by_setting}) for a, b in zip(runs, made, strict=True)]
         same_memory = batch.memory if variant.settings == ("icl",) else None
-        other = _batch(variant, mixed, context, None, same_memory)
+        other = dataclasses.replace(_batch(variant, mixed, context, None, same_memory), base=batch)
         values = {s.name: s.value(s.read(other), context).float() for s in _readable(other)}
         found.values.setdefault(variant.null, []).append(values)
         if asked is not None and variant.answered:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metaopt_lens.finetuning import WeightUpdate
 from metaopt_lens.models import LensModel
-from metaopt_lens.runs import Run, attention_output
+from metaopt_lens.runs import all_heads_output
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,12 +38,14 @@ class OutputSpace:
         """
         return torch.stack([torch.einsum("qhd,hrd->qhr", z[:, i], r) for i, r in enumerate(self._triangles)], dim=1)
 
-    def attention(self, run: Run, update: WeightUpdate | None) -> Float[Tensor, "dst layer d_model"]:
+    def attention(
+        self, z: Float[Tensor, "query layer head d_head"], update: WeightUpdate | None
+    ) -> Float[Tensor, "query layer d_model"]:
         """All heads of every layer together, after W_O and b_O.
 
         Args:
-            run: any run of the model.
-            update: what it has, if any.
+            z: head outputs.
+            update: what the model has that made them, if anything.
         """
         w_o, b_o = (None, None) if update is None else (update.w_o, update.b_o)
-        return attention_output(self.model, run, w_o=w_o, b_o=b_o)
+        return all_heads_output(self.model, z, w_o=w_o, b_o=b_o)

@@ -42,6 +42,7 @@ class QueryBatch:
         context: of the comparison.
         trained: query vectors of each demonstration's tokens in its own finetuning step (see `demonstration_queries`);
             None where they were not kept, or are those of other demonstrations.
+        base: another batch, with which this one shares the runs of some settings; what is read of those is read once.
     """
 
     space: OutputSpace
@@ -50,6 +51,7 @@ class QueryBatch:
     memory: MemoryBatch
     context: Context
     trained: tuple[Float[Tensor, "_ layer d_q"], ...] | None = None
+    base: QueryBatch | None = None
 
     @property
     def eps(self) -> float:
@@ -63,7 +65,7 @@ class QueryBatch:
 
     def z(self, setting: Setting) -> Float[Tensor, "query layer head d_head"]:
         """Head outputs in a setting."""
-        return self._last(setting, lambda run: run.z)
+        return self._once("z", setting, lambda: self._last(setting, lambda run: run.z))
 
     def change(self, first: Setting, second: Setting) -> Float[Tensor, "query layer head d_head"]:
         """Head outputs of one setting minus those of another; NaN where no more than rounding is left."""
@@ -72,13 +74,22 @@ class QueryBatch:
     def hidden(self, setting: Setting) -> Float[Tensor, "query layer 1 d_model"]:
         """Attention outputs after W_O and b_O, as those of a layer's only head."""
         update = self.update if setting in CHANGED else None
-        return self._last(setting, lambda run: self.space.attention(run, update))[:, :, None]
+
+        def read() -> Tensor:
+            z = torch.stack([runs[setting].z[-1].detach() for runs in self.runs])
+            return _kept(self.space.attention(z, update))[:, :, None]
+
+        return self._once("hidden", setting, read)
 
     def scores(self, setting: Setting) -> Float[Tensor, "query layer head pos"]:
         """Scores before the softmax over the query's own tokens, NaN behind a query's end."""
-        rows = [_kept(own_scores(runs[setting])[-1]) for runs in self.runs]
-        longest = max(row.shape[-1] for row in rows)
-        return torch.stack([_filled(row, longest) for row in rows])
+
+        def read() -> Tensor:
+            rows = [_kept(own_scores(runs[setting])[-1]) for runs in self.runs]
+            longest = max(row.shape[-1] for row in rows)
+            return torch.stack([_filled(row, longest) for row in rows])
+
+        return self._once("scores", setting, read)
 
     @cached_property
     def parts(self) -> SoftmaxParts:
@@ -108,6 +119,18 @@ class QueryBatch:
         assert self.trained is not None
         context = self._last("icl", lambda run: demo_scores(run).sum(-2))
         return ranked_maps(context, self._last("ft", scaled_queries), self.trained, convention=self.context.convention)
+
+    @cached_property
+    def _read(self) -> dict[tuple[str, Setting], Tensor]:
+        return {}
+
+    def _once(self, what: str, setting: Setting, read: Callable[[], Tensor]) -> Tensor:
+        """Something of a setting that several statistics read; from the base batch where the runs are its own."""
+        if self.base is not None and self.base.runs[0][setting] is self.runs[0][setting]:
+            return self.base._once(what, setting, read)
+        if (what, setting) not in self._read:
+            self._read[what, setting] = read()
+        return self._read[what, setting]
 
     def _last(self, setting: Setting, read: Callable[[Run], Tensor]) -> Tensor:
         return torch.stack([_kept(read(runs[setting])[-1]) for runs in self.runs])

@@ -8,6 +8,11 @@ from metaopt_lens.decomposition._decomposition_set import DecompositionSet as De
 from metaopt_lens.decomposition._effects import Effects as Effects
 from metaopt_lens.decomposition._effects import ResidualParts as ResidualParts
 from metaopt_lens.decomposition._effects import effects_of as effects_of
+from metaopt_lens.decomposition._lens_parts import written as written
+from metaopt_lens.decomposition._lens_words import LensMaps as LensMaps
+from metaopt_lens.decomposition._lens_words import LensWords as LensWords
+from metaopt_lens.decomposition._lens_words import UpdateDirection as UpdateDirection
+from metaopt_lens.decomposition._lens_words import read_words as read_words
 from metaopt_lens.decomposition._logit_contributions import LogitContributions as LogitContributions
 
 __all__ = [

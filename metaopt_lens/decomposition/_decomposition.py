@@ -20,8 +20,22 @@ from metaopt_lens._plots import draw
 from metaopt_lens._types import HeadRef, TokenSpan
 from metaopt_lens.decomposition._answer_tokens import Answer, answer_targets
 from metaopt_lens.decomposition._decomposition_frame import decomposition_frame
-from metaopt_lens.decomposition._direct_logits import at_one_destination, logit_contributions, run_through_answer
+from metaopt_lens.decomposition._direct_logits import (
+    at_one_destination,
+    kept_stream,
+    logit_contributions,
+    run_through_answer,
+)
 from metaopt_lens.decomposition._effects import Effects, ResidualParts, effects_of
+from metaopt_lens.decomposition._lens_parts import (
+    check_part,
+    final_scale,
+    head_or_layer,
+    part_in_z,
+    singular_directions,
+    written,
+)
+from metaopt_lens.decomposition._lens_words import LensMaps, LensWords, UpdateDirection, read_words
 from metaopt_lens.decomposition._logit_contributions import LogitContributions
 from metaopt_lens.dual import LinearParts, SoftmaxParts
 from metaopt_lens.models import LensModel, ModelInfo, wrap
@@ -290,6 +304,87 @@ class Decomposition(Stored):
                 f"{self.positions[dst]}: name its first token alone."
             )
         return logit_contributions(model, run_through_answer(model, self.runs.icl, targets), targets)
+
+    def lens(
+        self,
+        head: str | HeadRef | tuple[int, int] | None = None,
+        part: str = "meta_gradient",
+        *,
+        layer: int | None = None,
+        demo: int | None = None,
+        top: int = 10,
+        maps: LensMaps | None = None,
+        position: int | None = None,
+    ) -> LensWords:
+        """The words that a part promotes and suppresses (docs/theory.md, "What the parts say").
+
+        Args:
+            head: ``"L3H7"`` or ``(3, 7)``.
+            part: ``"meta_gradient"``, ``"zero_shot"`` or ``"z"`` of the exact form, ``"linear_meta_gradient"`` (dW_ICL
+                q) or ``"linear_zero_shot"`` (W_ZSL q) of the relaxed one; for a layer also ``"mlp"``.
+            layer: all heads of a layer together, instead of a head.
+            demo: one demonstration's share of the meta-gradient.
+            top: how many words on either side.
+            maps: a map ``[d_model, d_model]`` per layer, as tuned and Jacobian lenses have; None for the logit lens.
+            position: where to read, if all positions were decomposed; the last by default.
+
+        Raises:
+            OptionError: a part or demonstration that does not exist, or a lens of another width.
+            HeadError: a head or layer that the model does not have.
+            ModelMismatchError: the result was loaded from a file; give it its model with `with_model` first.
+        """
+        model = self.required_source("words")
+        check_part(part, demo, len(self.tokenized.demos))
+        at, heads = head_or_layer(head, layer, model)
+        run = at_one_destination(self.runs.icl, self._dst(position))
+        of = f"layer {at}" if head is None else str(HeadRef(at, heads[0]))
+        if part == "mlp":
+            if head is not None:
+                raise OptionError(f"an MLP belongs to a layer: lens(part='mlp', layer={at}).")
+            vector = kept_stream(run).mlp[0, at].detach()
+        else:
+            span = None if demo is None else self.tokenized.demos[demo]
+            vector = written(model, run, at, heads, part_in_z(run, part, span)[0, at, heads].detach())
+        name = f"{part} of {of}" + ("" if demo is None else f", demonstration {demo}")
+        scale = final_scale(model, run)
+        return read_words(model, vector[None], [name], layer=at, scale=scale, top=top, maps=maps)[0]
+
+    def lens_update(
+        self, layer: int, head: int, *, k: int = 3, top: int = 10, maps: LensMaps | None = None
+    ) -> tuple[UpdateDirection, ...]:
+        """A head's whole update dW_ICL as words: its leading singular directions.
+
+        The left ones are what it can write, read as words through W_O. The right ones are what it looks for in a query,
+        in the space of rotated keys, which no unembedding reads: they are given as the demonstrations' tokens whose
+        keys lie along them most.
+
+        Args:
+            layer: counted from 0.
+            head: counted from 0.
+            k: how many directions.
+            top: how many words and tokens.
+            maps: see `lens`.
+
+        Raises:
+            HeadError: a head that the model does not have.
+            ModelMismatchError: the result was loaded from a file; give it its model with `with_model` first.
+        """
+        model = self.required_source("words")
+        self._check_head(layer, head)
+        run = at_one_destination(self.runs.icl, len(self.positions) - 1)
+        left, sizes, right = singular_directions(self.delta_w_icl(layer, head), k)
+        keys = run.k_of(layer)[self.demonstrations.slice, self._kv(head)].detach().to(right)
+        found = []
+        for index, size in enumerate(sizes.tolist()):
+            vector = written(model, run, layer, [head], left[:, index][None])
+            name = f"direction {index} of dW_ICL of {HeadRef(layer, head)}"
+            (words,) = read_words(model, vector[None], [name], layer=layer, top=top, maps=maps)
+            along = keys @ right[:, index]
+            best = along.abs().topk(min(top, len(along))).indices.tolist()
+            start = self.demonstrations.start
+            tokens = tuple((self.tokenized.tokens[start + i], float(along[i])) for i in best)
+            found.append(UpdateDirection(size, words, tokens))
+        return tuple(found)
 
     # ---- the matrices -------------------------------------------------------------------------------------------
 

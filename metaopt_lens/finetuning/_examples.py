@@ -30,6 +30,13 @@ def training_examples(
 ) -> list[TrainingExample]:
     """Every demonstration with exactly the ids it has in the prompt, behind BOS, without its separator.
 
+    Args:
+        model: a wrapped model.
+        demos: demonstrations, or a prompt that has them.
+        template: the text around input and label; a prompt brings its own.
+        loss: ``"all"`` predicted tokens, or those of the ``"label"``.
+        prepend_bos: put BOS first; None for the model's default.
+
     Raises:
         PromptError: no demonstrations, or one that leaves nothing to predict.
         ContextWindowError: a demonstration longer than the context window.
@@ -45,6 +52,8 @@ def training_examples(
     tokenized = tokenize_for(model, prompt, prepend_bos=prepend_bos, require_demos=True, check_window=False)
     n_bos = 0 if tokenized.bos is None else len(tokenized.bos)
     examples = []
+    if loss == "label" and not all(map(len, tokenized.labels)):
+        raise PromptError("loss='label' learns labels, and the chunks of a context have none: use loss='all'.")
     for index, (ids, demo, label) in enumerate(
         zip(demonstration_ids(tokenized), tokenized.demos, tokenized.labels, strict=True)
     ):
@@ -62,7 +71,11 @@ def training_examples(
 
 
 def demonstration_ids(tokenized: TokenizedPrompt) -> tuple[tuple[int, ...], ...]:
-    """Ids of every demonstration as it is trained on: behind BOS, where the prompt has it, without its separator."""
+    """Ids of every demonstration as it is trained on: behind BOS, where the prompt has it, without its separator.
+
+    Args:
+        tokenized: tokens of the prompt.
+    """
     bos = () if tokenized.bos is None else tokenized.ids[tokenized.bos.slice]
     return tuple(
         bos + tokenized.ids[demo.start : label.stop]

@@ -3,6 +3,7 @@
 from metaopt_lens.interventions._apply import AppliedMetaGradient as AppliedMetaGradient
 from metaopt_lens.interventions._attribution import head_effects as head_effects
 from metaopt_lens.interventions._demo_tokens import DemoTokens as DemoTokens
+from metaopt_lens.interventions._function_vector import AppliedFunctionVector as AppliedFunctionVector
 from metaopt_lens.interventions._function_vector import FunctionVector as FunctionVector
 from metaopt_lens.interventions._function_vector import function_vector as function_vector
 from metaopt_lens.interventions._function_vector import word_pair_prompts as word_pair_prompts
@@ -26,14 +27,25 @@ from metaopt_lens.interventions._stages import StagedIntervention as StagedInter
 from metaopt_lens.interventions._stages import Visibility as Visibility
 
 __all__ = [
+    "AppliedFunctionVector",
     "AppliedMetaGradient",
+    "Change",
+    "FunctionVector",
     "HeadEffects",
     "ICLHeads",
     "KnockOut",
+    "Memory",
     "MetaGradient",
     "MomentumAttention",
     "Recovery",
+    "Sight",
+    "Sources",
+    "StagedIntervention",
+    "Visibility",
+    "function_vector",
+    "fwd_hooks",
     "head_effects",
     "intervene",
     "meta_gradient",
+    "word_pair_prompts",
 ]

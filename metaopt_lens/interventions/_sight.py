@@ -122,8 +122,9 @@ class Sight:
         )
 
     def _begin(self, host_pass: HostPass) -> Tensor | None:
-        placed = [positions for v in self._visibilities if (positions := v.place(host_pass)) is not None]
-        self._pass, self._positions = host_pass, placed[0] if placed else None
+        placed = [v.place(host_pass) for v in self._visibilities if v.place is not None]
+        self._pass = host_pass
+        self._positions = next((positions for positions in placed if positions is not None), None)
         self._hidden = [(v, v.hidden(host_pass)) for v in self._visibilities if v.hidden is not None]
         return self._positions
 

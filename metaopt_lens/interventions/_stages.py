@@ -36,10 +36,6 @@ class Memory:
     scale: float | None = None
 
 
-def _stay(_: HostPass) -> None:
-    return None
-
-
 @dataclass(frozen=True, eq=False)
 class Visibility:
     """Which sources some heads see, where that is not what the model's own mask says.
@@ -47,8 +43,8 @@ class Visibility:
     Attributes:
         name: of the intervention with its article, for messages ("a knock-out").
         heads: the heads it is about.
-        place: called before every pass, to refuse one that it does not fit; returns where every slot of the pass is to
-            stand, ``[batch, slot]``, or None to leave the tokens (of all heads) where they are.
+        place: if given, called before every pass, to refuse one that it does not fit; returns where every slot of the
+            pass is to stand, ``[batch, slot]``, or None to leave the tokens (of all heads) where they are.
         hidden: given a pass, the slots that the heads do not see, ``[batch, dst, slot]``; None hides nothing. No token
             may be left without any source.
         memory: what the heads see besides.
@@ -56,7 +52,7 @@ class Visibility:
 
     name: str
     heads: Bool[Tensor, "layer head"]
-    place: Callable[[HostPass], Tensor | None] = _stay
+    place: Callable[[HostPass], Tensor | None] | None = None
     hidden: Callable[[HostPass], Tensor] | None = None
     memory: Memory | None = None
 
@@ -88,5 +84,9 @@ class StagedIntervention(Protocol):
     """An intervention of any stage. One that is hooks and nothing more needs only ``hooks(model)`` (`Intervention`)."""
 
     def change(self, model: LensModel) -> Change:
-        """What it does to this model; raises if it was made for another."""
+        """What it does to this model; raises if it was made for another.
+
+        Args:
+            model: a wrapped model.
+        """
         ...

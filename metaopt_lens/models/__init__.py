@@ -7,7 +7,7 @@ from metaopt_lens.models._fingerprint import Fingerprint as Fingerprint
 from metaopt_lens.models._fingerprint import fingerprint_of as fingerprint_of
 from metaopt_lens.models._fingerprint import first_difference as first_difference
 from metaopt_lens.models._fixed_norm import FixedNorm as FixedNorm
-from metaopt_lens.models._gguf_conversion import CacheRebuiltWarning as CacheRebuiltWarning
+from metaopt_lens.models._gguf_cache import CacheRebuiltWarning as CacheRebuiltWarning
 from metaopt_lens.models._hooks import Hook as Hook
 from metaopt_lens.models._hooks import HostFunction as HostFunction
 from metaopt_lens.models._hooks import Late as Late

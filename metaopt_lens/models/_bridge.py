@@ -13,7 +13,7 @@ from metaopt_lens.models._bridge_block import BridgeBlock
 from metaopt_lens.models._bridge_norm import fixed_norm, gain_of
 from metaopt_lens.models._bridge_passes import cache_of, forgets_cache, reminded, watching
 from metaopt_lens.models._families import Family, family_of
-from metaopt_lens.models._gguf_conversion import quantization_of
+from metaopt_lens.models._gguf_source import quantization_of
 from metaopt_lens.models._hooks import StopForward, check_hook_names
 from metaopt_lens.models._info import ModelInfo, dtype_name
 from metaopt_lens.models._output_head import OutputHead
@@ -71,17 +71,10 @@ def read_bridge(model: Any, hook_points: Mapping[str, HookPoint]) -> tuple[Model
     _refuse_unsupported(model, f"{name} ({architecture})")
     attention = [block.attn for block in model.blocks]
     family = family_of(architecture, positions, type(attention[0]))
-    info = ModelInfo(
-        name=name,
+    info = ModelInfo.of_config(
+        cfg,
         host="TransformerBridge",
         architecture=architecture,
-        n_layers=cfg.n_layers,
-        n_heads=cfg.n_heads,
-        n_kv_heads=cfg.n_key_value_heads or cfg.n_heads,
-        d_model=cfg.d_model,
-        d_head=cfg.d_head,
-        d_vocab=cfg.d_vocab,
-        n_ctx=cfg.n_ctx,
         dtype=dtype_name(next(model.original_model.parameters()).dtype),
         positions=positions,
         processing=processing_of(

@@ -36,17 +36,10 @@ class HookedHost:
         name, positions = str(cfg.model_name), _POSITIONS[cfg.positional_embedding_type]
         architecture = str(cfg.original_architecture or "HookedTransformer")
         blocks = list(model.blocks)
-        self.info = ModelInfo(
-            name=name,
+        self.info = ModelInfo.of_config(
+            cfg,
             host="HookedTransformer",
             architecture=architecture,
-            n_layers=cfg.n_layers,
-            n_heads=cfg.n_heads,
-            n_kv_heads=cfg.n_key_value_heads or cfg.n_heads,
-            d_model=cfg.d_model,
-            d_head=cfg.d_head,
-            d_vocab=cfg.d_vocab,
-            n_ctx=cfg.n_ctx,
             dtype=dtype_name(blocks[0].attn.W_Q.dtype),
             positions=positions,
             processing=processing_of(

@@ -45,6 +45,26 @@ class ModelInfo:
     processing: tuple[str, ...] = ()
     quantization: str = field(default="none", metadata=NOT_IN_0_1)
 
+    @classmethod
+    def of_config(cls, cfg: Any, **facts: Any) -> ModelInfo:
+        """Name and sizes out of TransformerLens's configuration, which is the same for all its classes.
+
+        Args:
+            cfg: the model's ``cfg``.
+            facts: the attributes that are not a name or a size.
+        """
+        return cls(
+            name=str(cfg.model_name),
+            n_layers=cfg.n_layers,
+            n_heads=cfg.n_heads,
+            n_kv_heads=cfg.n_key_value_heads or cfg.n_heads,
+            d_model=cfg.d_model,
+            d_head=cfg.d_head,
+            d_vocab=cfg.d_vocab,
+            n_ctx=cfg.n_ctx,
+            **facts,
+        )
+
     @property
     def is_processed(self) -> bool:
         """Whether weights were folded, which changes the split (docs/theory.md, section 1)."""

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metaopt_lens._errors import FileFormatError, OptionError, UnsupportedModelError
-from metaopt_lens.models._gguf_conversion import GgufSource, adds_bos, converted
+from metaopt_lens.models._gguf_cache import converted
+from metaopt_lens.models._gguf_source import GgufSource, adds_bos
 from metaopt_lens.models._memory import check_memory, count_values
 from metaopt_lens.models._packaged import PACKAGED, packaged_source
 

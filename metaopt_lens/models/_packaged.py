@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from metaopt_lens._errors import FileFormatError, OptionError
-from metaopt_lens.models._gguf_conversion import GgufSource
+from metaopt_lens.models._gguf_source import GgufSource
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from metaopt_lens._errors import PromptError
+from metaopt_lens.prompts._from_string import read_string
 from metaopt_lens.prompts._template import Template
 
-_BLANK_LINES = re.compile(r"\s*\n[^\S\n]*\n\s*")
-_LINE_END = re.compile(r"\s*\n\s*")
-_LAST_MARK = re.compile(r".*(?::|->)", re.DOTALL)
-_LAST_WORD = re.compile(r"(.*\S)(\s+)(\S+)", re.DOTALL)
+if TYPE_CHECKING:
+    from metaopt_lens.prompts._tokenized import TokenizedPrompt
 
 
 @dataclass(frozen=True)
 class Demo:
-    """One demonstration: an input and the label that goes with it, without the template's text."""
+    """One demonstration: an input and the label that goes with it, without the template's text.
+
+    Attributes:
+        input: its text.
+        label: its label; empty for a chunk of a context.
+    """
 
     input: str
     label: str
@@ -26,7 +29,13 @@ class Demo:
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of the prompt that is tokenised on its own; `demo` is the demonstration it belongs to."""
+    """A stretch of the prompt that is tokenised on its own.
+
+    Attributes:
+        kind: what it is.
+        text: its text.
+        demo: the demonstration it belongs to, if any.
+    """
 
     kind: Literal["instruction", "input", "label", "separator", "query"]
     text: str
@@ -66,14 +75,15 @@ class ICLPrompt:
         label: str | None = None,
         candidates: Sequence[str] | None = None,
     ) -> None:
-        clean = tuple(_clean_demo(i, demo) for i, demo in enumerate(demos))
+        is_context = template.query is not None
+        clean = tuple((_clean_chunk if is_context else _clean_demo)(i, demo) for i, demo in enumerate(demos))
         query = query.strip()
         if not query:
             raise PromptError("the query is empty: give the input whose label the model is to predict.")
         if instruction is not None:
-            instruction = instruction.strip()
-            if not instruction:
+            if not instruction.strip():
                 raise PromptError("the instruction is empty: give its text, or None for no instruction.")
+            instruction = instruction if is_context else instruction.strip()
         if label is not None:
             label = label.strip()
             if not label:
@@ -95,43 +105,24 @@ class ICLPrompt:
     def from_string(cls, text: str, *, label: str | None = None, candidates: Sequence[str] | None = None) -> ICLPrompt:
         r"""Read a whole prompt, such as ``"apple : dax\nhammer : wug\npear :"``.
 
-        Blocks are split at blank lines if there are any, else at line ends. The last block is the query,
-        taken as it stands (also where it ends in a label). In the others the label is what follows the last
-        ":" or "->", or the last word where there is neither. The result's `text` equals the given text but
-        for white space at its two ends and Windows line ends; a text for which that cannot be is refused with
-        `PromptError`.
+        Blocks are split at blank lines if there are any, else at line ends. The last block is the query, taken as it
+        stands (also where it ends in a label). In the others the label is what follows the last ":" or "->", or the
+        last word where there is neither.
+
+        Args:
+            text: demonstrations and query.
+            label: the query's right label, if known.
+            candidates: label words to choose from; None for those of the demonstrations and the query.
+
+        Returns:
+            A prompt whose `text` equals the given text but for white space at its two ends and Windows line ends.
+
+        Raises:
+            PromptError: a text for which that cannot be.
         """
-        text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
-        border = _BLANK_LINES if _BLANK_LINES.search(text) else _LINE_END
-        blocks = border.split(text)
-        separators = border.findall(text)
-        kind = "a blank line" if border is _BLANK_LINES else "a line end"
-        if not text:
-            raise PromptError(r"the prompt is empty: write it as in 'apple : dax\nhammer : wug\npear :'.")
-        if not separators:
-            raise PromptError(
-                f"the prompt has no demonstration: it is the single block {_short(text)}. Write the "
-                f"demonstrations before the query, each followed by a line end or a blank line."
-            )
-        for number, separator in enumerate(separators[1:], start=2):
-            if separator != separators[0]:
-                raise PromptError(
-                    f"block {number} ({_short(blocks[number - 1])}) is followed by {separator!r} but block "
-                    f"1 by {separators[0]!r}: put the same separator ({kind}) after every block, with the "
-                    f"same spaces around it."
-                )
-        parts = [_split_block(number, block) for number, block in enumerate(blocks[:-1], start=1)]
-        prefix = parts[0][1]
-        for number, (_, other, _) in enumerate(parts, start=1):
-            if other != prefix:
-                raise PromptError(
-                    f"block {number} ({_short(blocks[number - 1])}) has {other!r} before its label but "
-                    f"block 1 has {prefix!r}: write the same white space before every label, or build the "
-                    f"prompt from Demo objects if the label was not meant to begin there."
-                )
-        template = Template(input="{input}", label=prefix + "{label}", separator=separators[0])
-        demos = [Demo(before, word) for before, _, word in parts]
-        return cls(demos, blocks[-1], template, label=label, candidates=candidates)
+        found = read_string(text)
+        template = Template(input="{input}", label=found.space + "{label}", separator=found.separator)
+        return cls(found.demos, found.query, template, label=label, candidates=candidates)
 
     def pieces(self) -> tuple[Piece, ...]:
         """The stretches that are tokenised one by one, in order; their texts joined are `text`."""
@@ -140,11 +131,38 @@ class ICLPrompt:
         if self.instruction is not None:
             pieces.append(Piece("instruction", template.fill_instruction(self.instruction)))
         for i, demo in enumerate(self.demos):
-            pieces.append(Piece("input", template.fill_input(demo.input), i))
-            pieces.append(Piece("label", template.fill_label(demo.label), i))
-            pieces.append(Piece("separator", template.separator, i))
-        pieces.append(Piece("query", template.fill_input(self.query)))
+            pieces += self._chunk(i, demo) if template.query is not None else self._demo(i, demo)
+        pieces.append(Piece("query", template.fill_query(self.query)))
         return tuple(pieces)
+
+    def _demo(self, i: int, demo: Demo) -> list[Piece]:
+        template = self.template
+        return [
+            Piece("input", template.fill_input(demo.input), i),
+            Piece("label", template.fill_label(demo.label), i),
+            Piece("separator", template.separator, i),
+        ]
+
+    def _chunk(self, i: int, demo: Demo) -> list[Piece]:
+        """A stretch of text; the white space behind it is its separator."""
+        body = demo.input.rstrip()
+        return [Piece("input", body, i), Piece("separator", demo.input[len(body) :], i)]
+
+    def tokens(self, model: Any, *, prepend_bos: bool | None = None) -> TokenizedPrompt:
+        """Token ids of the prompt as a model reads it, and the spans of its parts.
+
+        Args:
+            model: `HookedTransformer`, `TransformerBridge` or a wrapped model.
+            prepend_bos: put BOS first; None for the model's default (`TokenizedPrompt.bos_note` says which).
+
+        Raises:
+            PromptError: no tokenizer, or text that it does not know.
+            ContextWindowError: the prompt is longer than the context window.
+        """
+        from metaopt_lens.models import wrap
+        from metaopt_lens.prompts._for_model import tokenize_for
+
+        return tokenize_for(wrap(model), self, prepend_bos=prepend_bos)
 
     @property
     def text(self) -> str:
@@ -159,21 +177,32 @@ class ICLPrompt:
         return self.with_demos(())
 
     def with_demos(self, demos: Sequence[Demo | tuple[str, str]]) -> ICLPrompt:
-        """The same prompt with other demonstrations."""
+        """The same prompt with other demonstrations.
+
+        Args:
+            demos: `Demo` objects or (input, label) pairs.
+        """
         return ICLPrompt(
-            demos,
-            self.query,
-            self.template,
-            self.instruction,
-            label=self.label,
-            candidates=self.candidates,
+            demos, self.query, self.template, self.instruction, label=self.label, candidates=self.candidates
         )
 
     def without_demo(self, index: int) -> ICLPrompt:
-        """The same prompt without demonstration `index` (from 0)."""
+        """The same prompt without one demonstration.
+
+        Args:
+            index: the demonstration to leave out, counted from 0.
+
+        Raises:
+            PromptError: there is no such demonstration, or nothing of the context would be left.
+        """
         if not 0 <= index < len(self.demos):
             raise PromptError(
                 f"there is no demonstration {index} to leave out: the prompt has {len(self.demos)}, counted from 0."
+            )
+        if self.template.query is not None and len(self.demos) == 1:
+            raise PromptError(
+                "the context is a single chunk, and without it none is left: cut it finer (chunks='sentence', or a "
+                "list of chunks), or compare with zero_shot()."
             )
         return self.with_demos(self.demos[:index] + self.demos[index + 1 :])
 
@@ -208,27 +237,11 @@ def _clean_candidates(candidates: Sequence[str]) -> tuple[str, ...]:
     return words
 
 
-def _split_block(number: int, block: str) -> tuple[str, str, str]:
-    """Text before the label, white space before the label, label."""
-    mark = _LAST_MARK.match(block)
-    if mark is not None:
-        before, rest = mark[0], block[mark.end() :]
-        word = rest.lstrip()
-        if not word:
-            sign = "->" if before.endswith("->") else ":"
-            raise PromptError(
-                f"block {number} ({_short(block)}) has no label after its last {sign!r}: only the last "
-                f"block, the query, may end there. Write the label behind it."
-            )
-        return before, rest[: len(rest) - len(word)], word
-    words = _LAST_WORD.fullmatch(block)
-    if words is None:
-        raise PromptError(
-            f"block {number} ({_short(block)}) is a single word, so it has no label: "
-            f"write a demonstration as 'input : label'."
-        )
-    return words[1], words[2], words[3]
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:37] + "...")
+def _clean_chunk(index: int, demo: object) -> Demo:
+    match demo:
+        case Demo(str(text), "") | (str(text), "") if text.strip():
+            return Demo(text if index else text.lstrip(), "")
+    raise PromptError(
+        f"chunk {index} of the context must be a text without label, not empty, got {demo!r}: build the prompt with "
+        "ContextPrompt."
+    )

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import replace
 
 from metaopt_lens._errors import ContextWindowError, OptionError, PromptError
 from metaopt_lens._types import TokenSpan
+from metaopt_lens.prompts._encoder import HFTokenizer, PieceEncoder
 from metaopt_lens.prompts._prompt import ICLPrompt, Piece
 from metaopt_lens.prompts._template import Template
 from metaopt_lens.prompts._tokenized import TokenizedPrompt
-
-_SPACE_MARKS = ("▁", "Ġ")  # how SentencePiece and byte-level vocabularies write a space
-_SENTINELS = ("\n", "|", ";", "!", "=", "~", "\t", "_", "§")
-_BYTE = re.compile(r"<0x([0-7][0-9A-Fa-f])>")
-
-
-@runtime_checkable
-class HFTokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer, fast or slow (and its `bos_token_id` and `unk_token_id`)."""
-
-    def encode(self, text: Any, /, **kwargs: Any) -> Any: ...
-
-    def decode(self, token_ids: Any, /, **kwargs: Any) -> Any: ...
-
-    def convert_ids_to_tokens(self, ids: Any, /) -> Any: ...
 
 
 def tokenize_prompt(
@@ -49,8 +34,12 @@ def tokenize_prompt(
         max_tokens: the model's context window; a longer prompt raises `ContextWindowError`.
         require_demos: refuse a prompt without demonstrations.
         allow_unk: accept text for which the tokenizer has only its unknown token.
+
+    Raises:
+        PromptError: no tokenizer, or text that it does not know.
+        ContextWindowError: the prompt is longer than the context window.
     """
-    encoder = _PieceEncoder(tokenizer, allow_unk=allow_unk)
+    encoder = PieceEncoder(tokenizer, allow_unk=allow_unk)
     if max_tokens is not None and max_tokens < 1:
         raise OptionError(f"max_tokens must be at least 1, got {max_tokens}.")
     if require_demos and not prompt.demos:
@@ -59,8 +48,10 @@ def tokenize_prompt(
             "in-context learning to decompose. Give demos=[(input, label), ...]."
         )
     bos_ids = encoder.bos(prepend_bos)
-    pieces = prompt.pieces()
-    encoder.refuse_bos_in_text(pieces[0].text)
+    first, *others = prompt.pieces()
+    if bos_ids or first.kind != "instruction":
+        first = replace(first, text=encoder.without_bos(first))
+    pieces = [first, *others] if first.text else others
 
     ids = list(bos_ids)
     spans: dict[tuple[str, int | None], TokenSpan] = {}
@@ -71,7 +62,10 @@ def tokenize_prompt(
         spans[piece.kind, piece.demo] = TokenSpan(len(ids), len(ids) + len(piece_ids))
         ids += piece_ids
 
-    demos = tuple(TokenSpan(spans["input", i].start, spans["separator", i].stop) for i in range(len(prompt.demos)))
+    inputs, separators = (tuple(spans[kind, i] for i in range(len(prompt.demos))) for kind in ("input", "separator"))
+    demos = tuple(TokenSpan(text.start, rest.stop) for text, rest in zip(inputs, separators, strict=True))
+    # A chunk of a context has no label: an empty span.
+    labels = tuple(spans.get(("label", i), TokenSpan(text.stop, text.stop)) for i, text in enumerate(inputs))
     query = spans["query", None]
     if max_tokens is not None and len(ids) > max_tokens:
         raise _too_long(len(ids), max_tokens, demos, query)
@@ -83,19 +77,30 @@ def tokenize_prompt(
         bos=TokenSpan(0, 1) if bos_ids else None,
         instruction=spans.get(("instruction", None)),
         demos=demos,
-        demo_inputs=tuple(spans["input", i] for i in range(len(demos))),
-        labels=tuple(spans["label", i] for i in range(len(demos))),
+        demo_inputs=inputs,
+        labels=labels,
         query=query,
-        matches_whole_string=ids == bos_ids + encoder.whole(prompt.text),
-        zero_shot_matches_whole_string=zero_shot_ids == bos_ids + encoder.whole(prompt.zero_shot().text),
+        matches_whole_string=ids == bos_ids + encoder.whole("".join(p.text for p in pieces)),
+        zero_shot_matches_whole_string=zero_shot_ids
+        == bos_ids + encoder.whole("".join(p.text for p in pieces if p.demo is None)),
     )
 
 
 def tokenize_label(
     label: str, template: Template, tokenizer: HFTokenizer | None, *, allow_unk: bool = False
 ) -> tuple[int, ...]:
-    """Token ids of a label where it follows a query: what the model has to predict, with its space."""
-    encoder = _PieceEncoder(tokenizer, allow_unk=allow_unk)
+    """Token ids of a label where it follows a query: what the model has to predict, with its space.
+
+    Args:
+        label: the label word.
+        template: the text around it.
+        tokenizer: a Hugging Face tokenizer.
+        allow_unk: accept a word for which the tokenizer has only its unknown token.
+
+    Raises:
+        PromptError: the label is empty or unknown.
+    """
+    encoder = PieceEncoder(tokenizer, allow_unk=allow_unk)
     label = label.strip()
     if not label:
         raise PromptError("the label is empty: give a word.")
@@ -107,111 +112,13 @@ def tokenize_label(
 
 
 def read_token(token: int, tokenizer: HFTokenizer | None) -> str:
-    """A token id as text, its leading space included (as in `TokenizedPrompt.tokens`)."""
-    return _PieceEncoder(tokenizer, allow_unk=True).readable(token)
+    """A token id as text, its leading space included (as in `TokenizedPrompt.tokens`).
 
-
-class _PieceEncoder:
-    """Encodes stretches of a text without special tokens and without a dummy prefix inside the text."""
-
-    def __init__(self, tokenizer: object, *, allow_unk: bool) -> None:
-        if tokenizer is None:
-            raise PromptError(
-                "the tokenizer is missing: a prompt needs one to become token ids. Give the model's own, for "
-                "example transformers.AutoTokenizer.from_pretrained(name), also to a model built from a "
-                "configuration (its `tokenizer` argument)."
-            )
-        if not isinstance(tokenizer, HFTokenizer):
-            raise PromptError(
-                f"a Hugging Face tokenizer is needed (a transformers.PreTrainedTokenizerBase), got "
-                f"{type(tokenizer).__name__}: wrap a tokenizers.Tokenizer as "
-                f"transformers.PreTrainedTokenizerFast(tokenizer_object=...)."
-            )
-        self._tokenizer = tokenizer
-        self._bos: int | None = getattr(tokenizer, "bos_token_id", None)
-        self._unk: int | None = getattr(tokenizer, "unk_token_id", None)
-        self._allow_unk = allow_unk
-        self._known: dict[str, tuple[int, ...]] = {}  # pieces recur, and every piece is probed with the same letters
-
-    def bos(self, prepend: bool | None) -> list[int]:
-        """The ids that stand before the text: BOS, or none."""
-        if prepend and self._bos is None:
-            raise PromptError(
-                "prepend_bos=True but the tokenizer has no BOS token: set tokenizer.bos_token, or give "
-                "prepend_bos=False (or None: BOS where there is one)."
-            )
-        return [self._bos] if self._bos is not None and prepend is not False else []
-
-    def refuse_bos_in_text(self, text: str) -> None:
-        """BOS written out in the text would be counted to the first demonstration, or be there twice."""
-        if self._bos is None:
-            return
-        word = str(self._tokenizer.convert_ids_to_tokens([self._bos])[0])
-        if text.startswith(word):
-            raise PromptError(
-                f"the prompt's text begins with the BOS token {word!r}: remove it from the text, and say "
-                f"with prepend_bos whether the ids begin with it."
-            )
-
-    def whole(self, text: str) -> list[int]:
-        """Ids of a text on its own, as the tokenizer gives them."""
-        if text not in self._known:
-            ids = self._tokenizer.encode(text, add_special_tokens=False) if text else ()
-            self._known[text] = tuple(int(i) for i in ids)
-        return list(self._known[text])
-
-    def encode(self, text: str, *, first: bool) -> list[int]:
-        """Ids of a piece; `first` says whether it stands at the start of the text."""
-        ids = self.whole(text) if first or not self._has_dummy_prefix(text) else self._behind_sentinel(text)
-        if not self._allow_unk and self._unk is not None and self._unk in ids:
-            unknown = next((word for word in text.split() if self._unk in self.whole(word)), text.strip())
-            raise PromptError(
-                f"the tokenizer does not know {unknown!r} (it becomes the unknown token "
-                f"{self.readable(self._unk)!r}): use another word, or a model whose tokenizer knows it."
-            )
-        return ids
-
-    def readable(self, token: int) -> str:
-        """The token as text, its leading space included."""
-        raw = str(self._tokenizer.convert_ids_to_tokens([token])[0])
-        byte = _BYTE.fullmatch(raw)
-        if byte is not None:
-            return chr(int(byte[1], 16))
-        if "▁" in raw or raw.startswith("<0x"):
-            return raw.replace("▁", " ")
-        text = str(self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        return raw if not text or "\ufffd" in text else text
-
-    def _starts_with_space(self, ids: list[int]) -> bool:
-        return bool(ids) and str(self._tokenizer.convert_ids_to_tokens(ids[:1])[0]).startswith(_SPACE_MARKS)
-
-    def _has_dummy_prefix(self, text: str) -> bool:
-        probes = ("a", "0", ".", _probe(text))
-        return any(self._starts_with_space(self.whole(probe)) for probe in probes)
-
-    def _behind_sentinel(self, text: str) -> list[int]:
-        for sentinel in _SENTINELS:
-            ids, probe = self._cut(sentinel, text), self._cut(sentinel, _probe(text))
-            if ids is not None and probe is not None and not self._starts_with_space(probe):
-                return ids
-        raise PromptError(
-            f"the tokenizer puts a space before every text, and no way was found to tokenise {text!r} "
-            f"without that space: use a tokenizer without dummy prefix (add_prefix_space=False, where it "
-            "has that option)."
-        )
-
-    def _cut(self, sentinel: str, text: str) -> list[int] | None:
-        """Ids of `text` behind `sentinel`, or None if the two do not stay apart."""
-        head = self.whole(sentinel)
-        both = self.whole(sentinel + text)
-        apart = bool(head) and self._unk not in head and both[: len(head)] == head
-        return both[len(head) :] if apart else None
-
-
-def _probe(text: str) -> str:
-    """The text without leading white space, or a letter where nothing that can be judged is left."""
-    text = text.lstrip()
-    return "a" if not text or text.startswith(_SPACE_MARKS) else text
+    Args:
+        token: its id.
+        tokenizer: a Hugging Face tokenizer.
+    """
+    return PieceEncoder(tokenizer, allow_unk=True).readable(token)
 
 
 def _describe(piece: Piece) -> str:

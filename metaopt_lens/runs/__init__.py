@@ -1,5 +1,6 @@
 """One prompt in one setting is a `Run`: the only thing that models give out, made by `record` and read by functions."""
 
+from metaopt_lens.prompts import tokenize_for as tokenize_for
 from metaopt_lens.runs._batching import batches as batches
 from metaopt_lens.runs._batching import choose_batch_size as choose_batch_size
 from metaopt_lens.runs._batching import map_batches as map_batches
@@ -14,6 +15,7 @@ from metaopt_lens.runs._guard import acting as acting
 from metaopt_lens.runs._guard import acting_now as acting_now
 from metaopt_lens.runs._guard import refuse_acting as refuse_acting
 from metaopt_lens.runs._head_order import rank_heads as rank_heads
+from metaopt_lens.runs._outputs import all_heads_output as all_heads_output
 from metaopt_lens.runs._outputs import attention_output as attention_output
 from metaopt_lens.runs._outputs import demo_scores as demo_scores
 from metaopt_lens.runs._outputs import output_bias as output_bias
@@ -55,4 +57,14 @@ from metaopt_lens.runs._scoring import check_candidates as check_candidates
 from metaopt_lens.runs._scoring import read_queries as read_queries
 from metaopt_lens.runs._scoring import score_candidates as score_candidates
 from metaopt_lens.runs._scoring import scored_tokens as scored_tokens
-from metaopt_lens.runs._tokens import tokenize_for as tokenize_for
+
+__all__ = [
+    "Keep",
+    "LabelPrediction",
+    "Run",
+    "Runs",
+    "TopToken",
+    "VocabularyAnswer",
+    "predict_labels",
+    "record",
+]

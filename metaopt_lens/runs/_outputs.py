@@ -57,12 +57,31 @@ def attention_output(
         w_o: what an update adds to the output projection of the run's model.
         b_o: what an update adds to the output projection of the run's model.
     """
+    return all_heads_output(model, run.z, w_o=w_o, b_o=b_o)
+
+
+def all_heads_output(
+    model: LensModel,
+    z: Float[Tensor, "*item layer head d_head"],
+    *,
+    w_o: Float[Tensor, "layer head d_head d_model"] | None = None,
+    b_o: Float[Tensor, "layer d_model"] | None = None,
+) -> Float[Tensor, "*item layer d_model"]:
+    """All heads of every layer together, after W_O and b_O; see `attention_output`.
+
+    Args:
+        model: a wrapped model.
+        z: head outputs before W_O.
+        w_o: what an update adds to the weights of the output projection.
+        b_o: what it adds to their biases.
+    """
     rows = []
     for layer in range(model.info.n_layers):
-        z = run.z[:, layer]
-        weight = model.w_o(layer).to(z)
-        rows.append(torch.einsum("thd,hdm->tm", z, weight if w_o is None else weight + w_o[layer].to(z)))
-    out = torch.stack(rows, dim=1) + output_bias(model, run.z)
+        part = z[..., layer, :, :]
+        weight = model.w_o(layer).to(part)
+        weight = weight if w_o is None else weight + w_o[layer].to(part)
+        rows.append(part.flatten(-2) @ weight.flatten(0, 1))  # [*item head * d_head] @ [head * d_head d_model]
+    out = torch.stack(rows, dim=-2) + output_bias(model, z)
     return out if b_o is None else out + b_o.to(out)
 
 

@@ -111,7 +111,7 @@ def candidate_labels(prompt: ICLPrompt) -> tuple[str, ...]:
 
     The prompt's candidates, or else the labels of its demonstrations; the query's own label is always one of them.
     """
-    words = prompt.candidates or [demo.label for demo in prompt.demos]
+    words = prompt.candidates or [demo.label for demo in prompt.demos if demo.label]
     return tuple(dict.fromkeys([*words, *([] if prompt.label is None else [prompt.label])]))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -300,3 +302,21 @@ def test_hooks_that_cannot_be_handed_over_say_why() -> None:
         model.run_with_hooks(ids[:, :3], fwd_hooks=hooks)
     with pytest.raises(OptionError, match="needs at least one intervention"):
         fwd_hooks(model)
+
+
+# ---- the page ---------------------------------------------------------------------------------------------------
+
+
+def test_the_code_on_the_page_runs_and_its_claims_hold() -> None:
+    page = (Path(__file__).parents[2] / "docs/interventions.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+        exec(compile(block, "interventions.md", "exec"), names)
+    model, ids = names["model"], names["in_context"]
+    assert_agree(names["merged"][0, -1], names["full"][0, -1], PASS)
+    with intervene(model, KnockOut(names["prompt"], demos=[0]), MomentumAttention(0.1)), torch.no_grad():
+        hidden_from_query = model(ids)
+    assert (names["without"] - hidden_from_query)[0, 5:].abs().max() > 1e-3  # the page hides it from later ones too
+    with torch.no_grad():
+        assert (names["logits"] - model(ids)).abs().max() > 1e-3
+        assert (names["answered"] - model(names["zero_shot"])).abs().max() > 1e-3

@@ -33,8 +33,10 @@ from metaopt_lens._errors import (
 from metaopt_lens.cli import app
 from metaopt_lens.decomposition import Decomposition
 from metaopt_lens.models import CacheRebuiltWarning, wrap
-from metaopt_lens.models._gguf_conversion import GgufSource, check_space, llama3_factors
+from metaopt_lens.models._gguf_conversion import check_space
 from metaopt_lens.models._gguf_header import read_header
+from metaopt_lens.models._gguf_rotary import llama3_factors
+from metaopt_lens.models._gguf_source import GgufSource
 from metaopt_lens.models._packaged import PACKAGED, packaged_source
 from metaopt_lens.viz import write_page
 
@@ -211,6 +213,16 @@ def test_a_damaged_cache_is_rebuilt_and_said(file: Path, cache: Path, name: str,
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_model(file, device="cpu")
+
+
+def test_a_cache_of_another_format_is_not_called_damaged(file: Path, cache: Path) -> None:
+    load_model(file, device="cpu")
+    manifest = converted_folder(cache) / "metaopt-lens.json"
+    now = manifest.read_text(encoding="utf-8")
+    manifest.write_text(json.dumps(json.loads(now) | {"format": 1}), encoding="utf-8")
+    with pytest.warns(CacheRebuiltWarning, match=r"by another version of metaopt-lens: small.F32 is converted"):
+        load_model(file, device="cpu")
+    assert manifest.read_text(encoding="utf-8") == now
 
 
 def test_no_space_is_said_before_anything_is_written(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def test_text_is_the_pieces_joined() -> None:
         Piece("separator", ";", 0),
     )
     assert prompt.pieces()[-1] == Piece("query", "In: c")
-    assert ICLPrompt([("a", "x")], "c", instruction="Do it").text == "Do it\na : x\nc :"
+    assert ICLPrompt([("a", "x")], "c", instruction="Do it").text == "Do it\na: x\nc:"
     assert prompt.zero_shot().text == "Do it\n\nIn: c"
 
 
@@ -34,7 +34,7 @@ def test_pieces_join_and_inputs_with_braces_are_safe(
     demos: list[tuple[str, str]], query: str, instruction: str | None
 ) -> None:
     prompt = ICLPrompt(demos, query, Template(), instruction)
-    lines = [f"{text.strip()} : {label.strip()}" for text, label in demos] + [f"{query.strip()} :"]
+    lines = [f"{text.strip()}: {label.strip()}" for text, label in demos] + [f"{query.strip()}:"]
     if instruction is not None:
         lines.insert(0, instruction.strip())
     assert prompt.text == "\n".join(lines)
@@ -44,7 +44,7 @@ def test_pieces_join_and_inputs_with_braces_are_safe(
 
 def test_frozen_hashable_and_helpers() -> None:
     prompt = ICLPrompt([("{input}", "{label}"), (" b ", "y ")], " c\n", label=" x ", candidates=["x", "y"])
-    assert prompt.text == "{input} : {label}\nb : y\nc :"
+    assert prompt.text == "{input}: {label}\nb: y\nc:"
     assert (prompt.demos[1], prompt.query, prompt.label) == (Demo("b", "y"), "c", "x")
     assert prompt.candidates == ("x", "y")
     assert hash(prompt) == hash(ICLPrompt(prompt.demos, "c", label="x", candidates=("x", "y")))

@@ -73,7 +73,7 @@ def _unigram() -> Tokenizer:
 def _word_level() -> Tokenizer:
     words = ["<unk>", "<s>", "apple", "hammer", "pear", "dax", "wug", ":"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return tokenizer
 
 
@@ -91,7 +91,7 @@ def make(name: str) -> PreTrainedTokenizerFast:
     )
 
 
-PROMPT = ICLPrompt([("apple", "dax"), ("hammer", "wug")], "pear")
+PROMPT = ICLPrompt([("apple", "dax"), ("hammer", "wug")], "pear", Template("{input} :"))
 
 word = st.text(st.sampled_from("abdeplx:.1 {}é"), min_size=1, max_size=8).filter(lambda s: s.strip())
 # arguments, not prompts: beartype's random checks must not run inside a strategy
@@ -261,10 +261,10 @@ def test_missing_or_foreign_tokenizer() -> None:
 
 
 def test_raw_tokenizer_is_refused_with_a_way_out() -> None:
-    from metaopt_lens.prompts._tokenize import _PieceEncoder
+    from metaopt_lens.prompts._encoder import PieceEncoder
 
     with pytest.raises(PromptError, match=r"Hugging Face tokenizer is needed .* got Tokenizer: wrap"):
-        _PieceEncoder(_word_level(), allow_unk=False)
+        PieceEncoder(_word_level(), allow_unk=False)
 
 
 def test_require_demos() -> None:
@@ -305,11 +305,11 @@ def test_unknown_word() -> None:
 def test_text_without_tokens() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=_word_level(), unk_token="<unk>")
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("z", "")
-    with pytest.raises(PromptError, match="no token of the label of demonstration 1 ' zz': change it"):
+    with pytest.raises(PromptError, match="no token for the label of demonstration 1 ' zz': change it"):
         tokenize_prompt(ICLPrompt([("apple", "dax"), ("pear", "zz")], "pear"), tokenizer)
-    with pytest.raises(PromptError, match="no token of the query 'z'"):
+    with pytest.raises(PromptError, match="no token for the query 'z'"):
         tokenize_prompt(ICLPrompt([], "z", Template("{input}")), tokenizer)
-    with pytest.raises(PromptError, match="no token of the label ' z': choose another"):
+    with pytest.raises(PromptError, match="no token for the label ' z': choose another"):
         tokenize_label("z", Template(), tokenizer)
     with pytest.raises(PromptError, match="the label is empty"):
         tokenize_label(" ", Template(), tokenizer)
@@ -356,4 +356,4 @@ def test_tokenized_prompt_checks_its_spans() -> None:
 
 
 def test_demo_objects_and_pairs_are_the_same() -> None:
-    assert ICLPrompt([Demo("apple", "dax"), ("hammer", "wug")], "pear") == PROMPT
+    assert ICLPrompt([Demo("apple", "dax"), ("hammer", "wug")], "pear", PROMPT.template) == PROMPT

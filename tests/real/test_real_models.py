@@ -21,7 +21,7 @@ from metaopt_lens.cli import app
 from metaopt_lens.finetuning import WeightUpdate, training_examples
 from metaopt_lens.finetuning._losses import layer_causal_losses
 from metaopt_lens.models import wrap
-from metaopt_lens.models._gguf_conversion import _cache_folder
+from metaopt_lens.models._gguf_cache import cache_folder
 from metaopt_lens.prompts import TokenizedPrompt, tokenize_label
 
 LR = 1e-3
@@ -45,7 +45,7 @@ def logits(model: Any, ids: list[int]) -> Tensor:
 def test_the_converted_model_is_the_one_in_the_file(name: str, bridge: Any, plain: Plain) -> None:
     from transformers import AutoModelForCausalLM
 
-    from metaopt_lens.models._gguf_conversion import converted
+    from metaopt_lens.models._gguf_cache import converted
     from metaopt_lens.models._packaged import packaged_source
 
     with converted(packaged_source(name), dtype=torch.float32, device="cpu") as folder:
@@ -364,7 +364,7 @@ def test_run_and_report(name: str, bridge: Any, tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert info.name in text
     assert info.quantization in text
-    assert str(_cache_folder(None)) not in text  # a path of this machine
+    assert str(cache_folder(None)) not in text  # a path of this machine
 
 
 def test_decompose_on_the_command_line(name: str, bridge: Any, tmp_path: Path) -> None:

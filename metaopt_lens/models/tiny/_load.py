@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
-from torch import Tensor
 
-from metaopt_lens._errors import FileFormatError, OptionError, UnsupportedModelError
+from metaopt_lens._errors import OptionError, UnsupportedModelError
+from metaopt_lens.models.tiny._files import copy_weights, read_model, read_tokenizer
 from metaopt_lens.models.tiny._vocabulary import BOS, CONTEXT_WINDOW, EOS, PAD, WORDS
 
 if TYPE_CHECKING:
@@ -22,9 +19,6 @@ if TYPE_CHECKING:
 
 DATA = Path(__file__).parent / "data"
 NAME = "metaopt-lens-tiny"
-WEIGHTS_FILE = "model.safetensors"
-METRICS_FILE = "metrics.json"
-_FILES = (WEIGHTS_FILE, METRICS_FILE, "config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 def model_config(*, attention: str = "eager") -> LlamaConfig:
@@ -126,73 +120,11 @@ def load_folder(
         _hooked_class()  # refuse before reading anything
     place = torch.device("cpu" if device is None else device)
     with torch.random.fork_rng(devices=[]):  # every constructor below draws initial weights
-        source = _read_model(Path(folder)).to(device=place, dtype=dtype).eval()
-        tokenizer = _read_tokenizer(Path(folder))
+        source = read_model(Path(folder)).to(device=place, dtype=dtype).eval()
+        tokenizer = read_tokenizer(Path(folder))
         if backend == "hooked":
             return _as_hooked(source, tokenizer)
         return _as_bridge(source, tokenizer, Path(folder))
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load
-
-    for name in _FILES:
-        if not (folder / name).is_file():
-            raise FileFormatError(
-                f"{folder / name} does not exist: the bundled model is incomplete. Reinstall metaopt-lens, "
-                "or run the training script again."
-            )
-    try:
-        expected = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))["weights_sha256"]
-    except (ValueError, KeyError, TypeError):
-        raise FileFormatError(f"{folder / METRICS_FILE} is damaged: it names no weights_sha256.") from None
-    raw = (folder / WEIGHTS_FILE).read_bytes()
-    if hashlib.sha256(raw).hexdigest() != expected:
-        raise FileFormatError(
-            f"{folder / WEIGHTS_FILE} is damaged: its SHA-256 differs from the one in {METRICS_FILE}. "
-            "Reinstall metaopt-lens, or run the training script again."
-        )
-    return dict(load(raw))
-
-
-def _copy_weights(into: Mapping[str, Tensor], weights: Mapping[str, Tensor], origin: str) -> None:
-    """Copy tensors of equal names and shapes; anything missing, left over or of another shape is refused."""
-    if into.keys() != weights.keys():
-        raise FileFormatError(
-            f"{origin}: the tensors are not those of the model; "
-            f"missing {sorted(into.keys() - weights.keys())}, "
-            f"unexpected {sorted(weights.keys() - into.keys())}."
-        )
-    with torch.no_grad():
-        for name, target in into.items():
-            if target.shape != weights[name].shape:
-                raise FileFormatError(
-                    f"{origin}: {name} has shape {tuple(weights[name].shape)}, the model needs {tuple(target.shape)}."
-                )
-            target.copy_(weights[name])
-
-
-def _read_model(folder: Path) -> LlamaForCausalLM:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    weights = _read_weights(folder)
-    try:
-        config = LlamaConfig.from_json_file(folder / "config.json")
-    except (ValueError, TypeError) as error:
-        raise FileFormatError(f"{folder / 'config.json'} is damaged ({error}).") from None
-    config._attn_implementation = "eager"
-    model = LlamaForCausalLM(config)
-    _copy_weights(model.state_dict(), weights, str(folder / WEIGHTS_FILE))
-    return model
-
-
-def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exception for a file it cannot read
-        raise FileFormatError(f"the tokenizer files in {folder} are damaged ({error}).") from error
 
 
 def _as_bridge(source: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> TransformerBridge:
@@ -251,5 +183,5 @@ def _as_hooked(source: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="HookedTransformer is deprecated", category=DeprecationWarning)
         model = _hooked_class()(cfg, tokenizer=tokenizer)
-    _copy_weights(dict(model.named_parameters()), convert_llama_weights(source, cfg), "HookedTransformer")
+    copy_weights(dict(model.named_parameters()), convert_llama_weights(source, cfg), "HookedTransformer")
     return model.eval()

@@ -6,7 +6,10 @@ import dataclasses
 
 from metaopt_lens._errors import PromptError
 from metaopt_lens.models import LensModel
-from metaopt_lens.prompts import HFTokenizer, ICLPrompt, TokenizedPrompt, tokenize_prompt
+from metaopt_lens.prompts._encoder import HFTokenizer
+from metaopt_lens.prompts._prompt import ICLPrompt
+from metaopt_lens.prompts._tokenize import tokenize_prompt
+from metaopt_lens.prompts._tokenized import TokenizedPrompt
 
 
 def tokenize_for(
