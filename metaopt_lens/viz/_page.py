@@ -14,7 +14,7 @@ from metaopt_lens.decomposition import Answer, Decomposition, DecompositionSet
 from metaopt_lens.models import ModelInfo
 from metaopt_lens.runs import LabelPrediction
 from metaopt_lens.viz._answers import answer_context
-from metaopt_lens.viz._chosen_heads import choose_heads
+from metaopt_lens.viz._chosen_heads import N_STRONGEST, choose_heads
 from metaopt_lens.viz._found import found_context
 from metaopt_lens.viz._maps import head_map
 from metaopt_lens.viz._render import render
@@ -58,8 +58,8 @@ def write_page(
     Args:
         result: what `decompose` returned.
         path: the file to write.
-        heads: heads for the token views; by default the first four of `heads()`. Give
-            ``effects.ranked(4)`` where effects were measured.
+        heads: heads for the token views; by default the four that write the answer or whose knock-out changes it most,
+            of a result without its model the first four of `heads()`.
         title: heading of the page; by default it names the model.
         predictions: for each prompt what the model answers (see `metaopt_lens.runs.predict_labels`), or None.
         answer: whose logit is taken apart; None for each prompt's label or, without one, the model's first choice.
@@ -92,7 +92,7 @@ def write_page(
         heading=title or f"Attention heads of {model_name(info)}: zero-shot and meta-gradient",
         n_prompts=len(items),
         prompts=[
-            _prompt(item, prediction, refs, (answer, versus), title)
+            _prompt(item, prediction, None if heads is None else refs, (answer, versus), title)
             for (item, prediction), title in zip(shown, titles, strict=False)
         ],
         model=_model(info),
@@ -140,11 +140,14 @@ def _model(info: ModelInfo) -> dict[str, str]:
 def _prompt(
     item: Decomposition,
     prediction: LabelPrediction | None,
-    refs: list[HeadRef],
+    refs: list[HeadRef] | None,
     asked: tuple[Answer | None, Answer | Sequence[Answer] | None],
     title: str,
 ) -> dict[str, Any]:
     prompt, tokenized = item.prompt, item.tokenized
+    found = found_context(item, prediction, *asked)
+    if refs is None:
+        refs = choose_heads(item, None if found is None else [row["name"] for row in found["heads"][:N_STRONGEST]])
     rows: list[tuple[str, str, str, list[tuple[str, bool]]]] = []  # class, colour, name, (text, is it a label) pairs
     for piece in prompt.pieces():
         lead = piece.text[: len(piece.text) - len(piece.text.lstrip())] if piece.kind == "label" else piece.text
@@ -169,7 +172,7 @@ def _prompt(
         "many": len(rows) > _MANY_DEMOS and longest < _SHORT_DEMO,
         "query": [(prompt.pieces()[-1].text.rstrip(), False)],
         "answer": None if prediction is None else answer_context(prediction),
-        "found": found_context(item, prediction, *asked),
+        "found": found,
         "found_title": "What was found" if title == "Prompt" else f"{title}: what was found",
         "attention": attention_view(item, refs).html,
         "shares": token_view(item, refs).html,

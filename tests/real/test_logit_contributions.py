@@ -10,7 +10,7 @@ from plain import Plain
 
 import metaopt_lens as ml
 from metaopt_lens import ICLPrompt
-from metaopt_lens.analysis import contribution_intervals
+from metaopt_lens.analysis import attention_scores_of_heads, contribution_intervals
 from metaopt_lens.decomposition import LogitContributionSet
 
 KNOWN = ["France:Paris", "Japan:Tokyo", "Italy:Rome", "Egypt:Cairo", "Spain:Madrid", "Russia:Moscow", "Greece:Athens"]
@@ -90,3 +90,12 @@ def test_heads_contribute_what_plain_transformers_says(plain: Plain, bridge: Any
         inside = result.demonstrations.slice
         read = torch.einsum("hs,shd,hd->h", seen.pattern[index, :, -1, inside], seen.v[index, inside], along)
         torch.testing.assert_close(found.meta_gradient[index], read, rtol=0, atol=1e-3 * largest)
+
+
+def test_some_heads_are_induction_heads(name: str, bridge: Any) -> None:
+    """On repeated random tokens some head looks where its token was followed last time, and some head one back."""
+    induction, previous = attention_scores_of_heads(ml.wrap(bridge))
+    if name == "smollm2":
+        assert float(induction.max()) > 0.5
+    assert float(previous.max()) > 0.5
+    assert float(induction.median()) < 0.2  # most are not
