@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from metaopt_lens._errors import NonFiniteError
 from metaopt_lens.dual import ScoreRule, is_finite, momentum_values, softmax_with_sink
-from metaopt_lens.models import AttentionCall, Hook, LensModel, Prefix, active_momentum
+from metaopt_lens.models import AttentionCall, Hook, LensModel, Prefix, Readout, active_momentum
 from metaopt_lens.prompts import TokenizedPrompt
 from metaopt_lens.runs._guard import excess_over_parts, require_parts
 from metaopt_lens.runs._prompt_run import MATCHED, Run, Setting, Stream
@@ -105,6 +106,7 @@ def run_rows(
         prefix=prefix,
         stop_after_attention=not keep.whole_pass,
         stop_after_blocks=keep.whole_pass and not keep.logits,
+        read=Readout(batch.read) if keep.logits else None,
         grad=grad,
     )
     return [batch.run(row, logits) for row in range(len(rows))]
@@ -130,6 +132,11 @@ class _Batch:
         for number, query in enumerate(queries):
             padded[number, : len(query)] = torch.tensor(query)
         return padded
+
+    @property
+    def read(self) -> Int[Tensor, "batch dst"]:
+        """Destinations of every row, counted from its first new token, padded on the right."""
+        return pad_sequence([self._at(row, torch.device("cpu")) for row in range(len(self._rows))], batch_first=True)
 
     def hooks(self, layer: int) -> list[Hook]:
         """Hooks that keep what a layer shows."""
@@ -227,10 +234,16 @@ class _Batch:
     def _asked(self, row: int, logits: Tensor | None) -> dict[str, Any]:
         if logits is None or not self._keep.logits:
             return {}
-        at = logits[row, self._at(row, logits.device)]
+        at = logits[row, : len(self._rows[row].destinations)]
         at = at if at.dtype == torch.float64 else at.float()
-        asked = torch.tensor(self._keep.logits, device=at.device)
-        return {"asked": self._keep.logits, "logits": at[:, asked], "log_normaliser": at.logsumexp(-1)}
+        found = at[:, torch.tensor(self._keep.logits, device=at.device)]
+        ranks = [1 + (at > one[:, None]).sum(-1) for one in found.unbind(-1)]
+        return {
+            "asked": self._keep.logits,
+            "logits": found,
+            "ranks": torch.stack(ranks, dim=-1),
+            "log_normaliser": at.logsumexp(-1),
+        }
 
     def _at(self, row: int, device: torch.device) -> Int[Tensor, " dst"]:
         """Destinations of a row, counted from its first new token."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from metaopt_lens._errors import OptionError
@@ -67,6 +67,7 @@ class Run:
         stream: the residual stream's ends and what the MLPs write, if kept.
         asked: token ids whose logits were kept.
         logits: theirs, in float32 at least.
+        ranks: theirs in the whole vocabulary; 1 is the most probable.
         log_normaliser: logsumexp of all logits, so that ``logits - log_normaliser`` are log-probabilities.
     """
 
@@ -89,6 +90,7 @@ class Run:
     stream: Stream | None = None
     asked: tuple[int, ...] = ()
     logits: Float[Tensor, "dst asked"] | None = None
+    ranks: Int[Tensor, "dst asked"] | None = None
     log_normaliser: Float[Tensor, " dst"] | None = None
 
     def k_of(self, layer: int) -> Float[Tensor, "src kv_head d_head"]:
