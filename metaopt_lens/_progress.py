@@ -24,7 +24,7 @@ class Progress:
 
     def __init__(self, total: int, what: str, *, shown: bool = True, every: float = 30.0) -> None:
         self._total, self._what, self._every = total, what, every
-        self._done = 0
+        self._done = 0.0
         self._start = self._last_line = time.monotonic()
         on_terminal = sys.stderr.isatty()
         self._logs = shown and not on_terminal
@@ -39,24 +39,24 @@ class Progress:
         self._bar.close()
         if self._logs and error is None:
             seconds = time.monotonic() - self._start
-            LOG.info("%s: %d of %d in %.1f s", self._what, self._done, self._total, seconds)
+            LOG.info("%s: %.0f of %d in %.1f s", self._what, self._done, self._total, seconds)
 
-    def advance(self, n: int = 1, name: str | None = None) -> None:
+    def advance(self, n: int | float = 1, name: str | None = None) -> None:
         """Say that pieces of work are finished.
 
         Args:
-            n: how many.
+            n: how many, in fractions where a piece is half done.
             name: of what is finished; then it gets a line of its own at once.
         """
         self._done += n
         self._bar.set_postfix_str(name or "", refresh=False)
         self._bar.update(n)
         now = time.monotonic()
-        if self._logs and (name is not None or now - self._last_line >= self._every):
+        if self._logs and self._done and (name is not None or now - self._last_line >= self._every):
             self._last_line = now
             left = duration((now - self._start) / self._done * (self._total - self._done))
             if name is None:
-                LOG.info("%s: %d of %d, about %s left", self._what, self._done, self._total, left)
+                LOG.info("%s: %.0f of %d, about %s left", self._what, self._done, self._total, left)
             else:
                 LOG.info("%s: %s, %.0f %%, about %s left", self._what, name, 100 * self._done / self._total, left)
 

@@ -12,7 +12,7 @@ from metaopt_lens.decomposition._decomposition import Decomposition
 from metaopt_lens.decomposition._decomposition_set import DecompositionSet
 from metaopt_lens.models import LensModel, MomentumTerm, active_momentum, wrap
 from metaopt_lens.prompts import PromptLike, as_prompts, is_single
-from metaopt_lens.runs import Keep, Position, Setting, record, refuse_acting, tokenize_for
+from metaopt_lens.runs import N_TOP, Keep, Position, Setting, keep_answers, record, refuse_acting, tokenize_for
 
 ZeroShotRuns = Literal["both", "plain", "none"]
 _SETTINGS: dict[str, tuple[Setting, ...]] = {
@@ -100,13 +100,16 @@ def decompose(
     refuse_acting(wrapped, "decompose")
     parsed = as_prompts(prompt)
     tokens = [tokenize_for(wrapped, p, prepend_bos=prepend_bos, require_demos=True) for p in parsed]
+    keep = Keep(stream=True)
+    if position == "last":
+        keep = Keep(stream=True, logits=keep_answers(wrapped, parsed), n_top=N_TOP)
     with _momentum_on(wrapped, momentum):
         recorded = record(
             wrapped,
             tokens,
             settings=_SETTINGS[zero_shot_runs],
             position=position,
-            keep=Keep(stream=True),
+            keep=keep,
             batch_size=batch_size,
             grad=grad,
         )

@@ -155,7 +155,12 @@ class Decomposition(Stored):
     @cached_property
     def softmax(self) -> SoftmaxParts:
         """The exact form: nothing relaxed, ``zero_shot + meta_gradient`` is the model's z (less `momentum`, if on)."""
-        return self._squeezed(softmax_parts(self.runs.icl))
+        return self._squeezed(self._softmax)
+
+    @cached_property
+    def _softmax(self) -> SoftmaxParts:
+        """`softmax` at every destination."""
+        return softmax_parts(self.runs.icl)
 
     @cached_property
     def linear(self) -> LinearParts:
@@ -178,7 +183,7 @@ class Decomposition(Stored):
         Raises:
             OptionError: no zero-shot run was made.
         """
-        return self._squeezed(effects_of(self.runs))
+        return self._squeezed(effects_of(self.runs, self._softmax))
 
     # ---- momentum -----------------------------------------------------------------------------------------------
 
@@ -446,9 +451,10 @@ class Decomposition(Stored):
         return rank_heads(mean_strength([self]) if by is None else by, top)
 
     def predict(self, *, labels: Sequence[str] | None = None) -> LabelPrediction:
-        """What the model answers to this prompt, with and without its demonstrations (see `predict_labels`).
+        """What the model answered to this prompt, with and without its demonstrations (see `predict_labels`).
 
-        The model is run as it is now: a result made inside `intervene` is to be asked inside it.
+        Read from the recorded runs. Labels of several tokens, and others than the prompt's own, need further passes:
+        the model is run as it is now, so ask for these inside the `intervene` that the result was made in.
 
         Args:
             labels: the candidates; by default the prompt's own or its demonstrations' labels, and the right label.
@@ -457,7 +463,8 @@ class Decomposition(Stored):
             ModelMismatchError: the result was loaded from a file; give it its model with `with_model` first.
             PromptError: two candidates with the same tokens.
         """
-        return predict_labels(self.required_source("predictions"), self.prompt, self.tokenized, labels=labels)
+        source = self.required_source("predictions")
+        return predict_labels(source, self.prompt, self.tokenized, labels=labels, runs=self.runs)
 
     def with_model(self, model: Any) -> Decomposition:
         """The same result with a model to take W_O from, after `load`.

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from metaopt_lens._errors import OptionError
 from metaopt_lens._types import TokenSpan
-from metaopt_lens.runs import Runs, momentum_part, softmax_parts
+from metaopt_lens.dual import SoftmaxParts
+from metaopt_lens.runs import Runs, momentum_part
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,11 +33,12 @@ class Effects:
     position: Float[Tensor, "*dst layer head d_head"] | None
 
 
-def effects_of(runs: Runs) -> Effects:
+def effects_of(runs: Runs, parts: SoftmaxParts) -> Effects:
     """Direct, indirect and position effect, ``[dst, layer, head, d_head]`` (docs/theory.md, section 2).
 
     Args:
         runs: with ``"icl"``, ``"zs"`` and, to tell indirect from position effect, ``"zs_matched"``.
+        parts: `softmax_parts` of the in-context run.
 
     Raises:
         OptionError: no zero-shot run was made.
@@ -44,7 +46,6 @@ def effects_of(runs: Runs) -> Effects:
     if "zs" not in runs:
         raise OptionError("no zero-shot run was made: decompose with zero_shot_runs='both' or 'plain'.")
     icl = runs.icl
-    parts = softmax_parts(icl)
     # The average is a sum: D's share is taken out and nothing is renormalised.
     of_demos = momentum_part(icl, icl.tokens.demonstrations)
     without = parts.without_demos + momentum_part(icl, TokenSpan(0, icl.tokens.n_tokens)) - of_demos

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -50,7 +49,7 @@ class PromptSet:
         first = self.prompts[0]
         same = all(p.candidates == first.candidates for p in self.prompts)
         return {
-            "template": dataclasses.asdict(first.template),
+            "template": first.template.to_dict(),
             "instruction": first.instruction,
             "demos": [[d.input, d.label] for d in self.demos],
             "queries": [[p.query, p.label] for p in self.prompts],

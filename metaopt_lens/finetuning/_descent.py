@@ -17,7 +17,7 @@ from metaopt_lens._errors import NonFiniteError, OptionError
 from metaopt_lens.dual import is_finite
 from metaopt_lens.finetuning._examples import TrainingExample
 from metaopt_lens.finetuning._losses import layer_causal_losses, ordinary_loss
-from metaopt_lens.finetuning._settings import FinetuneSettings
+from metaopt_lens.finetuning._settings import MLP, FinetuneSettings
 from metaopt_lens.finetuning._tape import Tape
 from metaopt_lens.finetuning._update import StepFactors, WeightUpdate, change_hooks
 from metaopt_lens.models import Hook, LensModel
@@ -179,7 +179,12 @@ def _schedule(n_examples: int, settings: FinetuneSettings) -> Iterator[list[int]
 def _leaves(model: LensModel, settings: FinetuneSettings) -> Leaves:
     """Zero changes of every layer, with room for their gradients.
 
-    Weights of q, k and v are ``[d_model, head, d_head]``: the matrices that x is multiplied with, uncopied.
+    Weights of q, k and v are ``[d_model, head, d_head]`` and the MLP's ``[d_in, d_out]``: the matrices that x is
+    multiplied with, uncopied.
+
+    Raises:
+        OptionError: the MLP has no gate.
+        UnsupportedModelError: the MLP cannot be read.
     """
     info = model.info
     dtype = getattr(torch, info.dtype)
@@ -193,6 +198,10 @@ def _leaves(model: LensModel, settings: FinetuneSettings) -> Leaves:
         return found
 
     for projection in settings.projections:
+        if projection in MLP:
+            d_out, d_in = _mlp_shape(model, projection)
+            leaves[f"w_{projection}"] = zeros(d_in, d_out)
+            continue
         heads = info.n_kv_heads if projection in "kv" else info.n_heads
         is_out = projection == "o"
         leaves[f"w_{projection}"] = (
@@ -203,6 +212,19 @@ def _leaves(model: LensModel, settings: FinetuneSettings) -> Leaves:
     return leaves
 
 
+def _mlp_shape(model: LensModel, projection: str) -> tuple[int, int]:
+    """Of one of the MLP's matrices, which is the same in every layer."""
+    name = projection.removeprefix("mlp_")
+    sites = [model.mlp_site(layer) for layer in range(model.info.n_layers)]
+    if name == "gate" and any(name not in site.matrices for site in sites):
+        raise OptionError(f"the MLP of {model.info.name} is not gated: leave 'mlp_gate' out of the projections.")
+    shapes = {tuple((site.w_out if name == "out" else site.matrices[name]).shape) for site in sites}
+    if len(shapes) > 1:
+        raise OptionError(f"the MLPs of {model.info.name} have different sizes ({sorted(shapes)}): leave them out.")
+    d_out, d_in = shapes.pop()
+    return d_out, d_in
+
+
 def _heads_first(name: str, leaf: Tensor) -> Tensor:
     """From the layout of `_leaves` to that of `WeightUpdate`."""
-    return leaf.transpose(0, 1) if name in {"w_q", "w_k", "w_v"} else leaf
+    return leaf if name[0] == "b" or name == "w_o" else leaf.transpose(0, 1)

@@ -9,11 +9,13 @@ from typing import Any, Literal
 
 from metaopt_lens._errors import OptionError
 
-Projection = Literal["q", "k", "v", "o"]
+Projection = Literal["q", "k", "v", "o", "mlp_in", "mlp_gate", "mlp_out"]
 Loss = Literal["all", "label"]
 Readout = Literal["block", "attention"]
 Order = Literal["given", "reversed", "shuffled"] | Sequence[int]
-PROJECTIONS: tuple[Projection, ...] = ("q", "k", "v", "o")
+ATTENTION: tuple[Projection, ...] = ("q", "k", "v", "o")
+MLP: tuple[Projection, ...] = ("mlp_in", "mlp_gate", "mlp_out")
+PROJECTIONS = ATTENTION + MLP
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,9 @@ class FinetuneSettings:
     Attributes:
         lr: learning rate.
         epochs: passes over the demonstrations.
-        projections: which projections of every attention layer are updated.
-        bias: also update their biases, where the base has them.
+        projections: which are updated in every layer: ``"q"``, ``"k"``, ``"v"`` and ``"o"`` of the attention, and the
+            MLP's matrices ``"mlp_in"``, ``"mlp_gate"`` (of a gated MLP) and ``"mlp_out"``.
+        bias: also update the biases of the attention's projections, where the base has them; the MLP's stay.
         optimizer: name of a class in ``torch.optim``; optimizer_options are passed to it.
         loss: ``"all"`` predicted tokens of a demonstration (all but BOS), or those of its ``"label"`` only.
         order: ``"given"``, ``"reversed"``, ``"shuffled"`` (reshuffled every epoch, by seed), or a permutation.
@@ -56,7 +59,8 @@ class FinetuneSettings:
         unknown = [p for p in self.projections if p not in PROJECTIONS]
         if unknown or not self.projections or len(set(self.projections)) != len(self.projections):
             raise OptionError(
-                f"projections must be one or several different ones of 'q', 'k', 'v', 'o', got {self.projections!r}."
+                f"projections must be one or several different ones of {', '.join(map(repr, PROJECTIONS))}, got "
+                f"{self.projections!r}."
             )
         for name, value, allowed in (
             ("loss", self.loss, ("all", "label")),
@@ -64,6 +68,10 @@ class FinetuneSettings:
         ):
             if value not in allowed:
                 raise OptionError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}.")
+        if self.layer_causal and self.readout == "attention" and any(p in MLP for p in self.projections):
+            raise OptionError(
+                "readout='attention' reads a layer out before its MLP, which then learns nothing: 'block'."
+            )
         if self.batch_size is not None and self.batch_size < 1:
             raise OptionError(f"batch_size must be at least 1, or None for full-batch, got {self.batch_size}.")
         if isinstance(self.order, str) and self.order not in {"given", "reversed", "shuffled"}:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metaopt_lens.finetuning._examples import TrainingExample
-from metaopt_lens.finetuning._update import StepFactors
+from metaopt_lens.finetuning._update import SOURCE, StepFactors
 from metaopt_lens.models import Hook, LensModel
 
 
@@ -22,7 +22,7 @@ class Tape:
         self._model = model
         self._projections = tuple(projections)
         self._keep_queries = queries
-        self._inputs: dict[tuple[str, int], Tensor] = {}  # "x" and "z"
+        self._inputs: dict[tuple[str, int], Tensor] = {}  # see `SOURCE`
         self._changed: dict[tuple[str, int], Tensor] = {}
         self._errors: dict[tuple[str, int], Tensor] = {}
         self._queries: dict[int, Tensor] = {}
@@ -31,7 +31,7 @@ class Tape:
         """What `change_hooks` hands its tensors to."""
 
         def seen(name: str, tensor: Tensor) -> None:
-            if name in ("x", "z"):
+            if name in SOURCE.values():
                 self._inputs[name, layer] = tensor.detach()
             else:
                 if not tensor.requires_grad:  # nothing below it does
@@ -55,9 +55,11 @@ class Tape:
         self._changed.clear()
 
     def write_gradients(self, leaves: Mapping[str, Sequence[Tensor]]) -> None:
-        """Overwrite the gradients of the leaves: ``[d_model, head, d_head]``, for o ``[head, d_head, d_model]``."""
+        """Overwrite the gradients of the leaves: ``[d_model, head, d_head]``, for o ``[head, d_head, d_model]``,
+        for the MLP ``[d_in, d_out]``.
+        """
         for (projection, layer), error in self._errors.items():
-            x = self._inputs["z" if projection == "o" else "x", layer].flatten(0, 1).flatten(1)
+            x = self._inputs[SOURCE[projection], layer].flatten(0, 1).flatten(1)
             weight, biases = leaves[f"w_{projection}"][layer].grad, leaves.get(f"b_{projection}")
             assert weight is not None
             e = error.flatten(0, 1).flatten(1).to(weight)
@@ -73,7 +75,7 @@ class Tape:
         errors = {
             name: torch.stack([self._errors[name, layer] for layer in layers])
             for name in self._projections
-            if name != "o"
+            if name in ("q", "k", "v")
         }
         return StepFactors(
             x=torch.stack([self._inputs["x", layer] for layer in layers]),

@@ -16,7 +16,7 @@ from metaopt_lens._codec import NOT_IN_0_1, NOT_STORED, Stored
 from metaopt_lens._errors import HeadError, ModelMismatchError
 from metaopt_lens._storage import provenance
 from metaopt_lens._types import HeadRef
-from metaopt_lens.finetuning._settings import PROJECTIONS, FinetuneSettings
+from metaopt_lens.finetuning._settings import ATTENTION, MLP, PROJECTIONS, FinetuneSettings
 from metaopt_lens.models import Hook, Late, LensModel, ModelInfo, wrap
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class WeightUpdate(Stored):
         model: sizes and parametrisation of the model it belongs to.
         w_k, w_v, w_q, w_o: changes of the weights; None for projections that were not updated.
         b_k, b_v, b_q, b_o: changes of the biases; None where not updated (or the base has none).
+        w_mlp_in, w_mlp_gate, w_mlp_out: changes of the MLP's matrices, as they multiply a column (see `MlpSite`).
         losses: loss of every step, before the step.
         settings: how it was made; None for sums.
         factors: per-step factors, where asked for; not stored in files.
@@ -76,6 +77,9 @@ class WeightUpdate(Stored):
     b_v: Float[Tensor, "layer kv_head d_head"] | None = None
     b_q: Float[Tensor, "layer head d_head"] | None = None
     b_o: Float[Tensor, "layer d_model"] | None = None
+    w_mlp_in: Float[Tensor, "layer d_mlp d_model"] | None = None
+    w_mlp_gate: Float[Tensor, "layer d_mlp d_model"] | None = None
+    w_mlp_out: Float[Tensor, "layer d_model d_mlp"] | None = None
     losses: tuple[float, ...] = ()
     settings: FinetuneSettings | None = None
     factors: tuple[StepFactors, ...] | None = field(default=None, metadata=NOT_STORED)
@@ -86,7 +90,7 @@ class WeightUpdate(Stored):
 
     def tensors(self) -> dict[str, Tensor]:
         """All changes there are, by field name."""
-        names = [f"{kind}_{p}" for kind in ("w", "b") for p in PROJECTIONS]
+        names = [*(f"w_{p}" for p in PROJECTIONS), *(f"b_{p}" for p in ATTENTION)]
         return {name: t for name in names if (t := getattr(self, name)) is not None}
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> WeightUpdate:
@@ -150,7 +154,7 @@ class WeightUpdate(Stored):
         kv_mask = grouped.any(-1)
 
         def keep(name: str, tensor: Tensor) -> Tensor:
-            if name == "b_o":
+            if name == "b_o" or name[2:] in MLP:
                 return torch.zeros_like(tensor)  # belongs to no head
             chosen = (kv_mask if name[-1] in "kv" else mask).to(tensor.device)
             return tensor * chosen.view(*chosen.shape, *[1] * (tensor.ndim - 2))
@@ -188,7 +192,7 @@ class WeightUpdate(Stored):
             rows: change these sequences of the batch only.
             projections: change these projections only.
         """
-        chosen = {name: t[layer] for name, t in self.tensors().items() if name[-1] in projections}
+        chosen = {name: t[layer] for name, t in self.tensors().items() if name[2:] in projections}
         return change_hooks(model, layer, chosen, rows=rows)
 
     @contextmanager
@@ -208,11 +212,11 @@ class WeightUpdate(Stored):
     # ---- reading ------------------------------------------------------------------------------------------------
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per layer, projection and (key-value) head: Frobenius norms of dW and db."""
+        """One row per layer, projection and (key-value) head: Frobenius norms of dW and db; of the MLP, in no head."""
         import pandas as pd
 
-        rows = []
-        for projection in PROJECTIONS:
+        rows: list[dict[str, Any]] = []
+        for projection in ATTENTION:
             weight, bias = getattr(self, f"w_{projection}"), getattr(self, f"b_{projection}")
             if weight is None:
                 continue
@@ -228,6 +232,11 @@ class WeightUpdate(Stored):
                             "bias_norm": float(bias[layer, head].norm()) if per_head_bias else 0.0,
                         }
                     )
+        for projection in MLP:
+            weight = getattr(self, f"w_{projection}")
+            for layer, change in enumerate(() if weight is None else weight):
+                place = {"layer": layer, "projection": projection, "head": pd.NA}
+                rows.append({**place, "weight_norm": float(change.norm()), "bias_norm": 0.0})
         return pd.DataFrame(rows)
 
     def __repr__(self) -> str:
@@ -250,12 +259,13 @@ def change_hooks(
     rows: slice = slice(None),
     seen: Callable[[str, Tensor], None] | None = None,
 ) -> list[Hook]:
-    """Hooks that add ``x w + b`` to a layer's q, k and v before QK-norm and rotary, and ``z w_o + b_o`` to its output.
+    """Hooks that add ``x w + b`` to a layer's q, k and v before QK-norm and rotary, ``z w_o + b_o`` to its output, and
+    ``w u`` and ``w_out h`` to the MLP's products and output.
 
     Args:
         tensors: the layer's changes by field name of `WeightUpdate`.
         rows: change these sequences of the batch only.
-        seen: is handed the inputs ``"x"`` and ``"z"`` (for o) and every changed ``"q"``, ``"k"``, ``"v"``, ``"o"``.
+        seen: is handed the inputs (see `SOURCE`) and every changed product, by the name of its projection.
     """
     state: dict[str, Tensor] = {}
 
@@ -268,18 +278,17 @@ def change_hooks(
         return store
 
     def add(projection: str) -> Callable[[Tensor], Tensor]:
-        weight, bias = tensors[f"w_{projection}"], tensors.get(f"b_{projection}")
+        matrix, bias = _row_matrix(projection, tensors[f"w_{projection}"]), tensors.get(f"b_{projection}")
 
         def change(tensor: Tensor) -> Tensor:
-            is_out = projection == "o"
-            source = state["z"][rows].flatten(2) if is_out else state["x"][rows]
-            matrix = weight.flatten(0, 1) if is_out else weight.transpose(0, 1).flatten(1)
-            delta = source.to(weight.dtype) @ matrix.to(source.device)
-            delta = delta if is_out else delta.view(*delta.shape[:2], weight.shape[0], weight.shape[2])
+            source = state[SOURCE[projection]][rows]
+            source = source.flatten(2) if projection == "o" else source  # [batch, pos, (head d_head)]
+            start, stop, _ = rows.indices(len(tensor))
+            old = tensor[start:stop]
+            delta = (source.to(matrix.dtype) @ matrix.to(source.device)).view(old.shape)
             if bias is not None:
                 delta = delta + bias.to(delta)
-            start, stop, _ = rows.indices(len(tensor))
-            changed = tensor[start:stop] + delta.to(tensor.dtype)
+            changed = old + delta.to(tensor.dtype)
             if len(changed) < len(tensor):
                 changed = torch.cat([tensor[:start], changed, tensor[stop:]])
             if seen is not None:
@@ -290,10 +299,27 @@ def change_hooks(
 
     hooks: list[Hook] = []
     chosen = [p for p in PROJECTIONS if f"w_{p}" in tensors]
-    inner = [p for p in chosen if p != "o"]
+    inner = [p for p in chosen if p in ("q", "k", "v")]
     if inner or seen is not None:
         hooks.append(model.attention_input_hook(layer, keep("x")))
     hooks += [(model.hook_name(p, layer), add(p)) for p in inner]
     if "o" in chosen:
         hooks += [(model.hook_name("z", layer), Late(keep("z"))), (model.hook_name("attn_out", layer), add("o"))]
+    if any(p in MLP for p in chosen):
+        site = model.mlp_site(layer)
+        hooks.append(site.input_hook(keep("u")))
+        hooks += [(site.products[p.removeprefix("mlp_")], add(p)) for p in ("mlp_in", "mlp_gate") if p in chosen]
+        if "mlp_out" in chosen:
+            hooks += [(site.hidden_name, Late(keep("h"))), (site.out_name, add("mlp_out"))]
     return hooks
+
+
+# What each projection is applied to: the attention's input x and z, the MLP's input u and hidden layer h.
+SOURCE = {"q": "x", "k": "x", "v": "x", "o": "z", "mlp_in": "u", "mlp_gate": "u", "mlp_out": "h"}
+
+
+def _row_matrix(projection: str, weight: Tensor) -> Tensor:
+    """The matrix that a row is multiplied with from the right, ``[d_in, d_out]``."""
+    if projection in MLP:
+        return weight.T
+    return weight.flatten(0, 1) if projection == "o" else weight.transpose(0, 1).flatten(1)

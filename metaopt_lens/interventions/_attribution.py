@@ -13,14 +13,14 @@ from metaopt_lens._errors import OptionError, PromptError
 from metaopt_lens._progress import Progress
 from metaopt_lens._types import HeadRef
 from metaopt_lens.interventions._answer_metric import Metric, answer_metric
+from metaopt_lens.interventions._demo_tokens import DemoTokens
 from metaopt_lens.interventions._head_effects import HeadEffects, rank_by_effect
 from metaopt_lens.interventions._heads import Heads, head_mask
 from metaopt_lens.interventions._knock_out_runs import KnockOutRuns
-from metaopt_lens.interventions._meta_gradient import meta_gradient
 from metaopt_lens.interventions._recovery import split_queries
 from metaopt_lens.models import LensModel, active_momentum, wrap
 from metaopt_lens.prompts import ICLPrompt, PromptLike, as_prompts
-from metaopt_lens.runs import refuse_acting, tokenize_for
+from metaopt_lens.runs import refuse_acting, run_shared_prefix, tokenize_for
 
 
 def head_effects(
@@ -80,16 +80,19 @@ def head_effects(
     _check_same_demos(parsed)
     tokens = [tokenize_for(wrapped, p, prepend_bos=prepend_bos, require_demos=True) for p in parsed]
     measured = answer_metric(wrapped, parsed, tokens, metric)
-    mg = meta_gradient(wrapped, parsed[0], prepend_bos=prepend_bos)
-    work = _Work(wrapped, mask, n_queries=len(parsed), n_demos=len(mg.demos), seed=seed)
+    demos = DemoTokens.of(tokens[0])
+    prefix = run_shared_prefix(wrapped, demos.ids)
+    assert prefix is not None  # there is at least one demonstration
+    work = _Work(wrapped, mask, n_queries=len(parsed), n_demos=len(demos.spans), seed=seed)
     with Progress(work.n_runs(exact=exact, per_demo=per_demo), "knock-outs", shown=progress) as bar:
-        runs = KnockOutRuns(wrapped, mg, measured, batch_size, bar.advance)
+        runs = KnockOutRuns(wrapped, demos, prefix, measured, batch_size, bar.advance)
         found = work.estimates(runs)
         if exact:
             found |= work.knock_outs(runs, found["in_context"], found["zero_shot"])
         if per_demo:
             found["demo_exact_per_head"] = work.per_demo(runs, found["in_context"])
-    return HeadEffects(model=wrapped.info, metric=measured.name, n_demos=len(mg.demos), demos=mg.demos, **found)
+    texts = parsed[0].demos
+    return HeadEffects(model=wrapped.info, metric=measured.name, n_demos=len(texts), demos=texts, **found)
 
 
 def _check_same_demos(prompts: Sequence[ICLPrompt]) -> None:
@@ -120,7 +123,7 @@ class _Work(NamedTuple):
         """Knock-outs in all, each of one query."""
         n_heads, n_held_out = int(self.mask.sum()), len(self._split()[1])
         n_variants = 1 + exact * (n_heads + self.n_demos) + per_demo * n_heads * self.n_demos
-        return n_variants * self.n_queries + (n_heads * n_held_out if exact and self.all_heads else 0)
+        return n_variants * self.n_queries + ((n_heads + 1) * n_held_out if exact and self.all_heads else 0)
 
     def estimates(self, runs: KnockOutRuns) -> dict[str, Any]:
         """The metric of both ends, first-order estimates, and nothing yet of what is measured exactly."""

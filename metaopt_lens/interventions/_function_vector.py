@@ -85,7 +85,7 @@ def function_vector(
 ) -> FunctionVector:
     """The mean output of some heads at the last token of in-context prompts, summed in the residual stream.
 
-    ``sum over heads of W_O mean z`` (arXiv:2310.15213; docs/theory.md, section 12); b_O and a norm after attention are
+    ``sum over heads of W_O mean z`` (arXiv:2310.15213; docs/theory.md, section 10); b_O and a norm after attention are
     left out.
 
     Args:
@@ -111,9 +111,7 @@ def function_vector(
         for runs in batch:
             total += runs.icl.z[-1].detach().double().cpu()
     written = through_w_o(wrapped, total / len(tokens))  # [layer, head, d_model]
-    return FunctionVector(
-        model=wrapped.info, vector=written[chosen].sum(0).float(), heads=chosen, n_prompts=len(tokens)
-    )
+    return FunctionVector(model=wrapped.info, vector=written[chosen].sum(0), heads=chosen, n_prompts=len(tokens))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

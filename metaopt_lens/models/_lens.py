@@ -248,6 +248,7 @@ class LensModel:
         prefix: Prefix | None = None,
         start: Start | None = None,
         read: Readout | None = None,
+        until: int | None = None,
         stop_after_attention: bool = False,
         stop_after_blocks: bool = False,
         grad: bool = False,
@@ -260,15 +261,17 @@ class LensModel:
             prefix: run `tokens` behind this shared prefix.
             start: begin at a block, with a residual stream computed before.
             read: compute the logits of these positions and tokens only.
+            until: end the pass before this block and return the residual stream that enters it, to start there later.
             stop_after_attention: end the pass at the last layer's z and return None: no last MLP, no unembedding.
             stop_after_blocks: end it at the last residual stream and return None: no unembedding.
             grad: keep the graph.
 
         Returns:
-            Logits, of what `read` names if it is given; None if the pass was ended before.
+            Logits, of what `read` names if it is given; the residual stream, ``[batch, pos, d_model]``, with `until`;
+            None if the pass was ended within the last block.
 
         Raises:
-            OptionError: `start` or `read` does not fit the tokens.
+            OptionError: `start` or `read` does not fit the tokens, or no block lies between `start` and `until`.
             UnsupportedModelError: the host cannot start at a block.
         """
         return run(
@@ -278,6 +281,7 @@ class LensModel:
             prefix=prefix,
             start=start,
             read=read,
+            until=until,
             stop_after_attention=stop_after_attention,
             stop_after_blocks=stop_after_blocks,
             grad=grad,

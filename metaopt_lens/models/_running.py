@@ -50,12 +50,13 @@ def run(
     prefix: Prefix | None,
     start: Start | None,
     read: Readout | None,
+    until: int | None,
     stop_after_attention: bool,
     stop_after_blocks: bool,
     grad: bool,
 ) -> Tensor | None:
     """See `LensModel.run`."""
-    _check(model, tokens, start, read)
+    _check(model, tokens, start, read, until)
     if start is not None and model.tried.widths is None:
         _try_start(model, tokens[:1], prefix, start.layer)
     last = model.info.n_layers - 1
@@ -63,12 +64,14 @@ def run(
     if start is not None:
         own.append((model.residual_hook("pre", start.layer), lambda _: start.residual))
     stop: list[Hook] = []
-    if stop_after_blocks:
+    stream: list[Tensor] = []
+    if until is not None:
+        stop = [(model.residual_hook("post", until - 1), Late(_keep(stream, and_stop=True)))]
+    elif stop_after_blocks:
         stop = [(model.residual_hook("post", last), Late(_halt))]
     elif stop_after_attention:
         stop = [(model.hook_name("z", last), _halt)]
     elif read is not None and model.exits_exactly:
-        stream: list[Tensor] = []
         stop = [(model.residual_hook("post", last), Late(_keep(stream, and_stop=True)))]
     below = () if start is None else model.adapter.blocks[: start.layer]
     skip = skipping(below, (model.tried.widths or [])[: len(below)]) if below else nullcontext()
@@ -76,6 +79,8 @@ def run(
         try:
             logits = model.adapter.forward(tokens.to(model.device), prefix)
         except StopForward:
+            if until is not None:
+                return stream[0]
             if stop_after_blocks:
                 return None
             return None if stop_after_attention else _exit(model, stream[0], read)
@@ -145,7 +150,11 @@ def _try_start(model: LensModel, tokens: Tensor, prefix: Prefix | None, layer: i
     model.tried.widths = widths
 
 
-def _check(model: LensModel, tokens: Tensor, start: Start | None, read: Readout | None) -> None:
+def _check(model: LensModel, tokens: Tensor, start: Start | None, read: Readout | None, until: int | None) -> None:
+    if until is not None and not (0 if start is None else start.layer) < until <= model.info.n_layers:
+        raise OptionError(
+            f"a pass cannot end before layer {until}: there are {model.info.n_layers} layers, and it must run one."
+        )
     if start is not None:
         if not 0 <= start.layer < model.info.n_layers:
             raise OptionError(f"there is no layer {start.layer} to start at: {model.info.n_layers} layers, from 0.")

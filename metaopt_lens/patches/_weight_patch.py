@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
@@ -158,19 +159,23 @@ class WeightPatch(Stored):
         """One row for every layer, token and matrix: norm of the change, relative to the matrix, and its share.
 
         ``share`` is that of the squared norm of all matrices' changes at this layer and token; ``"scale"`` stands for
-        the change of a norm's scale, which is no matrix and has none.
+        the change of a norm's scale, which is no matrix and has none; ``"experts_in"`` for all active experts' input
+        matrices together. What is not relative to one matrix is NaN.
         """
         import pandas as pd
 
         norms = {name: self.norms(name) for name in self.matrices}
-        whole = sum(n.square() for n in norms.values()) if norms else torch.zeros(0)
+        if self.experts is not None:  # of all active experts together
+            norms["experts_in"] = self.experts.left_in.flatten(2).norm(dim=-1) * self.right["in"].norm(dim=-1)
+        whole = torch.stack([norm.square() for norm in norms.values()]).sum(0)
         rows = []
         for layer in range(self.model.n_layers):
             for row, (position, token) in enumerate(zip(self.positions, self.query_ids, strict=True)):
                 at = {"layer": layer, "position": position, "token": token}
                 for name, norm in norms.items():
-                    n, of = float(norm[layer, row]), float(self.weight_norms[name][layer])
-                    share = n**2 / float(whole[layer, row])  # type: ignore[index]
+                    n = float(norm[layer, row])
+                    of = float(self.weight_norms[name][layer]) if name in self.weight_norms else math.nan
+                    share = n**2 / float(whole[layer, row])
                     rows.append({**at, "matrix": name, "norm": n, "relative": n / of, "share": share})
                 if self.scale is not None:
                     rows.append({**at, "matrix": "scale", "norm": float(self.scale[layer, row].norm())})

@@ -9,12 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from metaopt_lens._errors import FileFormatError, PromptError
+from metaopt_lens._errors import FileFormatError, OptionError, PromptError
+from metaopt_lens.prompts._context import ContextPrompt
 from metaopt_lens.prompts._prompt import Demo, ICLPrompt
 from metaopt_lens.prompts._template import Template
 
 _T = TypeVar("_T")
-_KEYS = ("demos", "query", "queries", "label", "labels", "candidates", "instruction", "template", "text")
+_KEYS = (
+    "demos", "query", "queries", "label", "labels", "candidates", "instruction", "template", "text", "context", "chunks"
+)  # fmt: skip
 _TEMPLATE_KEYS = ("input", "label", "separator", "instruction_separator")
 _BORDER = "---"
 
@@ -26,7 +29,8 @@ def load_prompts(path: str | os.PathLike[str]) -> list[ICLPrompt]:
       "query": str}``, and optionally "label", "candidates", "instruction" and "template" ({"input", "label",
       "separator", "instruction_separator"}). "queries" (and "labels") instead of "query" (and "label") are
       lists and make one prompt each, behind the same demonstrations. ``{"text": str}`` is a prompt as one
-      string (`ICLPrompt.from_string`), optionally with "label" and "candidates".
+      string (`ICLPrompt.from_string`), optionally with "label" and "candidates". "context" instead of "demos" and
+      "template" makes a `ContextPrompt`: a text, cut as "chunks" says, or a list of chunks.
     * ``.jsonl``: one such object a line; blank lines are skipped.
     * anything else: plain text, read by `ICLPrompt.from_string`; a line ``---`` separates prompts.
 
@@ -88,7 +92,7 @@ def _located(where: str, make: Callable[[], _T]) -> _T:
     """What `make` returns; a `PromptError` becomes a `FileFormatError` that says where in the file."""
     try:
         return make()
-    except PromptError as error:
+    except (PromptError, OptionError) as error:
         raise FileFormatError(f"{where}: {error}") from error
 
 
@@ -125,16 +129,34 @@ def prompts_of(where: str, item: Any) -> list[ICLPrompt]:
         )
     if not queries:
         raise FileFormatError(f'{where}: "queries" is an empty list: give at least one query.')
-    demos = _demos(where, item)
-    template = _template(where, item.get("template"))
     instruction, words = _text(where, item, "instruction"), _words(where, item, "candidates")
+    behind = _context(where, item) if "context" in item else _demonstrations(where, item)
     return _located(
         where,
         lambda: [
-            ICLPrompt(demos, query, template, instruction, label=label, candidates=words)
+            behind(query, instruction=instruction, label=label, candidates=words)
             for query, label in zip(queries, labels, strict=True)
         ],
     )
+
+
+def _demonstrations(where: str, item: dict[str, Any]) -> Callable[..., ICLPrompt]:
+    """What makes a prompt that asks a query behind the object's demonstrations."""
+    if "chunks" in item:
+        raise FileFormatError(f'{where}: "chunks" goes with "context".')
+    demos, template = _demos(where, item), _template(where, item.get("template"))
+    return lambda query, **options: ICLPrompt(demos, query, template, **options)
+
+
+def _context(where: str, item: dict[str, Any]) -> Callable[..., ICLPrompt]:
+    """What makes a prompt that asks a query behind the object's context."""
+    for key in ("demos", "template"):
+        if key in item:
+            raise FileFormatError(f'{where}: "context" stands in place of "demos" and "template", so give no {key!r}.')
+    found, chunks = item["context"], _text(where, item, "chunks")
+    context = found if isinstance(found, str) else _words(where, item, "context") or []
+    cut = {} if chunks is None else {"chunks": chunks}
+    return lambda query, **options: ContextPrompt(context, query, **cut, **options)
 
 
 def _demos(where: str, item: dict[str, Any]) -> list[Demo]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass, field
 
@@ -40,6 +41,11 @@ class Template:
                 f"the template's input {self.input!r} ends with white space: the space before a label "
                 f"belongs to the label, so remove it there and write label={' {label}'!r}."
             )
+
+    def to_dict(self) -> dict[str, str | None]:
+        """The fields as JSON-able data, with `query` only where there is one: as 0.1 wrote them."""
+        fields = dataclasses.asdict(self)
+        return {name: text for name, text in fields.items() if name != "query" or text is not None}
 
     def fill_input(self, text: str) -> str:
         """The template's input part around `text`, which may itself contain braces.

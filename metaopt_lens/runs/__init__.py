@@ -7,14 +7,14 @@ from metaopt_lens.runs._batching import map_batches as map_batches
 from metaopt_lens.runs._destinations import Position as Position
 from metaopt_lens.runs._destinations import destinations_of as destinations_of
 from metaopt_lens.runs._destinations import prompt_groups as prompt_groups
-from metaopt_lens.runs._forward import Keep as Keep
-from metaopt_lens.runs._forward import Row as Row
 from metaopt_lens.runs._forward import run_rows as run_rows
 from metaopt_lens.runs._forward import run_shared_prefix as run_shared_prefix
 from metaopt_lens.runs._guard import acting as acting
 from metaopt_lens.runs._guard import acting_now as acting_now
 from metaopt_lens.runs._guard import refuse_acting as refuse_acting
 from metaopt_lens.runs._head_order import rank_heads as rank_heads
+from metaopt_lens.runs._keep import Keep as Keep
+from metaopt_lens.runs._keep import Row as Row
 from metaopt_lens.runs._outputs import all_heads_output as all_heads_output
 from metaopt_lens.runs._outputs import attention_output as attention_output
 from metaopt_lens.runs._outputs import demo_scores as demo_scores
@@ -31,10 +31,12 @@ from metaopt_lens.runs._parts import run_linear_weights as run_linear_weights
 from metaopt_lens.runs._parts import softmax_parts as softmax_parts
 from metaopt_lens.runs._parts import softmax_weights as softmax_weights
 from metaopt_lens.runs._parts import w_zsl as w_zsl
+from metaopt_lens.runs._predict import N_TOP as N_TOP
 from metaopt_lens.runs._predict import LabelPrediction as LabelPrediction
 from metaopt_lens.runs._predict import TopToken as TopToken
 from metaopt_lens.runs._predict import VocabularyAnswer as VocabularyAnswer
 from metaopt_lens.runs._predict import candidate_labels as candidate_labels
+from metaopt_lens.runs._predict import keep_answers as keep_answers
 from metaopt_lens.runs._predict import label_log_probs as label_log_probs
 from metaopt_lens.runs._predict import predict_labels as predict_labels
 from metaopt_lens.runs._predict import small_mass_note as small_mass_note
@@ -55,6 +57,7 @@ from metaopt_lens.runs._scoring import Scoring as Scoring
 from metaopt_lens.runs._scoring import candidate_mass as candidate_mass
 from metaopt_lens.runs._scoring import check_candidates as check_candidates
 from metaopt_lens.runs._scoring import read_queries as read_queries
+from metaopt_lens.runs._scoring import read_run as read_run
 from metaopt_lens.runs._scoring import score_candidates as score_candidates
 from metaopt_lens.runs._scoring import scored_tokens as scored_tokens
 

@@ -54,31 +54,34 @@ def batches(
 ) -> Iterator[tuple[list[int], list[Result]]]:
     """Apply `run` to batches of items of similar length, one batch at a time.
 
-    A batch that runs out of memory is halved and tried again, and later batches keep the smaller size.
+    Batches are of about equal size. One that runs out of memory is halved and tried again, and later ones keep the
+    smaller size.
 
     Args:
         items: what to run.
         length: of an item, in tokens.
         run: gives the results of a batch.
-        batch_size: items run together.
+        batch_size: items run together, at most.
 
     Yields:
         Which items were run, and their results.
 
     Raises:
         OptionError: `batch_size` below 1.
-        torch.OutOfMemoryError: even a single item does not fit.
+        torch.OutOfMemoryError, RuntimeError: even a single item does not fit on the GPU, or in the computer's memory.
     """
     if batch_size < 1:
         raise OptionError(f"batch_size must be at least 1, got {batch_size}.")
+    n_batches = -(-len(items) // batch_size)
+    batch_size = -(-len(items) // max(n_batches, 1))
     order = sorted(range(len(items)), key=lambda i: length(items[i]))
     start = 0
     while start < len(order):
         chosen = order[start : start + batch_size]
         try:
             outputs = run([items[i] for i in chosen])
-        except torch.OutOfMemoryError:
-            if batch_size == 1:
+        except RuntimeError as error:
+            if batch_size == 1 or not _out_of_memory(error):
                 raise
             batch_size = (batch_size + 1) // 2
             if torch.cuda.is_available():
@@ -86,6 +89,11 @@ def batches(
             continue
         yield chosen, outputs
         start += len(chosen)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed; the CPU's allocator has no error class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def map_batches(

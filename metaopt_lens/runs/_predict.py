@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from metaopt_lens._errors import PromptError
 from metaopt_lens.models import LensModel
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt, read_token, tokenize_label
-from metaopt_lens.runs._scoring import candidate_mass, check_candidates, read_queries, score_candidates
+from metaopt_lens.runs._prompt_run import Run, Runs, Setting
+from metaopt_lens.runs._scoring import (
+    QueryReading,
+    candidate_mass,
+    check_candidates,
+    read_queries,
+    read_run,
+    score_candidates,
+)
 
+# How many of the model's own first choices are kept.
+N_TOP = 5
 # Below it the model says something else more often than any of the candidates.
 SMALL_MASS = 0.5
 
@@ -137,7 +149,7 @@ def predict_labels(
     tokenized: TokenizedPrompt,
     *,
     labels: Sequence[str] | None = None,
-    n_top: int = 5,
+    runs: Runs | None = None,
 ) -> LabelPrediction:
     """What a model answers to a prompt, with and without its demonstrations.
 
@@ -146,7 +158,8 @@ def predict_labels(
         prompt: the prompt as text.
         tokenized: the same prompt as token ids.
         labels: the candidates; by default those of `candidate_labels`. One or none are scored as well.
-        n_top: how many of the model's own first choices to keep.
+        runs: of this prompt, in context and zero-shot: what was kept of them (see `keep_answers`) is read; for other
+            labels, and those of several tokens, the model is run as it is now.
 
     Returns:
         Scores and absolute probabilities of the candidates, the model's own first choices and the right label's rank.
@@ -161,8 +174,9 @@ def predict_labels(
         check_candidates(ids, names)
     right = [] if prompt.label is None else [tokenize_label(prompt.label, prompt.template, model.tokenizer)[:1]]
 
-    def answer(text: TokenizedPrompt) -> tuple[Tensor, VocabularyAnswer]:
-        (reading,) = read_queries(model, None, [text.ids], [*ids, *right], n_top=n_top)
+    def answer(text: TokenizedPrompt, setting: Setting) -> tuple[Tensor, VocabularyAnswer]:
+        run = runs[setting] if runs is not None and setting in runs else None
+        reading = _reading(model, text, run, [*ids, *right])
         log_probs = reading.log_probs[: len(ids)]
         return reading.scores[: len(ids)], VocabularyAnswer(
             probabilities=log_probs.exp(),
@@ -172,8 +186,8 @@ def predict_labels(
         )
 
     with torch.inference_mode():
-        in_context, behind_demos = answer(tokenized)
-        zero_shot, without_demos = answer(tokenized.zero_shot())
+        in_context, behind_demos = answer(tokenized, "icl")
+        zero_shot, without_demos = answer(tokenized.zero_shot(), "zs")
     return LabelPrediction(
         names,
         prompt.label,
@@ -182,3 +196,33 @@ def predict_labels(
         in_context_vocabulary=behind_demos,
         zero_shot_vocabulary=without_demos,
     )
+
+
+def keep_answers(model: LensModel, prompts: Sequence[ICLPrompt]) -> tuple[int, ...]:
+    """What to keep of the prompts' runs (`Keep.logits`), so that their answers need no pass of their own.
+
+    Args:
+        model: a wrapped model.
+        prompts: as text.
+
+    Returns:
+        The first tokens of all candidate labels that the tokenizer knows. Labels of several tokens need passes for the
+        others all the same.
+    """
+    found = set()
+    for word, template in {(word, prompt.template) for prompt in prompts for word in candidate_labels(prompt)}:
+        with suppress(PromptError):  # said by `predict_labels`, if anyone asks
+            found.add(tokenize_label(word, template, model.tokenizer)[0])
+    return tuple(sorted(found))
+
+
+def _reading(
+    model: LensModel, text: TokenizedPrompt, run: Run | None, candidates: Sequence[tuple[int, ...]]
+) -> QueryReading:
+    """What the model says after a prompt, from its run as far as that was kept."""
+    at_end = run is not None and run.destinations[-1] == text.n_tokens - 1
+    if run is not None and at_end and run.top_tokens is not None and run.top_tokens.shape[-1] == N_TOP:
+        unknown = [label for label in candidates if len(label) > 1 or label[0] not in run.asked]
+        if not unknown:
+            return read_run(run, candidates)
+    return read_queries(model, None, [text.ids], candidates, n_top=N_TOP)[0]

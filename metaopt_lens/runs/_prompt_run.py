@@ -69,6 +69,8 @@ class Run:
         logits: theirs, in float32 at least.
         ranks: theirs in the whole vocabulary; 1 is the most probable.
         log_normaliser: logsumexp of all logits, so that ``logits - log_normaliser`` are log-probabilities.
+        ranks: of the tokens asked for among the whole vocabulary, 1 for the most probable.
+        top_tokens, top_logits: the most probable next tokens, if kept, the first one first.
     """
 
     setting: Setting
@@ -92,6 +94,9 @@ class Run:
     logits: Float[Tensor, "dst asked"] | None = None
     ranks: Int[Tensor, "dst asked"] | None = None
     log_normaliser: Float[Tensor, " dst"] | None = None
+    ranks: Int[Tensor, "dst asked"] | None = None
+    top_tokens: Int[Tensor, "dst top"] | None = None
+    top_logits: Float[Tensor, "dst top"] | None = None
 
     def k_of(self, layer: int) -> Float[Tensor, "src kv_head d_head"]:
         """Keys of all tokens in a layer, as the scores see them.

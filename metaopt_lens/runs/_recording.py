@@ -12,7 +12,8 @@ from metaopt_lens.models import Intervention, LensModel, Prefix
 from metaopt_lens.prompts import TokenizedPrompt
 from metaopt_lens.runs._batching import batches, choose_batch_size
 from metaopt_lens.runs._destinations import Position, destinations_of, prompt_groups
-from metaopt_lens.runs._forward import ATTENTION, Keep, Row, run_rows, run_shared_prefix
+from metaopt_lens.runs._forward import run_rows, run_shared_prefix
+from metaopt_lens.runs._keep import ATTENTION, Keep, Row
 from metaopt_lens.runs._prompt_run import CHANGED, SETTINGS, WITH_DEMOS, Run, Runs, Setting
 
 
@@ -102,7 +103,10 @@ def record_batches(
         def run(batch: list[int], recorder: Recorder = recorder) -> list[Runs]:
             return recorder.runs([prompts[i] for i in batch], [rows[i] for i in batch])
 
-        size = queries_together(model, members, settings) if batch_size is None else batch_size
+        n_read = max(len(rows[i]) for i in group) if keep.logits else 0
+        size = batch_size
+        if size is None:
+            size = queries_together(model, members, settings, n_read=n_read)
         for chosen, runs in batches(group, lambda i: len(prompts[i].query), run, batch_size=size):
             yield [group[i] for i in chosen], runs
 
@@ -170,17 +174,21 @@ def prepare(
     return Recorder(model, prefixes, tuple(settings), update, keep, grad)
 
 
-def queries_together(model: LensModel, prompts: Sequence[TokenizedPrompt], settings: Sequence[Setting]) -> int:
+def queries_together(
+    model: LensModel, prompts: Sequence[TokenizedPrompt], settings: Sequence[Setting], *, n_read: int = 0
+) -> int:
     """How many queries behind one set of demonstrations fit a batch.
 
     Args:
         model: a wrapped model.
         prompts: with the same demonstrations.
         settings: runs to make of every query.
+        n_read: positions of a query whose logits are kept.
     """
     longest = max(len(tokens.query) for tokens in prompts)
     together = len({"icl", "zs_matched"} & set(settings)) or 1  # these two ride in one batch
-    return max(1, choose_batch_size(model, n_new=longest, n_prefix=prompts[0].query.start) // together)
+    fits = choose_batch_size(model, n_new=longest, n_prefix=prompts[0].query.start, n_read=n_read)
+    return max(1, fits // together)
 
 
 def _check(settings: Sequence[Setting], update: Intervention | None, prompts: Sequence[TokenizedPrompt]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from metaopt_lens.dual import ScoreRule
@@ -30,6 +30,9 @@ class OwnTensors:
     stream: Stream | None
     logits: Float[Tensor, "dst asked"] | None
     log_normaliser: Float[Tensor, " dst"] | None
+    ranks: Int[Tensor, "dst asked"] | None
+    top_tokens: Int[Tensor, "dst top"] | None
+    top_logits: Float[Tensor, "dst top"] | None
 
     @classmethod
     def of(cls, run: Run) -> OwnTensors:

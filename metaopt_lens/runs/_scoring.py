@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from metaopt_lens._errors import OptionError, PromptError
 from metaopt_lens.models import Hook, LensModel, Prefix, Readout
 from metaopt_lens.runs._batching import choose_batch_size, map_batches
+from metaopt_lens.runs._prompt_run import Run
 
 Scoring = Literal["mean", "first"]
 
@@ -131,6 +132,37 @@ def read_queries(
             )
         )
     return readings
+
+
+def read_run(run: Run, candidates: Sequence[Sequence[int]]) -> QueryReading:
+    """`read_queries` out of a recorded run at its last destination, without another pass.
+
+    Args:
+        run: recorded with ``Keep(logits=...)`` of all candidates, and as many of ``n_top`` as are wanted.
+        candidates: token ids of the labels, one each.
+
+    Returns:
+        The same numbers as a pass of its own gives.
+
+    Raises:
+        OptionError: a candidate of several tokens, or one whose logits were not kept.
+    """
+    if run.logits is None or run.log_normaliser is None or run.ranks is None:
+        raise OptionError("the run has no logits: record the prompt with keep=Keep(logits=...).")
+    for label in candidates:
+        if len(label) != 1 or label[0] not in run.asked:
+            raise OptionError(
+                f"the run has logits of tokens {list(run.asked)}, and the candidate {list(label)} is not one of these: "
+                "read_queries runs what is missing."
+            )
+    at = torch.tensor([run.asked.index(label[0]) for label in candidates], dtype=torch.long)
+    logits, normaliser = run.logits[-1].detach().cpu(), run.log_normaliser[-1].detach().cpu()
+    log_probs = (logits[at] - normaliser).double()
+    top: tuple[tuple[int, float], ...] = ()
+    if run.top_tokens is not None and run.top_logits is not None:
+        probabilities = (run.top_logits[-1].detach().cpu() - normaliser).exp()
+        top = tuple(zip(run.top_tokens[-1].tolist(), probabilities.tolist(), strict=True))
+    return QueryReading(scores=log_probs, log_probs=log_probs, ranks=run.ranks[-1].cpu()[at], top=top)
 
 
 def score_candidates(

@@ -181,6 +181,7 @@ class Task:
     def to_dict(self) -> dict[str, Any]:
         """Everything that decides what the task asks, as JSON-able data (a `make_rows` function by its name)."""
         body = dataclasses.asdict(dataclasses.replace(self, make_rows=None, aliases=dict(self.aliases)))
+        body["template"] = self.template.to_dict()
         body["make_rows"] = None if self.make_rows is None else getattr(self.make_rows, "__name__", "function")
         return json.loads(json.dumps(body))  # type: ignore[no-any-return]
 

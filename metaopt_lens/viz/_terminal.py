@@ -76,7 +76,7 @@ def prompt_text(item: Decomposition) -> Text:
             if piece.demo == _SHOWN_DEMOS and piece.kind == "input":
                 words.append("… ", style="dim")
         else:
-            text = " ⏎ " if piece.kind == "separator" else piece.text.replace("\n", " ⏎ ")
+            text = " ⏎ " if piece.kind == "separator" and piece.text else piece.text.replace("\n", " ⏎ ")
             words.append(text, style={"label": "bold", "separator": "dim"}.get(piece.kind, ""))
     return words
 

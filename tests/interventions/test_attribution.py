@@ -151,10 +151,10 @@ def test_estimates_alone_knock_nothing_out(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_every_knock_out_is_counted(caplog: pytest.LogCaptureFixture) -> None:
-    """The zero-shot end, 12 heads, 3 demonstrations, 36 pairs of 3 queries; 12 numbers of heads of 2 held-out ones."""
+    """The zero-shot end, 12 heads, 3 demonstrations, 36 pairs of 3 queries; 13 numbers of heads of 2 held-out ones."""
     with caplog.at_level("INFO", "metaopt_lens"):
         head_effects(shared("bridge:gpt2"), prompts(), metric="loss", per_demo=True)
-    n = 3 * (1 + 12 + 3 + 36) + 2 * 12
+    n = 3 * (1 + 12 + 3 + 36) + 2 * 13
     assert [record.message.split(" in ")[0] for record in caplog.records] == [f"knock-outs: {n} of {n}"]
     caplog.clear()
     with caplog.at_level("INFO", "metaopt_lens"):
@@ -338,22 +338,21 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert repr(loaded) == repr(result)
 
 
-def test_effects_are_read_without_what_files_of_0_1_lack(tmp_path: Path) -> None:
-    """They hold every tensor by its name, and of the model all but what it was de-quantised from."""
-    result = effects("bridge:gpt2")
-    file = result.save(tmp_path / "effects")
+def test_files_of_0_1_and_incomplete_ones_are_refused(tmp_path: Path) -> None:
+    """The former do not say which queries were held out, nor the demonstrations' texts."""
+    file = effects("bridge:gpt2").save(tmp_path / "effects")
     meta = json.loads(file.read_text())
     assert meta.keys() == {"kind", "sha256", "provenance", "model", "metric", "n_demos", "demos"}
-    del meta["demos"]
-    del meta["model"]["quantization"]
-    file.write_text(json.dumps(meta))
-    loaded = HeadEffects.load(file)
-    assert loaded.model == result.model
-    assert loaded.demos == ()
-    assert list(loaded.demos_to_frame()) == ["demo", "exact", "first_order"]
-    del meta["model"]["processing"]
+    processing = meta["model"].pop("processing")
     file.write_text(json.dumps(meta))
     with pytest.raises(MetaoptLensError, match=r"is not a complete head effects: KeyError\('model.processing'\)"):
+        HeadEffects.load(file)
+    meta["model"]["processing"] = processing
+    del meta["demos"]
+    file.write_text(json.dumps(meta))
+    with pytest.raises(
+        MetaoptLensError, match=r"written by metaopt-lens 0\.1, which ranked heads .*: measure them again"
+    ):
         HeadEffects.load(file)
 
 

@@ -14,6 +14,8 @@ import metaopt_lens
 from metaopt_lens import (
     HeadRef,
     ICLPrompt,
+    KnockOut,
+    MomentumAttention,
     compare,
     decompose,
     finetune,
@@ -98,12 +100,15 @@ def test_a_knock_out_without_its_prompt_says_so() -> None:
     assert "KnockOut(prompt, ['L1H2'])" in run.stderr
 
 
-def test_hooks_of_a_meta_gradient_for_the_host_itself() -> None:
+def test_hooks_for_the_host_itself() -> None:
     model = shared("bridge:gpt2")
     mg = meta_gradient(model, prompt())
     with intervene(model, mg):
         pass
-    assert [name for name, _ in mg.hooks(model)] == [name for name, _ in mg.hooks(metaopt_lens.wrap(model))]
+    for given in (mg, mg.apply("linear"), KnockOut(mg), MomentumAttention(0.5)):
+        names = [name for name, _ in given.hooks(model)]
+        assert names == [name for name, _ in given.hooks(metaopt_lens.wrap(model))]
+        assert len(names) > 3
 
 
 def test_results_compare_by_identity_and_can_be_hashed() -> None:
@@ -115,6 +120,7 @@ def test_results_compare_by_identity_and_can_be_hashed() -> None:
         lambda: decompose(model, [prompt()]),
         lambda: meta_gradient(model, prompt()),
         lambda: meta_gradient(model, prompt()).apply(),
+        lambda: KnockOut(prompt(), ["L0H1"]),
         lambda: finetune(model, prompt(), lr=0.1, progress=False),
         lambda: head_effects(model, [prompt()], metric=lambda logits: logits[0]),
     ]

@@ -55,7 +55,7 @@ def test_it_is_added_at_the_last_token_behind_its_layer(name: str) -> None:
     tokens = torch.tensor([ids])
 
     def add(stream: Tensor, hook: Any) -> Tensor:
-        return torch.cat([stream[:, :-1], stream[:, -1:] + 2 * fv.vector], dim=1)
+        return torch.cat([stream[:, :-1], stream[:, -1:] + 2 * fv.vector.float()], dim=1)
 
     with torch.no_grad(), left_as_it_was(model):
         expected = model.run_with_hooks(tokens, fwd_hooks=[("blocks.1.hook_resid_post", add)])

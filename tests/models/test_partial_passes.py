@@ -141,6 +141,18 @@ def test_a_pass_that_starts_at_a_block_ends_as_the_whole_one(name: str, layer: i
 
 
 @pytest.mark.parametrize("name", HOST_NAMES)
+def test_a_pass_in_pieces_ends_as_the_whole_one(name: str) -> None:
+    model = fresh(name)
+    whole = logits_of(model)
+    lower = logits_of(model, until=1)
+    assert_agree(lower, stream(model, "pre", 1), PASS)
+    middle = logits_of(model, start=Start(1, lower), until=2)
+    assert_agree(middle, stream(model, "pre", 2), of_pass(name))
+    assert_agree(logits_of(model, start=Start(2, middle)), whole, of_pass(name))
+    assert_agree(logits_of(model, until=3), stream(model, "post", 2), PASS)
+
+
+@pytest.mark.parametrize("name", HOST_NAMES)
 def test_blocks_below_the_start_are_not_run_and_edits_above_act(name: str) -> None:
     model = fresh(name)
     fired: list[int] = []
@@ -196,6 +208,9 @@ def test_a_host_that_remembers_its_lower_blocks_cannot_start_above_them() -> Non
     [
         ({"start": Start(3, torch.zeros(2, 10, 32))}, r"there is no layer 3 to start at: 3 layers, from 0"),
         ({"start": Start(1, torch.zeros(1, 10, 32))}, r"must be \[2, 10, 32\] for these tokens, got \[1, 10, 32\]"),
+        ({"until": 0}, r"cannot end before layer 0: there are 3 layers, and it must run one"),
+        ({"until": 4}, r"cannot end before layer 4: there are 3 layers"),
+        ({"start": Start(2, torch.zeros(2, 10, 32)), "until": 2}, r"cannot end before layer 2"),
         ({"read": Readout(torch.tensor([[9]]))}, r"must be \[2, n\] \(a row for each sequence\)"),
         ({"read": Readout(torch.tensor([[9], [10]]))}, r"from 0 to 9, got \[\[9\], \[10\]\]"),
     ],

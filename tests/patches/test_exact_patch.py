@@ -199,6 +199,16 @@ def test_numbers_of_the_changes() -> None:
     assert "6 demonstrations as rank-one changes of gate and in and out in 3 layers, for 3 tokens" in repr(patch)
 
 
+def test_numbers_of_experts() -> None:
+    _, patch = compiled("bridge:mixtral")
+    assert patch.experts is not None
+    frame = patch.to_frame()
+    assert list(frame["matrix"][:3]) == ["router", "expert_out", "experts_in"]
+    change = torch.outer(patch.experts.left_in[0, 0, 0], patch.right["in"][0, 0])  # one expert is active
+    assert frame["norm"][2] == pytest.approx(float(change.norm()), rel=1e-10)
+    assert frame["relative"].isna().tolist() == [False, True, True] * 9
+
+
 def test_the_smallest_coordinate_is_reported() -> None:
     _, patch = compiled("bridge:gemma3")
     assert patch.scale is not None

@@ -13,7 +13,7 @@ from text_models import make_text_model, text_tokenizer
 
 from metaopt_lens import ContextPrompt, ICLPrompt, decompose, finetune, head_effects, intervene, meta_gradient
 from metaopt_lens._errors import OptionError, PromptError
-from metaopt_lens.prompts import Demo, Template, tokenize_label, tokenize_prompt
+from metaopt_lens.prompts import Demo, Template, as_prompt, as_prompts, tokenize_label, tokenize_prompt
 from metaopt_lens.prompts._chunks import split_chunks
 
 TEXT = """Dr. Smith moved to Paris in 1999. He said "It rains!" He left (at 3.5 p.m.) for the U.S. office.
@@ -199,6 +199,25 @@ def test_chunks_can_be_trained_on_but_have_no_labels() -> None:
     assert len(update.losses) == len(SENTENCES)
     with pytest.raises(PromptError, match="the chunks of a context have none: use loss='all'"):
         finetune(model(), prompt, lr=1e-3, loss="label")
+
+
+def test_prompt_files_and_dicts_can_give_a_context() -> None:
+    item: Any = {"context": TEXT, "chunks": "paragraph", "queries": [QUESTION, "Who?"], "labels": ["Paris", "He"]}
+    expected = [
+        ContextPrompt(TEXT, query, chunks="paragraph", label=label)
+        for query, label in zip(item["queries"], item["labels"], strict=True)
+    ]
+    found = as_prompts(item)
+    assert [(p.text, p.demos, p.label) for p in found] == [(p.text, p.demos, p.label) for p in expected]
+    assert as_prompt({"context": ["one", "two"], "query": "Q"}).text == "one\ntwo\n\nQ"
+    for wrong, message in (
+        ({"context": TEXT, "demos": []}, r"in place of \"demos\" and \"template\", so give no 'demos'"),
+        ({"context": 3}, r'"context" must be a list of strings, got a number'),
+        ({"context": TEXT, "chunks": "word"}, r"the prompt: chunks must be one of 'sentence'"),
+        ({"demos": [["a", "b"]], "chunks": "line"}, r'"chunks" goes with "context"'),
+    ):
+        with pytest.raises(PromptError, match=message):
+            as_prompts({"query": "Q", **wrong})
 
 
 # ---- refused ----------------------------------------------------------------------------------------------------

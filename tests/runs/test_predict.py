@@ -10,9 +10,10 @@ import torch
 from families import make_bridge
 from torch import Tensor
 
-from metaopt_lens import Decomposition, ICLPrompt, decompose, wrap
+from metaopt_lens import Decomposition, ICLPrompt, decompose, finetune, wrap
 from metaopt_lens._errors import ModelMismatchError, PromptError
 from metaopt_lens.models import LensModel
+from metaopt_lens.models.tiny import load_tiny
 from metaopt_lens.prompts import TokenizedPrompt, tokenize_prompt
 from metaopt_lens.runs import candidate_labels, label_log_probs, predict_labels, small_mass_note
 
@@ -124,11 +125,48 @@ def test_labels_with_the_same_tokens_are_refused(model: LensModel, tokenized: To
 
 
 def test_a_decomposition_predicts(model: LensModel, tokenized: TokenizedPrompt, tmp_path: Path) -> None:
+    """From its recorded runs, without another pass; labels that were not foreseen are run."""
     result = decompose(model, PROMPT)
-    found, expected = result.predict(), predict_labels(model, PROMPT, tokenized)
-    torch.testing.assert_close(found.in_context, expected.in_context)
-    assert found.in_context_vocabulary.top == expected.in_context_vocabulary.top
-    assert result.predict(labels=["w20", "w21"]).labels == ("w20", "w21")
+    expected, passes = predict_labels(model, PROMPT, tokenized), []
+
+    def count(x: Tensor, hook: Any) -> None:
+        passes.append(x.shape[1])
+
+    with model.host.hooks(fwd_hooks=[("blocks.0.hook_in", count)]):
+        found = result.predict()
+        assert passes == []
+        named = result.predict(labels=["w20", "w21 w22"])
+        assert passes == [tokenized.n_tokens + 1, tokenized.zero_shot().n_tokens + 1]  # and the label's first token
+    assert named.labels == ("w20", "w21 w22")
+    own = predict_labels(model, PROMPT, tokenized, labels=named.labels)
+    for one, other in ((found, expected), (named, own)):
+        torch.testing.assert_close(one.in_context, other.in_context)
+        torch.testing.assert_close(one.zero_shot, other.zero_shot)
+        for setting in ("in_context_vocabulary", "zero_shot_vocabulary"):
+            ours, theirs = getattr(one, setting), getattr(other, setting)
+            assert [t.text for t in ours.top] == [t.text for t in theirs.top]
+            assert (ours.rank, ours.mass) == (theirs.rank, pytest.approx(theirs.mass))
     result.save(tmp_path / "result")
     with pytest.raises(ModelMismatchError, match=r"predictions need the model: call with_model\(model\)"):
         Decomposition.load(tmp_path / "result").predict()
+    loaded = Decomposition.load(tmp_path / "result", model=model).predict()
+    torch.testing.assert_close(loaded.in_context, found.in_context)
+
+
+def test_a_decomposition_answers_as_the_model_did() -> None:
+    """Under what acted on the model when it was made, also when asked later."""
+    model = wrap(make_bridge("llama", dtype=torch.float64))
+    update = finetune(model, PROMPT, lr=0.5, progress=False)
+    with update.applied(model):
+        changed = decompose(model, PROMPT)
+        inside = predict_labels(model, PROMPT, changed.tokenized)
+    torch.testing.assert_close(changed.predict().in_context, inside.in_context)
+    assert (changed.predict().in_context - decompose(model, PROMPT).predict().in_context).abs().max() > 1e-3
+
+
+def test_labels_the_tokenizer_does_not_know_are_left_to_whoever_asks() -> None:
+    prompt = ICLPrompt([("apple", "dax"), ("hammer", "wug")], "plum", candidates=("dax", "nowhere"))
+    result = decompose(load_tiny(), prompt)
+    with pytest.raises(PromptError, match="nowhere"):
+        result.predict()
+    assert result.predict(labels=["dax"]).labels == ("dax",)

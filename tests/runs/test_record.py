@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -17,8 +17,16 @@ from metaopt_lens import WeightUpdate, finetune, wrap
 from metaopt_lens._errors import NonFiniteError, OptionError, PromptError, UnsupportedModelError
 from metaopt_lens.models import Hook, LensModel
 from metaopt_lens.prompts import TokenizedPrompt
-from metaopt_lens.runs import Keep, Run, record, record_batches, run_shared_prefix, softmax_parts, tokenize_for
-from metaopt_lens.runs import _forward as forward
+from metaopt_lens.runs import (
+    Keep,
+    read_queries,
+    read_run,
+    record,
+    record_batches,
+    run_shared_prefix,
+    softmax_parts,
+    tokenize_for,
+)
 
 FEW = ["bridge:gpt2", "bridge:gemma2", "bridge:gptj", "bridge:gpt_oss", "bridge:bloom", *HOOKED_NAMES[:4]]
 # Two sets of demonstrations, interleaved; queries of different lengths.
@@ -107,23 +115,53 @@ def test_batches_make_no_difference_and_never_span_two_sets(name: str, batch_siz
     assert sorted(seen) == list(range(len(prompts)))
 
 
-def test_a_batch_that_runs_out_of_memory_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = wrap(shared("bridge:gpt2"))
+def gpu_is_full() -> None:
+    raise torch.OutOfMemoryError("no more than two rows")
+
+
+def allocate_an_exbibyte() -> None:
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("run_out", [gpu_is_full, allocate_an_exbibyte])
+def test_a_batch_that_runs_out_of_memory_is_halved(run_out: Callable[[], None]) -> None:
+    """More than two rows do not fit: a hook of the model's user says so, or asks the allocator for too much."""
+    host = shared("bridge:gpt2")
+    model = wrap(host)
     prompts, sizes = prompts_of(model), []
     whole = record(model, prompts)
-    real = forward.run_rows
 
-    def scarce(*args: Any, **options: Any) -> list[Run]:
-        rows = args[2]
-        sizes.append(len(rows))
-        if len(rows) > 2:
-            raise torch.OutOfMemoryError("no more than two rows")
-        return real(*args, **options)
+    def scarce(z: Tensor, hook: Any) -> None:
+        sizes.append(len(z))
+        if len(z) > 2:
+            run_out()
 
-    monkeypatch.setattr("metaopt_lens.runs._recording.run_rows", scarce)
-    for ours, expected in zip(record(model, prompts, batch_size=3), whole, strict=True):
-        assert_agree(ours.icl.z, expected.icl.z, PASS)
+    with host.hooks(fwd_hooks=[("blocks.1.attn.hook_z", scarce)]):
+        for ours, expected in zip(record(model, prompts, batch_size=3), whole, strict=True):
+            assert_agree(ours.icl.z, expected.icl.z, PASS)
     assert max(sizes) == 6
+    assert 2 in sizes
+
+
+def test_a_single_prompt_that_does_not_fit_and_other_errors_are_passed_on() -> None:
+    host = shared("bridge:gpt2")
+    model = wrap(host)
+    prompts, sizes = prompts_of(model), []
+
+    def fail() -> None:
+        raise RuntimeError("something else")
+
+    for cause, message, expected in ((allocate_an_exbibyte, "allocate", [1, 4, 2]), (fail, "something else", [1, 4])):
+        sizes.clear()
+
+        def hook(z: Tensor, hook: Any, cause: Callable[[], None] = cause) -> None:
+            sizes.append(len(z))
+            if len(z) > 1:  # not the demonstrations' pass
+                cause()
+
+        with host.hooks(fwd_hooks=[("blocks.1.attn.hook_z", hook)]), pytest.raises(RuntimeError, match=message):
+            record(model, [prompts[0], prompts[2]], settings=("icl", "zs_matched"), batch_size=2)
+        assert sizes == expected
 
 
 def test_the_prefix_is_run_once_and_shared() -> None:
@@ -215,7 +253,7 @@ def test_an_intervention_on_head_outputs_is_refused() -> None:
 @pytest.mark.parametrize("name", ["bridge:gpt2", "bridge:llama", "bridge:gemma2", "bridge:gpt_neox", *HOOKED_NAMES[:3]])
 def test_residuals_inputs_queries_and_logits_are_the_hosts(name: str) -> None:
     model, asked = shared(name), (7, 30, 2)
-    keep = Keep(residual=True, attention_input=True, raw_q=True, logits=asked)
+    keep = Keep(residual=True, attention_input=True, raw_q=True, logits=asked, n_top=4)
     prompts = prompts_of(wrap(model))
     plain = record(wrap(model), prompts, position="all")
     for runs, bare in zip(record(wrap(model), prompts, keep=keep, position="all"), plain, strict=True):
@@ -236,6 +274,62 @@ def test_residuals_inputs_queries_and_logits_are_the_hosts(name: str) -> None:
             assert_agree(run.logits, logits[:, list(asked)], PASS)  # type: ignore[arg-type]
             assert_agree(run.logits - run.log_normaliser[:, None], logits.log_softmax(-1)[:, list(asked)], PASS)  # type: ignore[index, operator]
             assert run.asked == asked
+            best = logits.sort(descending=True)
+            torch.testing.assert_close(run.top_tokens, best.indices[:, :4])
+            assert_agree(run.top_logits, best.values[:, :4], PASS)  # type: ignore[arg-type]
+            places = best.indices.argsort() + 1  # of every token
+            assert run.ranks is not None
+            assert run.ranks.tolist() == places[:, list(asked)].tolist()
+
+
+@pytest.mark.parametrize("name", ["bridge:llama", "bridge:gemma2", *HOOKED_NAMES[:1]])
+def test_logits_are_computed_at_the_destinations_only(name: str) -> None:
+    model, seen = wrap(shared(name)), []
+    prompts = prompts_of(model)
+    record(model, prompts, keep=Keep(logits=(7,)))  # tries, once, whether a pass may be cut short
+
+    def count(x: Tensor, hook: Any) -> None:
+        seen.append(x.shape[0] * x.shape[1])
+
+    point = "ln_final.hook_normalized"
+    with shared(name).hooks(fwd_hooks=[(point, count)]):
+        record(model, prompts, keep=Keep(logits=(7,)))
+        assert sum(seen) == len(prompts) * len(BASE)
+        seen.clear()
+        record(model, prompts, keep=Keep(residual=True))
+        record(model, prompts)
+    assert sum(seen) <= len(prompts) * len(BASE)
+
+
+@pytest.mark.parametrize("name", ["bridge:gpt2", "bridge:gemma2", *HOOKED_NAMES[:1]])
+def test_an_answer_read_from_a_run_is_that_of_a_pass_of_its_own(name: str) -> None:
+    model, candidates = wrap(shared(name)), [(7,), (30,), (7,), (2,)]
+    prompts = prompts_of(model)
+    for tokens, runs in zip(prompts, record(model, prompts, keep=Keep(logits=(2, 7, 30), n_top=3)), strict=True):
+        for run, prefix, query in (
+            (runs.icl, None, tokens.ids),
+            (runs.zs, None, tokens.zero_shot().ids),
+            (runs.icl, runs.icl.prefix, tokens.ids[tokens.query.start :]),
+        ):
+            (expected,) = read_queries(model, prefix, [query], candidates, n_top=3)
+            found = read_run(run, candidates)
+            assert_agree(found.scores, expected.scores, PASS)
+            assert_agree(found.log_probs, expected.log_probs, PASS)
+            assert found.ranks.tolist() == expected.ranks.tolist()
+            assert [token for token, _ in found.top] == [token for token, _ in expected.top]
+            for (_, one), (_, other) in zip(found.top, expected.top, strict=True):
+                assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_what_was_not_kept_cannot_be_read() -> None:
+    model = wrap(shared("bridge:gpt2"))
+    (bare,) = record(model, prompts_of(model, TEXTS[:1]), settings=("icl",))
+    with pytest.raises(OptionError, match=r"the run has no logits: record the prompt with keep=Keep\(logits=\.\.\.\)"):
+        read_run(bare.icl, [(7,)])
+    (runs,) = record(model, prompts_of(model, TEXTS[:1]), settings=("icl",), keep=Keep(logits=(7, 9)))
+    for wrong in ((8,), (7, 9)):
+        with pytest.raises(OptionError, match=r"logits of tokens \[7, 9\], and the candidate \[.*\] is not one of"):
+            read_run(runs.icl, [(7,), wrong])
 
 
 @pytest.mark.parametrize("name", ["bridge:gpt2", "bridge:llama", *HOOKED_NAMES[:1]])

@@ -1,0 +1,117 @@
+"""What compiling a context into weights costs, and what a patch holds.
+
+    python benchmarks/bench_patch.py
+
+A GPT-2-small-sized model with random weights behind a TransformerBridge, 512 tokens (32 demonstrations, a query of 16
+tokens), 2 threads. `compile_context` is timed beside the two passes it cannot do without: the in-context prompt, and
+the zero-shot prompt under the finished patch. All in one process, interleaved; a ratio is the median over rounds of
+that round's ratio, so that a machine that slows down slows both sides.
+
+The size of a patch is that of its tensors, for queries of 8, 16 and 32 tokens: numbers per token and layer, in units of
+d_model + d_mlp, must not grow, and stay far below d_model x d_mlp.
+
+Exits 1 if compiling takes more than 1.3 times the two passes, or a patch holds more than 3 (d_model + d_mlp) numbers
+per token and layer.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+THREADS, ROUNDS, N_DEMOS, N_TOKENS, VOCAB = 2, 7, 32, 512, 50257
+MAX_OVER_PASSES, MAX_NUMBERS = 1.3, 3.0
+
+
+def prompt(n_query: int) -> Any:
+    """32 demonstrations and a query; with BOS 512 tokens."""
+    from metaopt_lens import ICLPrompt
+
+    rest = N_TOKENS - 1 - n_query
+    demos, used = [], 0
+    for i in range(N_DEMOS):
+        length = (rest - used) // (N_DEMOS - i)
+        words = " ".join(f"w{100 + used + j}" for j in range(length - 3))  # a colon, a label, a line end
+        demos.append((words, f"w{10 + i % 4}"))
+        used += length
+    return ICLPrompt(demos, " ".join(f"w{2000 + j}" for j in range(n_query - 1)))
+
+
+def build() -> Any:
+    """GPT-2 small with random weights behind a TransformerBridge."""
+    import torch
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2, ":": 3, "\n": 4} | {f"w{i}": i for i in range(6, VOCAB)}
+    raw = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\n"), "isolated"), pre_tokenizers.Split(Regex(r"[ \t]+"), "removed")]
+    )
+    source = GPT2LMHeadModel(GPT2Config(attn_implementation="eager", architectures=["GPT2LMHeadModel"])).eval()
+    folder = tempfile.mkdtemp()
+    own = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    own.save_pretrained(folder)
+    source.config.save_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bridge = TransformerBridge.boot_transformers(folder, hf_model=source, tokenizer=own, device="cpu")
+    bridge.cfg.default_prepend_bos = True
+    return bridge
+
+
+def seconds(way: Callable[[], Any]) -> float:
+    """How long one call takes."""
+    start = time.perf_counter()
+    way()
+    return time.perf_counter() - start
+
+
+def numbers_held(patch: Any) -> float:
+    """Numbers of a patch per token and layer, in units of d_model + d_mlp."""
+    held = [*patch.left.values(), *patch.right.values(), patch.u]
+    d_model, d_mlp = patch.u.shape[-1], patch.left["in"].shape[-1]
+    per_row: float = sum(t.numel() for t in held) / (patch.model.n_layers * len(patch.query_ids))
+    return per_row / (d_model + d_mlp)
+
+
+def main() -> int:
+    """Time, sizes, and the exit code."""
+    import torch
+
+    from metaopt_lens import compile_context, intervene, wrap
+    from metaopt_lens.models import Readout
+
+    torch.set_num_threads(THREADS)
+    model = wrap(build())
+    asked = prompt(16)
+    patch = compile_context(model, asked)
+
+    def last(ids: Any) -> Any:
+        return model.run(torch.tensor([list(ids)]), read=Readout(torch.tensor([[len(ids) - 1]])))
+
+    def passes() -> None:
+        last(patch.tokens.ids)
+        with intervene(model, patch):
+            last(patch.zero_shot_ids)
+
+    passes()
+    rounds = [(seconds(lambda: compile_context(model, asked)), seconds(passes)) for _ in range(ROUNDS)]
+    ratio = statistics.median(compiling / two for compiling, two in rounds)
+    median = statistics.median(compiling for compiling, _ in rounds)
+    print(f"compile {median:.2f} s, {ratio:.2f} x the two passes ({MAX_OVER_PASSES} at most)")
+    sizes = [numbers_held(compile_context(model, prompt(n))) for n in (8, 16, 32)]
+    text = ", ".join(f"{size:.2f}" for size in sizes)
+    print(f"numbers per token and layer, in d_model + d_mlp, for 8, 16, 32 tokens: {text} ({MAX_NUMBERS} at most)")
+    return int(ratio > MAX_OVER_PASSES or max(sizes) > MAX_NUMBERS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
