@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from metaopt_lens.models import Hook, LensModel, Prefix, Readout
+from metaopt_lens.models import Hook, LensModel, Prefix
 from metaopt_lens.runs._keep import ATTENTION, Keep, Row
 from metaopt_lens.runs._prompt_run import Run
 from metaopt_lens.runs._seen_batch import SeenBatch, require_finite
@@ -64,7 +64,6 @@ def run_rows(
         read=batch.readout if keep.logits else None,
         stop_after_attention=not keep.whole_pass,
         stop_after_blocks=keep.whole_pass and not keep.logits,
-        read=Readout(batch.read) if keep.logits else None,
         grad=grad,
     )
     return [batch.run(row, logits) for row in range(len(rows))]

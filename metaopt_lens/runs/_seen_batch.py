@@ -44,11 +44,6 @@ class SeenBatch:
         at = [self._at(row, torch.device("cpu")) for row in range(len(self._rows))]
         return Readout(pad_sequence(at, batch_first=True))
 
-    @property
-    def read(self) -> Int[Tensor, "batch dst"]:
-        """Destinations of every row, counted from its first new token, padded on the right."""
-        return pad_sequence([self._at(row, torch.device("cpu")) for row in range(len(self._rows))], batch_first=True)
-
     def hooks(self, layer: int) -> list[Hook]:
         """Hooks that keep what a layer shows."""
         model, keep = self._model, self._keep
