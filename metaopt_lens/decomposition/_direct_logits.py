@@ -212,7 +212,6 @@ def at_one_destination(run: Run, dst: int) -> Run:
         asked=(),
         logits=None,
         log_normaliser=None,
-        ranks=None,
     )
 
 

@@ -67,7 +67,6 @@ class Run:
         stream: the residual stream's ends and what the MLPs write, if kept.
         asked: token ids whose logits were kept.
         logits: theirs, in float32 at least.
-        ranks: theirs in the whole vocabulary; 1 is the most probable.
         log_normaliser: logsumexp of all logits, so that ``logits - log_normaliser`` are log-probabilities.
         ranks: of the tokens asked for among the whole vocabulary, 1 for the most probable.
         top_tokens, top_logits: the most probable next tokens, if kept, the first one first.
@@ -92,7 +91,6 @@ class Run:
     stream: Stream | None = None
     asked: tuple[int, ...] = ()
     logits: Float[Tensor, "dst asked"] | None = None
-    ranks: Int[Tensor, "dst asked"] | None = None
     log_normaliser: Float[Tensor, " dst"] | None = None
     ranks: Int[Tensor, "dst asked"] | None = None
     top_tokens: Int[Tensor, "dst top"] | None = None
