@@ -170,15 +170,17 @@ def high_water() -> float:
 
 def bench_compare(model: Any, sizes: Sizes) -> dict[str, Any]:
     from metaopt_lens import compare, finetune
-    from metaopt_lens.analysis import shuffle_labels
+    from metaopt_lens.analysis import Controls, shuffle_labels
     from metaopt_lens.runs import tokenize_for
 
     texts = prompts(16 if sizes.shots >= 16 else sizes.shots, sizes.compared)
     update = dataclasses.replace(finetune(model, texts[0], lr=1e-3, progress=False), settings=None)
     passes, shuffled = Passes(model, texts), tokenize_for(model, shuffle_labels(texts[0], seed=0))
 
+    controls = Controls(shuffled_labels=1, flipped_labels=False, unrelated_text=False)
+
     def ours() -> None:
-        compare(model, texts, update, label_flipped=False, n_label_draws=1, progress=False)
+        compare(model, texts, update, controls=controls, progress=False)
 
     def yardstick() -> None:
         prefix = passes.prefix()

@@ -14,6 +14,13 @@ from metaopt_lens.analysis._controls import randomized_copy as randomized_copy
 from metaopt_lens.analysis._controls import shuffle_labels as shuffle_labels
 from metaopt_lens.analysis._controls import unrelated_update as unrelated_update
 from metaopt_lens.analysis._convention import Convention as Convention
+from metaopt_lens.analysis._head_profile import HeadProfile as HeadProfile
+from metaopt_lens.analysis._head_profile import head_profile as head_profile
+from metaopt_lens.analysis._head_profile import spearman_rho as spearman_rho
+from metaopt_lens.analysis._head_scores import attention_scores_of_heads as attention_scores_of_heads
+from metaopt_lens.analysis._head_scores import function_vector_scores as function_vector_scores
+from metaopt_lens.analysis._head_scores import induction_score as induction_score
+from metaopt_lens.analysis._head_scores import previous_token_score as previous_token_score
 from metaopt_lens.analysis._interval import Interval as Interval
 from metaopt_lens.analysis._interval import mean_interval as mean_interval
 from metaopt_lens.analysis._interval import scope as scope
@@ -88,6 +95,7 @@ __all__ = [
     "Factors",
     "Finding",
     "Finetuning",
+    "HeadProfile",
     "Interval",
     "Measures",
     "PrincipalAngles",
@@ -99,13 +107,16 @@ __all__ = [
     "TopKRecall",
     "adjust_p_values",
     "compare",
+    "contribution_intervals",
     "cosine",
     "difference",
     "effective_rank",
     "exact_interval",
     "findings",
+    "finetuning_words",
     "flip_labels",
     "frobenius_cosine",
+    "head_profile",
     "headline",
     "kendall_tau",
     "mean_interval",

@@ -38,7 +38,7 @@ def demo(
         episode = sample_episode(random.Random(3), n_demos=8, n_categories=2)
         prompt = ICLPrompt(episode.demos, episode.query, label=episode.answer, candidates=episode.candidates)
         model = load_model("tiny")
-        _decompose(model, [prompt], None, form=options.Format.table, out=out, top=top)
+        _decompose(model, [prompt], None, (None, None), form=options.Format.table, out=out, top=top)
         found = compare_updates(model, episode_prompts(episode), finetuning=Finetuning(lr=_DEMO_LR), progress=False)
         show_comparison(found)
         say_written(write_comparison_outputs(found, out).values())
@@ -62,6 +62,14 @@ def decompose(
         bool | None,
         typer.Option("--prepend-bos/--no-prepend-bos", help="Put BOS first; by default as the model does."),
     ] = None,
+    answer: Annotated[
+        str | None,
+        typer.Option(help="Take this word's logit apart; by default the prompt's label.", metavar="WORD"),
+    ] = None,
+    versus: Annotated[
+        str | None,
+        typer.Option(help="Minus the mean logit of these words; by default the other candidates.", metavar="WORD,WORD"),
+    ] = None,
     top: options.Top = 20,
     no_cache: options.NoCache = False,
 ) -> None:
@@ -75,13 +83,15 @@ def decompose(
     loaded = options.load(model, dtype, device, no_cache=no_cache)
     for ref in chosen or ():
         ref.check(loaded.info.n_layers, loaded.info.n_heads)
-    _decompose(loaded, prompts, chosen, form=form, out=out, top=top, position=where, prepend_bos=prepend_bos)
+    asked = (answer, None if versus is None else [word.strip() for word in versus.split(",")])
+    _decompose(loaded, prompts, chosen, asked, form=form, out=out, top=top, position=where, prepend_bos=prepend_bos)
 
 
 def _decompose(
     model: Any,
     prompts: list[Any],
     heads: list[HeadRef] | None,
+    asked: tuple[str | None, list[str] | None],
     *,
     form: options.Format,
     out: Path | None,
@@ -93,13 +103,15 @@ def _decompose(
     from metaopt_lens.viz import as_data, write_outputs
 
     found = split(model, prompts, **how)
+    answer, versus = asked
+    said = [item.logits(answer, versus=versus) for item in found if answer is not None or item.prompt.label is not None]
     result, answers = found[0] if len(found) == 1 else found, [item.predict() for item in found]
     if form is options.Format.json:
         show_json(as_data(result, answers, heads=heads))
     else:
-        show_decomposition(result, answers, heads=heads, top=top)
+        show_decomposition(result, answers, heads=heads, top=top, said=said)
     if out is not None:
-        written = write_outputs(result, out, heads=heads, answers=answers)
+        written = write_outputs(result, out, heads=heads, answers=answers, answer=answer, versus=versus)
         say_written(written, to_stderr=form is options.Format.json)
 
 

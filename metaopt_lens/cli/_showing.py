@@ -13,7 +13,7 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from metaopt_lens.analysis import Comparison
-    from metaopt_lens.decomposition import Decomposition, DecompositionSet
+    from metaopt_lens.decomposition import Decomposition, DecompositionSet, LogitContributions
     from metaopt_lens.experiments import CompiledPrompt, ExperimentResult
     from metaopt_lens.runs import LabelPrediction
 
@@ -52,9 +52,14 @@ def show_json(data: Any) -> None:
 
 
 def show_decomposition(
-    result: Decomposition | DecompositionSet, answers: Sequence[LabelPrediction], *, heads: Any, top: int
+    result: Decomposition | DecompositionSet,
+    answers: Sequence[LabelPrediction],
+    *,
+    heads: Any,
+    top: int,
+    said: Sequence[LogitContributions],
 ) -> None:
-    """The prompt, what the model answers, and the table of heads."""
+    """The prompt, what the model answers, what writes the answers, and the table of heads."""
     from metaopt_lens.viz import answers_text, decompositions, heads_text, labels_text, prompt_text
 
     console, items = Console(highlight=False), decompositions(result)
@@ -66,6 +71,8 @@ def show_decomposition(
         if note:
             console.print(note, style="dim", markup=False, soft_wrap=True)
     console.print(labels_text(answers[0]) if len(items) == 1 else answers_text(items, answers))
+    for contributions in said:
+        console.print(repr(contributions), markup=False, soft_wrap=True)
     console.print(heads_text(result, heads=heads, top=top))
 
 

@@ -19,7 +19,10 @@ __all__ = [
     "Decomposition",
     "DecompositionSet",
     "Effects",
+    "LensWords",
+    "LogitContributionSet",
     "LogitContributions",
     "ResidualParts",
+    "UpdateDirection",
     "decompose",
 ]

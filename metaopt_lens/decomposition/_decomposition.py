@@ -271,6 +271,13 @@ class Decomposition(Stored):
         w_o = self.required_source("the parts in the residual stream").w_o(layer)[head]
         return parts @ (w_o if parts.requires_grad else w_o.detach()).to(parts)
 
+    def at_last_position(self) -> Decomposition:
+        """The same result at the last of its positions alone, without their axis."""
+        if not self.keep_position_axis:
+            return self
+        runs = Runs({setting: at_one_destination(run, -1) for setting, run in self.runs.items()})
+        return dataclasses.replace(self, runs=runs, keep_position_axis=False, stored_strength=None)
+
     # ---- what the parts say -------------------------------------------------------------------------------------
 
     def logits(

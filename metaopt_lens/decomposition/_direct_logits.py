@@ -65,6 +65,7 @@ def logit_contributions(model: LensModel, run: Run, targets: Sequence[Target]) -
     contributions = LogitContributions(
         answer=tuple(read_token(target.token, model.tokenizer) for target in targets),
         versus=tuple(tuple(read_token(t, model.tokenizer) for t in target.rivals) for target in targets),
+        token_ids=tuple((target.token, target.rivals) for target in targets),
         logit=_own_logits(model, stream, targets).to(found.final)[squeeze],
         embedding=_along(stream.start, found.final)[squeeze],
         zero_shot=_along(parts.zero_shot, found.heads)[squeeze],
@@ -194,10 +195,10 @@ def at_one_destination(run: Run, dst: int) -> Run:
 
     Args:
         run: any run.
-        dst: index of the destination.
+        dst: index of the destination; -1 for the last.
     """
-    at = slice(dst, dst + 1)
-    stream = kept_stream(run)
+    at = slice(dst, dst + 1 or None)
+    stream = run.stream
     return replace(
         run,
         destinations=(run.destinations[dst],),
@@ -205,7 +206,7 @@ def at_one_destination(run: Run, dst: int) -> Run:
         z=run.z[at],
         pattern=run.pattern[at],
         sink=run.sink[at],
-        stream=Stream(stream.start[at], stream.end[at], stream.mlp[at]),
+        stream=None if stream is None else Stream(stream.start[at], stream.end[at], stream.mlp[at]),
         residual=None,
         attention_input=None,
         raw_q=None,

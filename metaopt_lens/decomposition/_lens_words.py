@@ -37,7 +37,8 @@ class LensWords:
 
     Attributes:
         name: the part ("meta_gradient of L3H7").
-        promoted: tokens it raises most, largest first. suppressed: tokens it lowers most, lowest first.
+        promoted: tokens it raises most, largest first.
+        suppressed: tokens it lowers most, lowest first.
     """
 
     name: str

@@ -28,6 +28,7 @@ class LogitContributions:
     Attributes:
         answer: the answer's tokens as text.
         versus: at each step the rivals, whose mean logit is subtracted.
+        token_ids: at each step the answer's token id, and the rivals'.
         logit: the model's own logit, or difference of logits, before the soft-cap if there is one.
         embedding: of the residual stream before the first block.
         zero_shot, meta_gradient: of either part of every head.
@@ -43,6 +44,7 @@ class LogitContributions:
 
     answer: tuple[str, ...]
     versus: tuple[tuple[str, ...], ...]
+    token_ids: tuple[tuple[int, tuple[int, ...]], ...]
     logit: Float[Tensor, "*step"]
     embedding: Float[Tensor, "*step"]
     zero_shot: Float[Tensor, "*step layer head"]

@@ -19,6 +19,7 @@ from metaopt_lens.viz._effects_map import effects_map as effects_map
 from metaopt_lens.viz._maps import head_map as head_map
 from metaopt_lens.viz._output import write_outputs as write_outputs
 from metaopt_lens.viz._page import write_page as write_page
+from metaopt_lens.viz._profile_figures import profile_figure as profile_figure
 from metaopt_lens.viz._report import run_sentences as run_sentences
 from metaopt_lens.viz._report import write_report as write_report
 from metaopt_lens.viz._table import decompositions as decompositions

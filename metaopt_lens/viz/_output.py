@@ -10,7 +10,7 @@ from pathlib import Path
 from metaopt_lens._errors import OptionError
 from metaopt_lens._storage import atomic_path, write_text
 from metaopt_lens._types import HeadRef
-from metaopt_lens.decomposition import Decomposition, DecompositionSet
+from metaopt_lens.decomposition import Answer, Decomposition, DecompositionSet
 from metaopt_lens.runs import LabelPrediction
 from metaopt_lens.viz._page import write_page
 from metaopt_lens.viz._table import head_table
@@ -23,6 +23,8 @@ def write_outputs(
     *,
     heads: Sequence[HeadRef] | None = None,
     answers: Sequence[LabelPrediction],
+    answer: Answer | None = None,
+    versus: Answer | Sequence[Answer] | None = None,
 ) -> list[Path]:
     """Write ``heads.csv`` and ``heads.json`` (all heads) and ``report.html`` into a folder; returns their paths.
 
@@ -31,6 +33,8 @@ def write_outputs(
         folder: where the files are written.
         heads: heads for the token views; None for the first four.
         answers: what the model answers to each prompt.
+        answer: whose logit the page takes apart (see `write_page`).
+        versus: whose mean logit is subtracted.
 
     Raises:
         OptionError: `folder` is a file, or cannot be written to.
@@ -41,7 +45,7 @@ def write_outputs(
             head_table(result).to_csv(temporary, index=False)
         data = json.dumps(as_data(result, answers), indent=1, ensure_ascii=False)
         written = write_text(base / "heads.json", data + "\n")
-        report = write_page(result, base / "report.html", heads, predictions=answers)
+        report = write_page(result, base / "report.html", heads, predictions=answers, answer=answer, versus=versus)
     except OSError as error:
         raise OptionError(f"cannot write into {base}: {error.strerror or error}. Choose another folder.") from error
     return [base / "heads.csv", written, report]

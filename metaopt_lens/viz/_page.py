@@ -10,11 +10,12 @@ from typing import Any
 from metaopt_lens._errors import OptionError
 from metaopt_lens._storage import write_text
 from metaopt_lens._types import HeadRef
-from metaopt_lens.decomposition import Decomposition, DecompositionSet
+from metaopt_lens.decomposition import Answer, Decomposition, DecompositionSet
 from metaopt_lens.models import ModelInfo
 from metaopt_lens.runs import LabelPrediction
 from metaopt_lens.viz._answers import answer_context
 from metaopt_lens.viz._chosen_heads import choose_heads
+from metaopt_lens.viz._found import found_context
 from metaopt_lens.viz._maps import head_map
 from metaopt_lens.viz._render import render
 from metaopt_lens.viz._segments import demo_colour
@@ -43,9 +44,14 @@ def write_page(
     title: str | None = None,
     *,
     predictions: Sequence[LabelPrediction | None] | None = None,
+    answer: Answer | None = None,
+    versus: Answer | Sequence[Answer] | None = None,
     max_prompts: int = 8,
 ) -> Path:
-    """Write a self-contained HTML page: prompt, layer x head maps, token views, table of all heads.
+    """Write a self-contained HTML page: what the model says and which tokens and heads make it say it, then maps, views
+    and a table of all heads.
+
+    With its model at hand, knock-outs are measured for the page (see `head_effects`), on the model as it is now.
 
     Everything is inlined, each JavaScript library once, and the page's own policy blocks every request.
 
@@ -56,6 +62,8 @@ def write_page(
             ``effects.ranked(4)`` where effects were measured.
         title: heading of the page; by default it names the model.
         predictions: for each prompt what the model answers (see `metaopt_lens.runs.predict_labels`), or None.
+        answer: whose logit is taken apart; None for each prompt's label or, without one, the model's first choice.
+        versus: whose mean logit is subtracted; None for the prompt's other candidates, ``()`` for nothing.
         max_prompts: how many prompts of a set get their own views; maps and table average over all of them.
 
     Returns:
@@ -64,6 +72,7 @@ def write_page(
     Raises:
         HeadError: a head that the model does not have.
         OptionError: an empty set, or predictions for another number of prompts.
+        PromptError: an answer of no token, or with the same first token as a rival.
     """
     items = decompositions(result)
     answers = [None] * len(items) if predictions is None else list(predictions)
@@ -73,6 +82,9 @@ def write_page(
         raise OptionError(f"max_prompts must be at least 1, got {max_prompts}.")
     refs, info, n = choose_heads(result, heads), items[0].model, n_averaged(result)
     shown = list(zip(items, answers, strict=True))[:max_prompts]
+    titles = (
+        ["Prompt"] if len(items) == 1 else [f"Prompt {count} of {len(items)}" for count in range(1, len(items) + 1)]
+    )
     means = head_means(result)
     columns = measures(means)
     html = render(
@@ -80,8 +92,8 @@ def write_page(
         heading=title or f"Attention heads of {model_name(info)}: zero-shot and meta-gradient",
         n_prompts=len(items),
         prompts=[
-            _prompt(item, answer, refs, f"Prompt {count} of {len(items)}" if len(items) > 1 else "Prompt")
-            for count, (item, answer) in enumerate(shown, start=1)
+            _prompt(item, prediction, refs, (answer, versus), title)
+            for (item, prediction), title in zip(shown, titles, strict=False)
         ],
         model=_model(info),
         processing=info.processing if info.is_processed else (),
@@ -125,7 +137,13 @@ def _model(info: ModelInfo) -> dict[str, str]:
     }
 
 
-def _prompt(item: Decomposition, answer: LabelPrediction | None, refs: list[HeadRef], title: str) -> dict[str, Any]:
+def _prompt(
+    item: Decomposition,
+    prediction: LabelPrediction | None,
+    refs: list[HeadRef],
+    asked: tuple[Answer | None, Answer | Sequence[Answer] | None],
+    title: str,
+) -> dict[str, Any]:
     prompt, tokenized = item.prompt, item.tokenized
     rows: list[tuple[str, str, str, list[tuple[str, bool]]]] = []  # class, colour, name, (text, is it a label) pairs
     for piece in prompt.pieces():
@@ -150,7 +168,9 @@ def _prompt(item: Decomposition, answer: LabelPrediction | None, refs: list[Head
         "pieces": [(*row[:3], _stripped(row[3])) for row in rows],
         "many": len(rows) > _MANY_DEMOS and longest < _SHORT_DEMO,
         "query": [(prompt.pieces()[-1].text.rstrip(), False)],
-        "answer": None if answer is None else answer_context(answer),
+        "answer": None if prediction is None else answer_context(prediction),
+        "found": found_context(item, prediction, *asked),
+        "found_title": "What was found" if title == "Prompt" else f"{title}: what was found",
         "attention": attention_view(item, refs).html,
         "shares": token_view(item, refs).html,
     }

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from metaopt_lens.viz._table import number
+from metaopt_lens.viz._table import number, signed
 
 _HERE = "metaopt_lens.viz"
 _PLOT_OPTIONS = {"displaylogo": False, "displayModeBar": False, "responsive": True}
@@ -42,7 +42,14 @@ def _environment(package: str) -> Environment:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {"percent": "{:.1%}".format, "plot": _plot, "cell": _cell, "words": words, "number": number}
+    environment.filters |= {
+        "percent": "{:.1%}".format,
+        "plot": _plot,
+        "cell": _cell,
+        "words": words,
+        "number": number,
+        "signed": signed,
+    }
     environment.globals |= {"asset": _asset, "circuitsvis_js": _circuitsvis_js, "plotly_js": _plotly_js}
     return environment
 

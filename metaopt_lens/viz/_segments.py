@@ -40,5 +40,5 @@ def demo_colour(index: int) -> str:
 
 
 def visible_token(token: str) -> str:
-    """The token with line ends and tabs as signs."""
-    return token.translate(_VISIBLE)
+    """The token with line ends and tabs as signs, and a sign for every space where nothing else is in it."""
+    return token.translate(_VISIBLE) if token.strip(" ") else "␣" * len(token)

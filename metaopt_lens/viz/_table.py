@@ -120,3 +120,9 @@ def number(value: float) -> str:
     """Three decimals, fewer for large numbers, with a real minus sign."""
     text = f"{value:.3f}" if abs(value) < 1000 else f"{value:.1f}"
     return text.replace("-", "−")
+
+
+def signed(value: float) -> str:
+    """Two decimals with a real sign; none where they are all 0."""
+    size = f"{abs(value):.2f}"
+    return size if float(size) == 0 else ("−" if value < 0 else "+") + size

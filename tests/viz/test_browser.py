@@ -110,6 +110,38 @@ def test_tabs_and_sorting_work(everywhere: Decomposition, visit: Visit, tmp_path
     assert visit.problems == []
 
 
+def test_a_click_opens_a_head_and_switches_a_demonstration_off(
+    result: Decomposition, visit: Visit, tmp_path: Path
+) -> None:
+    """Maps, tokens, cards and stored leave-one-out runs answer without a server."""
+    visit.open(write_page(result, tmp_path / "page.html", predictions=[result.predict()]))
+    found = visit.page.locator(".ml-found")
+    assert not found.locator(".ml-headcard").is_visible()
+    colours = "(all) => all.map((el) => getComputedStyle(el).backgroundColor)"
+    before = found.locator(".ml-token").evaluate_all(colours)
+    found.locator("td[data-head=L2H1]").nth(1).click()
+    card = found.locator(".ml-headcard")
+    assert card.is_visible()
+    assert card.locator("h3").inner_text() == "L2H1"
+    assert card.locator("code").count() == 24  # six words of either side of either part
+    assert found.locator(".ml-pick").input_value() == "L2H1"
+    assert found.locator(".ml-token").evaluate_all(colours) != before
+    total = sum(float(text.replace("−", "-")) for text in found.locator(".ml-total").all_inner_texts())
+    assert abs(total - float(result.logits().head_total[2, 1])) < 0.05
+    found.get_by_role("button", name="attention", exact=True).click()
+    total = sum(float(text) for text in found.locator(".ml-total").all_inner_texts())
+    assert abs(total - 1) < 0.01
+    found.get_by_role("button", name="demonstrations").click()
+    found.locator(".ml-pick").select_option("")
+    assert not card.is_visible()
+    found.locator("[data-demo='1']").click()
+    assert "Without demonstration 2 the logit is" in found.locator(".ml-status").inner_text()
+    assert found.locator(".ml-line.ml-off").count() == 1
+    found.locator("[data-demo='1']").click()
+    assert found.locator(".ml-status").inner_text() == ""
+    assert visit.problems == []
+
+
 def test_a_request_would_have_been_noticed(visit: Visit, tmp_path: Path) -> None:
     """The check above can fail: a page that does load something is caught, by its request and by its error."""
     page = tmp_path / "loads.html"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ import pytest
 from rich.console import Console
 from shown import cards, prompt
 
-from metaopt_lens import Decomposition, DecompositionSet, ICLPrompt, decompose
-from metaopt_lens._errors import HeadError, OptionError
+from metaopt_lens import Decomposition, DecompositionSet, ICLPrompt, decompose, head_effects
+from metaopt_lens._errors import HeadError, OptionError, PromptError
 from metaopt_lens.runs import Runs, predict_labels
 from metaopt_lens.viz import labels_text, write_page
+from metaopt_lens.viz._segments import visible_token
+from metaopt_lens.viz._table import signed
 
 
 def _markup(path: Path) -> str:
@@ -56,8 +60,8 @@ def test_the_page_says_what_was_decomposed(result: Decomposition, tmp_path: Path
     assert "as trained" in markup
     assert "Processed weights" not in markup
     for demo in result.prompt.demos:
-        assert f"<pre>{demo.input} : <mark>{demo.label}</mark></pre>" in markup
-    assert "<span>query</span><pre>plum :</pre>" in markup
+        assert f"<pre>{demo.input}: <mark>{demo.label}</mark></pre>" in markup
+    assert "<span>query</span><pre>plum:</pre>" in markup
     for name, value in result.provenance.items():
         assert name in markup
         assert str(value) in markup
@@ -102,12 +106,13 @@ def test_processed_weights_are_noted(result: Decomposition, tmp_path: Path) -> N
 
 def test_prompt_text_is_escaped(result: Decomposition, tmp_path: Path) -> None:
     nasty = ICLPrompt([("<script>alert(1)</script>", "a & b")] * 4, "</pre><b>")
-    path = write_page(replace(result, prompt=nasty), tmp_path / "page.html")
+    stranger = replace(result, prompt=nasty, source=None, stored_strength=result.strength)
+    path = write_page(stranger, tmp_path / "page.html")
     markup = _markup(path)
     assert "<script>alert" not in path.read_text(encoding="utf-8")
     assert "</pre><b>" not in markup
-    assert "<span>query</span><pre>&lt;/pre&gt;&lt;b&gt; :</pre>" in markup
-    assert "&lt;script&gt;alert(1)&lt;/script&gt; : <mark>a &amp; b</mark>" in markup
+    assert "<span>query</span><pre>&lt;/pre&gt;&lt;b&gt;:</pre>" in markup
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;: <mark>a &amp; b</mark>" in markup
 
 
 def test_a_machine_path_is_not_shown(result: Decomposition, tmp_path: Path) -> None:
@@ -173,3 +178,80 @@ def test_a_set_shows_its_first_prompts_and_says_how_many_it_leaves_out(
         write_page(several, tmp_path / "page.html", max_prompts=0)
     with pytest.raises(OptionError, match="empty"):
         write_page(DecompositionSet(()), tmp_path / "page.html")
+
+
+# ---- what was found --------------------------------------------------------------------------------------------------
+
+
+def _found(markup: str) -> dict[str, Any]:
+    """What the page's script reads."""
+    (stored,) = re.findall(r'class="ml-found" data-found="([^"]*)"', markup)
+    found: dict[str, Any] = json.loads(unescape(stored))
+    return found
+
+
+def test_the_page_leads_with_what_was_found(result: Decomposition, tmp_path: Path) -> None:
+    """The model's own first choices, the answer's logit and its parts, before maps and norms."""
+    answer = result.predict()
+    markup = _markup(write_page(result, tmp_path / "page.html", predictions=[answer]))
+    assert markup.index("What was found") < markup.index("<h2>Prompt</h2>") < markup.index("All heads")
+    own = answer.in_context_vocabulary.top[0]
+    assert f"first choice is <code>{own.text}</code> ({own.probability:.1%})" in markup
+    said = result.logits()
+    assert f"is <b>{signed(float(said.logit))}</b>" in markup
+    sums = re.findall(r"</i></span><span>([^<]*)</span>", markup)
+    numbers = [said.zero_shot.sum(), said.meta_gradient.sum(), said.mlp.sum(), said.embedding]
+    assert sums[:4] == [signed(float(value)) for value in numbers]
+
+
+def test_maps_tokens_and_cards_hold_the_contributions(tiny: Any, result: Decomposition, tmp_path: Path) -> None:
+    markup = _markup(write_page(result, tmp_path / "page.html"))
+    said, stored = result.logits(), _found(markup)
+    effects = head_effects(tiny, result.prompt, progress=False)
+    for name, head in stored["heads"].items():
+        layer, number = int(name[1]), int(name[3])
+        assert head["zs"] == pytest.approx(float(said.zero_shot[layer, number]), rel=1e-3, abs=1e-6)
+        assert head["mg"] == pytest.approx(float(said.meta_gradient[layer, number]), rel=1e-3, abs=1e-6)
+        assert head["tokens"] == pytest.approx(said.per_token[layer, number].tolist(), rel=1e-3, abs=1e-6)
+        assert head["attention"] == pytest.approx(result.pattern[layer, number].tolist(), rel=1e-3, abs=1e-6)
+        assert head["exact"] == pytest.approx(float(effects.exact[0, layer, number]), rel=1e-3, abs=1e-3)
+        assert head["first"] == pytest.approx(float(effects.first_order[0, layer, number]), rel=1e-3, abs=1e-3)
+        words = result.lens(name, "meta_gradient", top=6)
+        assert head["words"]["meta_gradient"][0] == [visible_token(word.token) for word in words.promoted]
+        cell = f'<td data-head="{name}" style="background:[^"]*" title="{name} '
+        assert len(re.findall(cell, markup)) == 2
+    without = effects.in_context[0] - effects.demo_exact[0]
+    assert stored["without"] == pytest.approx(without.tolist(), rel=1e-3)
+    # Both maps have one scale: the strongest cell of either is the only one in full colour.
+    assert len(re.findall(r'<td data-head="[^"]*" style="background:rgba\([^)]*, 1\.000\)"', markup)) == 1
+
+
+def test_heads_are_in_the_order_of_what_was_measured(result: Decomposition, tmp_path: Path) -> None:
+    markup = _markup(write_page(result, tmp_path / "page.html"))
+    said, stored = result.logits(), _found(markup)["heads"]
+    names = re.findall(r'<tr data-head="(L\dH\d)"', markup)
+    sizes = [max(abs(float(said.head_total[int(name[1]), int(name[3])])), abs(stored[name]["exact"])) for name in names]
+    assert len(names) == 12
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_another_answer_and_rival_can_be_asked_for(result: Decomposition, tmp_path: Path) -> None:
+    markup = _markup(write_page(result, tmp_path / "page.html", answer="kiki", versus=["wug", "dax"]))
+    assert "The logit of <code>kiki</code> minus the mean of" in markup
+    assert f"<b>{signed(float(result.logits('kiki', versus=['wug', 'dax']).logit))}</b>" in markup
+    with pytest.raises(PromptError, match="begin with the same token"):
+        write_page(result, tmp_path / "none.html", answer="wug", versus=["wug"])
+
+
+def test_without_a_label_the_models_own_first_choice_is_taken_apart(tiny: Any, tmp_path: Path) -> None:
+    item = decompose(tiny, ICLPrompt(prompt().demos, "plum"))
+    own = item.predict().in_context_vocabulary.top[0].text
+    markup = _markup(write_page(item, tmp_path / "page.html"))
+    assert f"The logit of <code>{own}</code> is <b>" in markup
+
+
+def test_a_result_without_its_model_has_maps_and_no_contributions(result: Decomposition, tmp_path: Path) -> None:
+    result.save(tmp_path / "split")
+    markup = _markup(write_page(Decomposition.load(tmp_path / "split"), tmp_path / "page.html"))
+    assert "What was found" not in markup
+    assert "All heads" in markup

@@ -1,0 +1,218 @@
+"""head_profile(): one table of what different theories of in-context learning say about every head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from metaopt_lens._errors import OptionError
+from metaopt_lens._plots import draw
+from metaopt_lens._types import HeadRef
+from metaopt_lens.analysis._comparison import Comparison
+from metaopt_lens.analysis._head_scores import attention_scores_of_heads, function_vector_scores, task_scores
+from metaopt_lens.analysis._interval import Interval, mean_interval, set_means
+from metaopt_lens.decomposition import Decomposition, DecompositionSet, decompose
+from metaopt_lens.interventions import head_effects
+from metaopt_lens.models import LensModel, ModelInfo, wrap
+from metaopt_lens.prompts import PromptLike, as_prompts
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadProfile:
+    """Scores of every head, per query: which theories of in-context learning name the same heads?
+
+    Attributes:
+        model: names and sizes.
+        scores: by name, one value per query and head; those of the model alone are the same for all queries.
+        sets: the demonstration set of each query.
+    """
+
+    model: ModelInfo
+    scores: dict[str, Float[Tensor, "query layer head"]]
+    sets: Int[Tensor, " query"]
+
+    def mean(self, score: str) -> Float[Tensor, "layer head"]:
+        """Mean of a score over the demonstration sets.
+
+        Args:
+            score: its name.
+
+        Raises:
+            OptionError: no such score.
+        """
+        if score not in self.scores:
+            raise OptionError(f"there is no score {score!r}: choose one of {', '.join(self.scores)}.")
+        return set_means(self.scores[score], self.sets).nanmean(0)
+
+    def rank_correlation(self, first: str, second: str, *, level: float = 0.95) -> Interval:
+        """Spearman's rho of two scores over the heads: mean over demonstration sets of each set's rho.
+
+        The interval is Student's t over sets; with a single set there is none.
+
+        Args:
+            first: name of a score.
+            second: name of another.
+            level: nominal coverage.
+        """
+        self.mean(first), self.mean(second)  # known names
+        one, other = (set_means(self.scores[name], self.sets).flatten(1) for name in (first, second))
+        rho = torch.stack([spearman_rho(a, b) for a, b in zip(one, other, strict=True)])
+        return mean_interval(rho, sets=torch.arange(len(rho)), level=level)
+
+    def rank_correlations(self) -> pd.DataFrame:
+        """Spearman's rho of all pairs of scores, as a matrix."""
+        import pandas as pd
+
+        names = list(self.scores)
+        values = [[float(self.rank_correlation(a, b).estimate) for b in names] for a in names]
+        return pd.DataFrame(values, index=names, columns=names)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per head, one column per score: means over demonstration sets."""
+        import pandas as pd
+
+        n_layers, n_heads = self.model.n_layers, self.model.n_heads
+        refs = [HeadRef(layer, head) for layer in range(n_layers) for head in range(n_heads)]
+        columns: dict[str, Any] = {
+            "name": [str(ref) for ref in refs],
+            "layer": [ref.layer for ref in refs],
+            "head": [ref.head for ref in refs],
+        }
+        return pd.DataFrame(columns | {name: self.mean(name).flatten().numpy() for name in self.scores})
+
+    def plot(self, first: str | None = None, second: str | None = None) -> Any:
+        """A plotly matrix of all rank correlations, or a scatter plot of two scores, a point per head.
+
+        Args:
+            first: score along x; None for the matrix.
+            second: score along y.
+        """
+        return draw(self, "plot", first, second)
+
+    def __repr__(self) -> str:
+        n_sets = len(set(self.sets.tolist()))
+        lines = [f"HeadProfile of {self.model.name}: {len(self.sets)} queries behind {n_sets} demonstration sets"]
+        for name in self.scores:
+            values = self.mean(name)
+            best = values.abs().nan_to_num(-1.0).flatten().argsort(descending=True)[:5].tolist()
+            refs = [HeadRef(index // self.model.n_heads, index % self.model.n_heads) for index in best]
+            shown = ", ".join(f"{ref} {float(values[ref.layer, ref.head]):+.3g}" for ref in refs)
+            lines.append(f"  {name}: {shown}")
+        return "\n".join(lines)
+
+
+def head_profile(
+    model: Any,
+    prompts: Sequence[PromptLike],
+    *,
+    comparison: Comparison | None = None,
+    exact: bool = True,
+    prepend_bos: bool | None = None,
+    seed: int = 0,
+) -> HeadProfile:
+    """Scores of every head from several theories of in-context learning (docs/theory.md, "Which heads matter").
+
+    Columns: ``mass`` and ``meta_gradient_share`` of the split; ``zero_shot_logit`` and ``meta_gradient_logit``, direct
+    contributions to the label's logit against the other candidates'; ``knock_out`` (or ``first_order``), the effect of
+    the head's meta-gradient on that difference; ``function_vector``, ``induction``, ``previous_token``,
+    ``task_recognition`` and ``task_learning``; with a comparison ``cosine`` and ``excess`` of in-context and finetuning
+    update.
+
+    Args:
+        model: `HookedTransformer`, `TransformerBridge` or a wrapped model. It is not modified.
+        prompts: queries with their labels, behind one or several sets of demonstrations.
+        comparison: of the same prompts with finetuning updates (see `compare`).
+        exact: knock every head out; False for the first-order estimates alone.
+        prepend_bos: put BOS first; None for the model's default.
+        seed: of shuffled labels and of the random tokens for induction.
+
+    Raises:
+        OptionError: a comparison of another number of queries.
+        PromptError: no prompts, a prompt without a label or rival candidates, or demonstrations of one label only.
+    """
+    wrapped, parsed = wrap(model), as_prompts(list(prompts))
+    if comparison is not None and len(comparison.sets) != len(parsed):
+        raise OptionError(f"the comparison is of {len(comparison.sets)} queries, the profile of {len(parsed)}.")
+    split = decompose(wrapped, parsed, zero_shot_runs="none", prepend_bos=prepend_bos)
+    said = split.logits()
+    last = [item.at_last_position() for item in split]
+    scores = {
+        "mass": torch.stack([item.softmax.mass for item in last]),
+        "meta_gradient_share": torch.stack([_share(item) for item in last]),
+        "zero_shot_logit": said.zero_shot,
+        "meta_gradient_logit": said.meta_gradient,
+        "knock_out" if exact else "first_order": _effects(wrapped, split, said.sets, exact, prepend_bos),
+        "function_vector": _function_vector(wrapped, split, prepend_bos, seed),
+    }
+    induction, previous = attention_scores_of_heads(wrapped, seed=seed)
+    scores["induction"] = induction.expand(len(parsed), -1, -1)
+    scores["previous_token"] = previous.expand(len(parsed), -1, -1)
+    task = [task_scores(item, own) for item, own in zip(split, said, strict=True)]
+    scores["task_recognition"] = torch.stack([recognition for recognition, _ in task])
+    scores["task_learning"] = torch.stack([learning for _, learning in task])
+    if comparison is not None:
+        found = comparison["z total"]
+        scores["cosine"] = found.values
+        scores["excess"] = found.values - found.nulls[found.main_null]
+    tidy = {name: values.detach().double().cpu() for name, values in scores.items()}
+    return HeadProfile(wrapped.info, tidy, said.sets)
+
+
+def _share(item: Decomposition) -> Float[Tensor, "layer head"]:
+    """|meta-gradient| over |z|."""
+    z = item.z.detach().to(item.softmax.meta_gradient)
+    sizes: Tensor = item.softmax.meta_gradient.norm(dim=-1) / z.norm(dim=-1).clamp_min(torch.finfo(z.dtype).tiny)
+    return sizes
+
+
+def _effects(
+    model: LensModel, split: DecompositionSet, sets: Tensor, exact: bool, prepend_bos: bool | None
+) -> Float[Tensor, "query layer head"]:
+    rows: dict[int, Tensor] = {}
+    for number in sorted(set(sets.tolist())):
+        members = (sets == number).nonzero()[:, 0].tolist()
+        prompts = [split[i].prompt for i in members]
+        effects = head_effects(model, prompts, exact=exact, prepend_bos=prepend_bos, progress=False)
+        values = effects.exact if exact else effects.first_order
+        rows.update(zip(members, values, strict=True))
+    return torch.stack([rows[index] for index in range(len(split))])
+
+
+def _function_vector(
+    model: LensModel, split: DecompositionSet, prepend_bos: bool | None, seed: int
+) -> Float[Tensor, "query layer head"]:
+    """Mean outputs over all prompts of the task, put into each with shuffled labels."""
+    mean_z = torch.stack([item.at_last_position().z.detach() for item in split]).mean(0)
+    prompts = [item.prompt for item in split]
+    return function_vector_scores(model, prompts, mean_z, prepend_bos=prepend_bos, seed=seed)
+
+
+def spearman_rho(first: Float[Tensor, " item"], second: Float[Tensor, " item"]) -> Float[Tensor, ""]:
+    """Spearman's rank correlation, ties given their mean rank; NaN where fewer than three values are defined or one
+    side is constant.
+
+    Args:
+        first: one value per item; NaN is left out.
+        second: as many.
+    """
+    known = ~(first.isnan() | second.isnan())
+    if int(known.sum()) < 3:
+        return torch.tensor(torch.nan, dtype=torch.float64)
+    ranks = [_ranks(values[known].double()) for values in (first, second)]
+    a, b = (rank - rank.mean() for rank in ranks)
+    size = a.norm() * b.norm()
+    return (a @ b) / size if float(size) > 0 else torch.tensor(torch.nan, dtype=torch.float64)
+
+
+def _ranks(values: Float[Tensor, " item"]) -> Float[Tensor, " item"]:
+    below = (values[:, None] > values).sum(-1)
+    equal = (values[:, None] == values).sum(-1)
+    return below + (equal + 1) / 2.0
