@@ -259,3 +259,34 @@ def test_a_real_process_exits_with_2_and_one_line(tmp_path: Path) -> None:
     assert done.stderr == (
         "error: absent.json is not a file: give the path of a .json, .jsonl or text file of prompts.\n"
     )
+
+
+# ---- answers and contexts --------------------------------------------------------------------------------------------
+
+
+def test_an_answers_logit_is_taken_apart(prompt_file: Path, tmp_path: Path) -> None:
+    done = run("decompose", "--model", "tiny", "--prompt", prompt_file, "--answer", "kiki", "--versus", "dax, wug",
+               "--out", tmp_path / "out")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    found = decompose(load_tiny(), load_prompts(prompt_file)[0]).logits("kiki", versus=["dax", "wug"])
+    assert f"{float(found.logit):+.3f}" in done.output
+    assert "heads, reading the query" in done.output
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "The logit of <code>kiki</code> minus the mean of <code>dax</code>, <code>wug</code>" in page
+
+
+def test_a_context_is_decomposed_chunk_by_chunk(tmp_path: Path) -> None:
+    context = tmp_path / "context.txt"
+    context.write_text("apple dax\nhammer wug\npear dax\n", encoding="utf-8")
+    asked = ["--context", context, "--chunks", "line", "--query", "plum :", "--answer", "dax"]
+    done = run("decompose", "--model", "tiny", *asked)
+    assert done.exit_code == 0, done.output
+    assert "3 demonstrations" in done.output
+    assert "Logit of 'dax'" in done.output
+
+
+def test_a_context_needs_a_query(prompt_file: Path) -> None:
+    for given in (["--context", prompt_file], ["--prompt", prompt_file, "--query", "x"], []):
+        done = run("decompose", "--model", "tiny", *given)
+        assert done.exit_code != 0
+        assert "give --prompt FILE, or --context FILE with --query TEXT" in done.output

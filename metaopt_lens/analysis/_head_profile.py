@@ -97,6 +97,11 @@ class HeadProfile:
         """
         return draw(self, "plot", first, second)
 
+    def _repr_html_(self) -> str:
+        """The table."""
+        table: str = self.to_frame().to_html(index=False, float_format="{:.3f}".format, max_rows=40)
+        return table
+
     def __repr__(self) -> str:
         n_sets = len(set(self.sets.tolist()))
         lines = [f"HeadProfile of {self.model.name}: {len(self.sets)} queries behind {n_sets} demonstration sets"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,7 +47,17 @@ def demo(
 
 def decompose(
     model: options.Model,
-    prompt: Annotated[Path, typer.Option("--prompt", help="Prompts: a .json, .jsonl or text file.", metavar="FILE")],
+    prompt: Annotated[
+        Path | None, typer.Option("--prompt", help="Prompts: a .json, .jsonl or text file.", metavar="FILE")
+    ] = None,
+    context: Annotated[
+        Path | None,
+        typer.Option("--context", help="A text, read chunk by chunk; with --query.", metavar="FILE"),
+    ] = None,
+    query: Annotated[
+        str | None, typer.Option("--query", help="What stands behind the context.", metavar="TEXT")
+    ] = None,
+    chunks: Annotated[str, typer.Option(help="How to cut the context: sentence, line or paragraph.")] = "sentence",
     dtype: options.WeightsType = options.DType.float32,
     device: options.Device = None,
     heads: Annotated[str | None, typer.Option(help="Only these heads, such as L1H2,L3H7.")] = None,
@@ -77,9 +88,7 @@ def decompose(
     chosen = [HeadRef.parse(name) for name in heads.split(",")] if heads is not None else None
     where = options.position(position)
 
-    from metaopt_lens.prompts import load_prompts
-
-    prompts = load_prompts(prompt)  # before the model, which takes longer
+    prompts = _asked_prompts(prompt, context, query, chunks)  # before the model, which takes longer
     loaded = options.load(model, dtype, device, no_cache=no_cache)
     for ref in chosen or ():
         ref.check(loaded.info.n_layers, loaded.info.n_heads)
@@ -87,9 +96,27 @@ def decompose(
     _decompose(loaded, prompts, chosen, asked, form=form, out=out, top=top, position=where, prepend_bos=prepend_bos)
 
 
+def _asked_prompts(prompt: Path | None, context: Path | None, query: str | None, chunks: str) -> Sequence[Any]:
+    """Prompts out of a file, or a context with its query."""
+    from metaopt_lens._errors import OptionError, PromptError
+    from metaopt_lens.prompts import ContextPrompt, load_prompts
+
+    if (prompt is None) == (context is None) or (context is None) != (query is None):
+        raise OptionError("give --prompt FILE, or --context FILE with --query TEXT.")
+    if prompt is not None:
+        return load_prompts(prompt)
+    assert context is not None
+    assert query is not None
+    try:
+        text = context.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"cannot read {context}: {error}.") from None
+    return [ContextPrompt(text, query, chunks=chunks)]
+
+
 def _decompose(
     model: Any,
-    prompts: list[Any],
+    prompts: Sequence[Any],
     heads: list[HeadRef] | None,
     asked: tuple[str | None, list[str] | None],
     *,

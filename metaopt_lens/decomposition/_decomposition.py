@@ -539,6 +539,11 @@ class Decomposition(Stored):
             "decompose the prompt again."
         )
 
+    def _repr_html_(self) -> str:
+        """The compact view: what was found, then the text."""
+        markup: str = draw(self, "compact")
+        return markup
+
     def __repr__(self) -> str:
         m, t = self.model, self.tokenized
         weights = f"; weights with {' and '.join(m.processing)}" if m.processing else ""

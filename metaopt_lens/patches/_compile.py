@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from metaopt_lens._errors import OptionError, UndefinedMetricError
 from metaopt_lens._types import TokenSpan
 from metaopt_lens.dual import at_least_float32, right_factor
 from metaopt_lens.interventions import DemoTokens, pipeline
-from metaopt_lens.models import AttentionCall, Hook, LensModel, Prefix, Readout, dtype_name, fingerprint_of, wrap
+from metaopt_lens.models import (
+    AttentionCall,
+    Fingerprint,
+    Hook,
+    LensModel,
+    Prefix,
+    Readout,
+    dtype_name,
+    fingerprint_of,
+    wrap,
+)
 from metaopt_lens.patches._changes import Rows, change_hooks, rows_of
 from metaopt_lens.patches._placing import PatchedRows
 from metaopt_lens.patches._site import PatchSite, patch_site
@@ -153,6 +165,20 @@ class Compiler:
         assert logits is not None
         return self._patch(tokens, tuple(continuation), int(logits.argmax()), compiling)
 
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Of every weight of the model."""
+        return fingerprint_of(self.model)
+
+    @cached_property
+    def weight_norms(self) -> dict[str, Float[Tensor, " layer"]]:
+        """Frobenius norms of the matrices that are changed."""
+        names, device = self.sites[0].weights, self.prefix.k[0].device
+        return {
+            name: torch.stack([site.weights[name].detach().float().norm().to(device) for site in self.sites])
+            for name in names
+        }
+
     def run_queries(self, queries: Sequence[int], hooks: Sequence[Hook]) -> None:
         """One in-context pass behind the demonstrations.
 
@@ -215,11 +241,8 @@ class Compiler:
             scale=others.get("scale"),
             smallest=stack([f.smallest for f in found]) if "scale" in others else None,
             experts=experts,
-            weight_norms={
-                name: stack([site.weights[name].detach().float().norm() for site in self.sites])
-                for name in self.sites[0].weights
-            },
-            fingerprint=fingerprint_of(self.model),
+            weight_norms=self.weight_norms,
+            fingerprint=self.fingerprint,
         )
 
 

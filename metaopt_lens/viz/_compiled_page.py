@@ -17,7 +17,7 @@ from metaopt_lens._storage import atomic_path, write_text
 from metaopt_lens.experiments import CompiledPrompt
 from metaopt_lens.viz._comparison_text import frame_text
 from metaopt_lens.viz._page import model_name
-from metaopt_lens.viz._render import Measured, render
+from metaopt_lens.viz._render import Measured, render, words
 from metaopt_lens.viz._segments import segments, visible_token
 
 _DEMO_ROWS = 12
@@ -31,14 +31,13 @@ def compiled_texts(found: CompiledPrompt) -> list[RenderableType]:
     """
     tables: list[RenderableType] = [
         frame_text(_answers(found), "The most probable next tokens"),
-        frame_text(_by_matrix(found), "Norms of the changes, mean over layers and tokens"),
+        frame_text(_written(_by_matrix(found)), "Changes, mean over layers and tokens"),
     ]
     if found.shares is not None:
-        title = "Shares of the demonstrations in what the patch adds, mean over layers and tokens"
-        tables.append(frame_text(_demos(found).head(_DEMO_ROWS), title))
+        tables.append(frame_text(_written(_demos(found).head(_DEMO_ROWS)), "Whose doing it is"))
     if found.static is not None:
-        frame = found.static.to_frame()
-        tables.append(frame_text(frame, "One patch for all queries, on queries it was not fitted on"))
+        title = "One patch for all queries, on queries it was not fitted on (95 % intervals)"
+        tables.append(frame_text(_written(_static_table(found)), title))
         tables.append(found.static.sentence)
     return tables
 
@@ -169,6 +168,20 @@ def _static_table(found: CompiledPrompt) -> pd.DataFrame:
         parts = (frame[name], frame[f"{name}_low"], frame[f"{name}_high"])
         columns[name] = [Measured(value, low, high) for value, low, high in zip(*parts, strict=True)]
     return pd.DataFrame(columns)
+
+
+def _written(frame: pd.DataFrame) -> pd.DataFrame:
+    """Numbers as text, with their intervals."""
+
+    def text(value: Any) -> Any:
+        if isinstance(value, Measured):
+            interval = "" if pd.isna(value.low) else f" ({value.low:.2f} to {value.high:.2f})"
+            return f"{value.value:.2f}{interval}"
+        if isinstance(value, float):
+            return "" if pd.isna(value) else f"{value:.3f}"
+        return value
+
+    return pd.DataFrame({words(name): [text(value) for value in frame[name]] for name in frame.columns})
 
 
 def _matrix_map(frame: pd.DataFrame, column: str) -> go.Figure:

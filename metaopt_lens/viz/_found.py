@@ -11,10 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from metaopt_lens._plots import draws
 from metaopt_lens._types import HeadRef
 from metaopt_lens.decomposition import Answer, Decomposition, LogitContributions, read_words, written
 from metaopt_lens.interventions import head_effects
 from metaopt_lens.runs import LabelPrediction
+from metaopt_lens.viz._render import render
 from metaopt_lens.viz._segments import segments, visible_token
 
 N_STRONGEST = 12  # heads with an exact knock-out and a row in the table
@@ -44,6 +46,8 @@ def found_context(
     prediction: LabelPrediction | None,
     answer: Answer | None = None,
     versus: Answer | Sequence[Answer] | None = None,
+    *,
+    measure: bool = True,
 ) -> dict[str, Any] | None:
     """What ``found.html.j2`` shows of one prompt; None for a result without its model.
 
@@ -52,6 +56,7 @@ def found_context(
         prediction: what the model answers.
         answer: see `Decomposition.logits`; None for the prompt's label or, without one, the model's own first choice.
         versus: the rivals.
+        measure: whether to run knock-outs.
     """
     if item.source is None or item.runs.icl.stream is None:
         return None
@@ -59,7 +64,7 @@ def found_context(
     found = item.logits(own, versus=() if own is not answer and versus is None else versus)
     found = _first_step(found)
     strongest = _strongest(found)
-    measured = _measure(item, found, strongest)
+    measured = _measure(item, found, strongest) if measure else None
     order = strongest if measured is None else _by_effect(strongest, found, measured)
     bound = max(float(found.zero_shot.abs().max()), float(found.meta_gradient.abs().max()), 1e-9)
     words = _words(item, found)
@@ -81,6 +86,20 @@ def found_context(
         "measured": measured is not None,
         "data": json.dumps(_data(item, found, measured, words), separators=(",", ":"), allow_nan=False),
     }
+
+
+@draws(Decomposition, "compact")
+def compact_view(item: Decomposition) -> str:
+    """What a notebook shows of a decomposition by itself: what was found, without knock-outs.
+
+    Args:
+        item: a decomposition with its model.
+
+    Returns:
+        Markup with its style sheet and script.
+    """
+    found = found_context(item, None, measure=False)
+    return render("compact.html.j2", found=found, text=repr(item))
 
 
 def colour(value: float, bound: float, most: float = 1.0) -> str:

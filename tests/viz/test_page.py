@@ -255,3 +255,15 @@ def test_a_result_without_its_model_has_maps_and_no_contributions(result: Decomp
     markup = _markup(write_page(Decomposition.load(tmp_path / "split"), tmp_path / "page.html"))
     assert "What was found" not in markup
     assert "All heads" in markup
+
+
+def test_a_notebook_shows_what_was_found(result: Decomposition) -> None:
+    """The compact view needs no knock-outs, loads nothing and brings its script; elsewhere the text stays."""
+    markup = result._repr_html_()
+    assert "What was found" in markup
+    shown = re.sub(r"<(script|style)\b.*?</\1>", "", markup, flags=re.DOTALL)
+    assert "Knock-out" not in shown
+    assert "data-demo=" not in shown  # nothing to click that does nothing
+    assert not re.search(r"""\b(src|href)\s*=""", shown)
+    assert f"<b>{signed(float(result.logits().logit))}</b>" in shown
+    assert repr(result).startswith("Decomposition of")
