@@ -14,6 +14,7 @@ from metaopt_lens.analysis._demo_sets import DemoSet
 from metaopt_lens.models import LensModel, Prefix
 from metaopt_lens.prompts import ICLPrompt, tokenize_label
 from metaopt_lens.runs import (
+    Run,
     Scoring,
     candidate_labels,
     candidate_mass,
@@ -142,12 +143,43 @@ class Choices:
         rows = range(len(self.queries)) if rows is None else rows
         queries = [self.queries[row] for row in rows]
         readings = read_queries(model, prefix, queries, self.labels, n_top=1, batch_size=batch_size)
+        scores, log_probs, ranks = zip(*((r.scores, r.log_probs, r.ranks) for r in readings), strict=True)
+        return self._chosen(rows, scores, log_probs, ranks)
+
+    @property
+    def asked(self) -> tuple[int, ...]:
+        """The labels' tokens where each has one: then recorded runs say all (`recorded`). Empty otherwise."""
+        return tuple(label[0] for label in self.labels) if all(len(label) == 1 for label in self.labels) else ()
+
+    def recorded(self, runs: Sequence[Run], rows: Sequence[int]) -> Answers:
+        """What is answered at the last token of recorded runs that kept the logits of `asked`.
+
+        Args:
+            runs: of the queries, in one setting.
+            rows: which queries.
+        """
+        log_probs, ranks = [], []
+        for run in runs:
+            assert run.logits is not None
+            assert run.log_normaliser is not None
+            assert run.ranks is not None
+            log_probs.append((run.logits[-1] - run.log_normaliser[-1]).double().cpu())
+            ranks.append(run.ranks[-1].cpu())
+        return self._chosen(rows, log_probs, log_probs, ranks)
+
+    def _chosen(
+        self,
+        rows: Sequence[int],
+        scores: Sequence[Float[Tensor, " candidate"]],
+        log_probs: Sequence[Float[Tensor, " candidate"]],
+        ranks: Sequence[Int[Tensor, " candidate"]],
+    ) -> Answers:
         best, mass, rank = [], [], []
-        for reading, row in zip(readings, rows, strict=True):
+        for i, row in enumerate(rows):
             among, right = self.own[row], self.gold[row]
-            best.append(among[int(reading.scores[among].argmax())])
-            mass.append(candidate_mass(reading.log_probs[among], [self.labels[i] for i in among]))
-            rank.append(-1 if right < 0 else int(reading.ranks[right]))
+            best.append(among[int(scores[i][among].argmax())])
+            mass.append(candidate_mass(log_probs[i][among], [self.labels[j] for j in among]))
+            rank.append(-1 if right < 0 else int(ranks[i][right]))
         return Answers(torch.tensor(best), torch.tensor(mass, dtype=torch.float64), torch.tensor(rank))
 
 

@@ -23,7 +23,6 @@ from metaopt_lens.finetuning import WeightUpdate, updated_memory
 from metaopt_lens.prompts import TokenizedPrompt
 from metaopt_lens.runs import CHANGED, SETTINGS, Keep, Recorder, Runs, Setting, batches, prepare, queries_together
 
-_KEEP = Keep(raw_q=True)
 _ANSWERED: dict[str, Setting] = {"ZS": "zs", "ICL": "icl", "FT": "ft"}
 
 
@@ -37,7 +36,7 @@ class Variant:
         tokenized: the queries.
         update: of the finetuned settings.
         settings: runs that differ from the set's own; only these are made.
-        answered: also what is answered in context.
+        answered: also what is answered.
     """
 
     null: str
@@ -47,10 +46,15 @@ class Variant:
     settings: tuple[Setting, ...] = SETTINGS
     answered: bool = False
 
-    def prepare(self) -> Recorder:
-        """Run what stands before the queries."""
+    def prepare(self, asked: tuple[int, ...]) -> Recorder:
+        """Run what stands before the queries.
+
+        Args:
+            asked: token ids whose logits are kept, if this variant is answered.
+        """
+        keep = Keep(raw_q=True, logits=asked if self.answered else ())
         settings = self.settings
-        return prepare(self.space.model, self.tokenized[0], settings=settings, update=self.update, keep=_KEEP)
+        return prepare(self.space.model, self.tokenized[0], settings=settings, update=self.update, keep=keep)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +107,8 @@ def measure_set(
     Raises:
         NonFiniteError: NaN or infinity in the activations.
     """
-    recorders = [(variant, variant.prepare()) for variant in (own, *variants)]
+    words = () if choices is None else choices.asked
+    recorders = [(variant, variant.prepare(words)) for variant in (own, *variants)]
     tokens = own.tokenized
     size = queries_together(own.space.model, tokens, own.settings) if batch_size is None else batch_size
     parts: list[_Found] = []
@@ -142,7 +147,7 @@ def _measure_batch(
         found.readings[statistic.name] = (*statistic.read(batch), *statistic.read_for_nulls(batch))
     found.norms = norms_of(batch)
     if asked is not None:
-        found.answers = {name: asked.behind(runs[0], setting, rows, own) for name, setting in _ANSWERED.items()}
+        found.answers = {name: asked.behind(runs, setting, rows, own) for name, setting in _ANSWERED.items()}
     for variant, recorder in others:
         made = recorder.runs([variant.tokenized[row] for row in rows])
         mixed = [Runs({**a.by_setting, **b.by_setting}) for a, b in zip(runs, made, strict=True)]
@@ -151,7 +156,7 @@ def _measure_batch(
         values = {s.name: s.value(s.read(other), context).float() for s in _readable(other)}
         found.values.setdefault(variant.null, []).append(values)
         if asked is not None and variant.answered:
-            best = asked.behind(made[0], "icl", rows, variant).best
+            best = asked.behind(made, "icl", rows, variant).best
             found.controlled.setdefault(variant.null, []).append(best)
     return found
 
@@ -181,9 +186,11 @@ class _Asked:
     choices: Choices
     batch_size: int | None
 
-    def behind(self, runs: Runs, setting: Setting, rows: list[int], variant: Variant) -> Answers:
-        """Answers behind what stood before the query of a recorded run."""
-        model, prefix = variant.space.model, runs[setting].prefix
+    def behind(self, runs: Sequence[Runs], setting: Setting, rows: list[int], variant: Variant) -> Answers:
+        """Answers of recorded runs, or behind what stood before their queries where labels have several tokens."""
+        if self.choices.asked:
+            return self.choices.recorded([r[setting] for r in runs], rows)
+        model, prefix = variant.space.model, runs[0][setting].prefix
         acting = variant.update.applied(model) if setting in CHANGED else nullcontext()
         with acting:
             return self.choices.answers(model, prefix, rows, batch_size=self.batch_size)

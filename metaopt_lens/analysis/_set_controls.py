@@ -99,7 +99,7 @@ def measure_with_controls(
         for name, update in group.controls.items()
     ]
     controls += [_moved(name, group, run, drawn) for name, draws in moved.items() for drawn in draws]
-    own = Variant("", run.space, group.tokenized, group.update)
+    own = Variant("", run.space, group.tokenized, group.update, answered=True)
     factors = usable_factors(group.update)
     bos = len(group.tokenized[0].bos or ())
     trained = None if factors is None else [q[bos:] for q in demonstration_queries(model, factors)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -14,8 +15,10 @@ from hosts import shared, tokenized
 from metaopt_lens import ICLPrompt
 from metaopt_lens.analysis import NULLS, STATISTICS, Comparison, Controls, Measures, Statistic, compare, flip_labels
 from metaopt_lens.analysis import _measure_set as measuring
+from metaopt_lens.analysis._answers import Choices, label_words
 from metaopt_lens.analysis._context import Context
 from metaopt_lens.analysis._convention import Convention
+from metaopt_lens.analysis._demo_sets import group_sets
 from metaopt_lens.analysis._matrices import Factors, frobenius_cosine, overlap, principal_angles, spectrum
 from metaopt_lens.analysis._measure_set import Variant, measure_set
 from metaopt_lens.analysis._null_values import other_query_cosines, other_query_values, random_cosines
@@ -23,7 +26,7 @@ from metaopt_lens.analysis._output_space import OutputSpace
 from metaopt_lens.analysis._similarity import cosine
 from metaopt_lens.finetuning import WeightUpdate, finetune
 from metaopt_lens.models import wrap
-from metaopt_lens.runs import through_w_o
+from metaopt_lens.runs import Keep, record, through_w_o
 
 F64 = torch.float64
 NAME = "bridge:llama"
@@ -132,6 +135,26 @@ def test_behind_moved_labels_only_the_in_context_run_changes() -> None:
         torch.testing.assert_close(reused, again, rtol=0, atol=1e-4, equal_nan=True)
     (total,) = (s for s in found.statistics if s.name == "z total")
     assert not torch.allclose(total.nulls["again"], total.values, atol=1e-3)
+
+
+def test_recorded_runs_answer_as_passes_of_their_own_do() -> None:
+    """Labels of one token are read off the runs that are recorded anyway."""
+    model = wrap(shared(NAME, F64))
+    (group,) = group_sets(model, PROMPTS, prepend_bos=None)
+    words = label_words(PROMPTS, ("w32", "w36", "w60"))
+    assert words is not None
+    choices = Choices.of(model, group, words, scoring="mean")
+    assert choices.asked == (32, 36, 60)
+    rows = [2, 0]
+    keep = Keep(logits=choices.asked)
+    for setting in ("icl", "zs", "ft"):
+        runs = record(model, [group.tokenized[i] for i in rows], settings=(setting,), update=update(), keep=keep)
+        recorded = choices.recorded([r[setting] for r in runs], rows)
+        with update().applied(model) if setting == "ft" else nullcontext():
+            alone = choices.answers(model, runs[0][setting].prefix, rows)
+        assert torch.equal(recorded.best, alone.best)
+        assert torch.equal(recorded.label_rank, alone.label_rank)
+        torch.testing.assert_close(recorded.candidate_mass, alone.candidate_mass, rtol=1e-6, atol=0)
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
