@@ -18,25 +18,13 @@ from metaopt_lens._codec import NOT_STORED, Stored, stored_as
 from metaopt_lens._errors import ModelMismatchError, OptionError, SpanError
 from metaopt_lens._plots import draw
 from metaopt_lens._types import HeadRef, TokenSpan
-from metaopt_lens.decomposition._answer_tokens import Answer, answer_targets
-from metaopt_lens.decomposition._decomposition_frame import decomposition_frame
-from metaopt_lens.decomposition._direct_logits import (
-    at_one_destination,
-    kept_stream,
-    logit_contributions,
-    run_through_answer,
-)
+from metaopt_lens.decomposition._answer_tokens import Answer
+from metaopt_lens.decomposition._decomposition_frame import decomposition_frame, describe
+from metaopt_lens.decomposition._direct_logits import at_one_destination
 from metaopt_lens.decomposition._effects import Effects, ResidualParts, effects_of
-from metaopt_lens.decomposition._lens_parts import (
-    check_part,
-    final_scale,
-    head_or_layer,
-    part_in_z,
-    singular_directions,
-    written,
-)
-from metaopt_lens.decomposition._lens_words import LensMaps, LensWords, UpdateDirection, read_words
+from metaopt_lens.decomposition._lens_words import LensMaps, LensWords, UpdateDirection
 from metaopt_lens.decomposition._logit_contributions import LogitContributions
+from metaopt_lens.decomposition._reading import read_logits, read_part, read_update
 from metaopt_lens.dual import LinearParts, SoftmaxParts
 from metaopt_lens.models import LensModel, ModelInfo, wrap
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt
@@ -305,17 +293,7 @@ class Decomposition(Stored):
             ModelMismatchError: the result was loaded from a file; give it its model with `with_model` first.
             UnsupportedModelError: the contributions do not add up to the model's logit.
         """
-        model = self.required_source("logits")
-        targets = answer_targets(model, self.prompt, answer, versus)
-        dst = self._dst(position)
-        if len(targets) == 1:
-            return logit_contributions(model, at_one_destination(self.runs.icl, dst), targets)
-        if self.positions[dst] != self.tokenized.n_tokens - 1:
-            raise OptionError(
-                f"an answer of {len(targets)} tokens is read behind the whole prompt, not at position "
-                f"{self.positions[dst]}: name its first token alone."
-            )
-        return logit_contributions(model, run_through_answer(model, self.runs.icl, targets), targets)
+        return read_logits(self.required_source("logits"), self.prompt, self._one(position), answer, versus)
 
     def lens(
         self,
@@ -346,20 +324,7 @@ class Decomposition(Stored):
             ModelMismatchError: the result was loaded from a file; give it its model with `with_model` first.
         """
         model = self.required_source("words")
-        check_part(part, demo, len(self.tokenized.demos))
-        at, heads = head_or_layer(head, layer, model)
-        run = at_one_destination(self.runs.icl, self._dst(position))
-        of = f"layer {at}" if head is None else str(HeadRef(at, heads[0]))
-        if part == "mlp":
-            if head is not None:
-                raise OptionError(f"an MLP belongs to a layer: lens(part='mlp', layer={at}).")
-            vector = kept_stream(run).mlp[0, at].detach()
-        else:
-            span = None if demo is None else self.tokenized.demos[demo]
-            vector = written(model, run, at, heads, part_in_z(run, part, span)[0, at, heads].detach())
-        name = f"{part} of {of}" + ("" if demo is None else f", demonstration {demo}")
-        scale = final_scale(model, run)
-        return read_words(model, vector[None], [name], layer=at, scale=scale, top=top, maps=maps)[0]
+        return read_part(model, self._one(position), head, part, layer=layer, demo=demo, top=top, maps=maps)
 
     def lens_update(
         self, layer: int, head: int, *, k: int = 3, top: int = 10, maps: LensMaps | None = None
@@ -383,20 +348,7 @@ class Decomposition(Stored):
         """
         model = self.required_source("words")
         self._check_head(layer, head)
-        run = at_one_destination(self.runs.icl, len(self.positions) - 1)
-        left, sizes, right = singular_directions(self.delta_w_icl(layer, head), k)
-        keys = run.k_of(layer)[self.demonstrations.slice, self._kv(head)].detach().to(right)
-        found = []
-        for index, size in enumerate(sizes.tolist()):
-            vector = written(model, run, layer, [head], left[:, index][None])
-            name = f"direction {index} of dW_ICL of {HeadRef(layer, head)}"
-            (words,) = read_words(model, vector[None], [name], layer=layer, top=top, maps=maps)
-            along = keys @ right[:, index]
-            best = along.abs().topk(min(top, len(along))).indices.tolist()
-            start = self.demonstrations.start
-            tokens = tuple((self.tokenized.tokens[start + i], float(along[i])) for i in best)
-            found.append(UpdateDirection(size, words, tokens))
-        return tuple(found)
+        return read_update(model, self._one(None), self.delta_w_icl(layer, head), layer, head, k=k, top=top, maps=maps)
 
     # ---- the matrices -------------------------------------------------------------------------------------------
 
@@ -545,26 +497,7 @@ class Decomposition(Stored):
         return markup
 
     def __repr__(self) -> str:
-        m, t = self.model, self.tokenized
-        weights = f"; weights with {' and '.join(m.processing)}" if m.processing else ""
-        where = "all query positions" if self.keep_position_axis else f"position {self.positions[0]}"
-        mass = self.softmax.mass.detach().reshape(-1, m.n_layers, m.n_heads).mean(0)
-        fidelity = self.fidelity.detach().reshape(-1, m.n_layers, m.n_heads).mean(0)
-        lines = [
-            f"Decomposition of {m.name} ({m.n_layers} layers x {m.n_heads} heads{weights}) at {where} "
-            f"({t.tokens[self.positions[-1]]!r})",
-            f"  {len(t.demos)} demonstrations in {len(t.demonstrations)} tokens, "
-            f"query of {len(t.query)} tokens, {len(t.prefix)} before",
-            f"  attention mass on the demonstrations: mean {mass.mean():.3f}, highest {mass.max():.3f}",
-            f"  linear relaxation: mean cosine {fidelity.mean():.3f} to the exact output",
-        ]
-        if self.stored_strength is not None or self.source is not None:
-            lines.append("  largest meta-gradients in the residual stream: " + ", ".join(map(str, self.heads(5))))
-        if self.eta is not None:
-            share = float(self.momentum.detach().norm() / self.z.detach().norm())
-            highest = float(self.eta.detach().max())
-            lines.append(f"  momentum attention (eta up to {highest:.3g}): norm {share:.3f} of z's")
-        return "\n".join(lines)
+        return describe(self)
 
     # ---- helpers ------------------------------------------------------------------------------------------------
 
@@ -587,6 +520,10 @@ class Decomposition(Stored):
         if at not in self.positions:
             raise SpanError(f"position {at} was not decomposed; this result holds {list(self.positions)}.")
         return self.positions.index(at)
+
+    def _one(self, position: int | None) -> Run:
+        """The in-context run at one destination."""
+        return at_one_destination(self.runs.icl, self._dst(position))
 
     def _kv(self, head: int) -> int:
         return head // (self.model.n_heads // self.model.n_kv_heads)

@@ -64,3 +64,28 @@ def _values(result: Decomposition) -> dict[str, Tensor]:
             values["indirect_effect_norm"] = effects.indirect.norm(dim=-1)
             values["position_effect_norm"] = effects.position.norm(dim=-1)
     return values
+
+
+def describe(result: Decomposition) -> str:
+    """A few lines of text: where, how many tokens, attention mass, fidelity, strongest heads."""
+    m, t = result.model, result.tokenized
+    weights = f"; weights with {' and '.join(m.processing)}" if m.processing else ""
+    where = "all query positions" if result.keep_position_axis else f"position {result.positions[0]}"
+    # [*dst layer head] -> [dst layer head] -> [layer head]
+    mass = result.softmax.mass.detach().reshape(-1, m.n_layers, m.n_heads).mean(0)
+    fidelity = result.fidelity.detach().reshape(-1, m.n_layers, m.n_heads).mean(0)
+    lines = [
+        f"Decomposition of {m.name} ({m.n_layers} layers x {m.n_heads} heads{weights}) at {where} "
+        f"({t.tokens[result.positions[-1]]!r})",
+        f"  {len(t.demos)} demonstrations in {len(t.demonstrations)} tokens, "
+        f"query of {len(t.query)} tokens, {len(t.prefix)} before",
+        f"  attention mass on the demonstrations: mean {mass.mean():.3f}, highest {mass.max():.3f}",
+        f"  linear relaxation: mean cosine {fidelity.mean():.3f} to the exact output",
+    ]
+    if result.stored_strength is not None or result.source is not None:
+        lines.append("  largest meta-gradients in the residual stream: " + ", ".join(map(str, result.heads(5))))
+    if result.eta is not None:
+        share = float(result.momentum.detach().norm() / result.z.detach().norm())
+        highest = float(result.eta.detach().max())
+        lines.append(f"  momentum attention (eta up to {highest:.3g}): norm {share:.3f} of z's")
+    return "\n".join(lines)

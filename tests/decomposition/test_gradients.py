@@ -80,7 +80,7 @@ def test_graphs_are_kept_only_when_asked_for(name: str) -> None:
             if isinstance(value := getattr(run, f.name), Tensor) and value.is_floating_point()
         }
         tensors |= {"prefix k": result.runs.icl.prefix.k[1], "prefix v": result.runs.zs_matched.prefix.v[0]}
-        assert len(tensors) == 3 * 6 + 2
+        assert len(tensors) == 3 * 9 + 2
         tensors |= {"softmax": result.softmax.meta_gradient, "linear": result.linear.zero_shot}
         tensors |= {"residual": result.residual.meta_gradient, "per token": result.residual_per_token(1, 1)}
         assert grad or not result.residual.bias.requires_grad
