@@ -14,7 +14,7 @@ from metaopt_lens.analysis._comparison import Comparison
 from metaopt_lens.analysis._controls import finetune_arguments
 from metaopt_lens.analysis._demo_sets import Updates, check_names, choose_top_k, group_sets, with_updates
 from metaopt_lens.analysis._joining import join_sets
-from metaopt_lens.analysis._label_answers import Choices, label_words
+from metaopt_lens.analysis._label_answers import Choices, Words, label_words
 from metaopt_lens.analysis._measuring import Context
 from metaopt_lens.analysis._output_space import OutputSpace
 from metaopt_lens.analysis._own_updates import OwnUpdates, finetune_sets, text_updates
@@ -123,18 +123,24 @@ def compare(
         seeds = [seed + number + draw * len(sets) for draw in range(max(1, asked.shuffled_labels))]
         chosen = choices[number]
         found.append(measure_with_controls(dataclasses.replace(group, controls=made), run, chosen, context, seeds))
-    settings = {
+    joined = join_sets(wrapped.info, prompts, sets, words, found, _settings(seed, words, measures, asked, own.updates))
+    return dataclasses.replace(
+        joined, updates=own.updates, learning_rate=own.choice, notes=tuple(dict.fromkeys([*notes, *joined.notes]))
+    )
+
+
+def _settings(
+    seed: int, words: Words | None, measures: Measures, controls: Controls, updates: Sequence[WeightUpdate]
+) -> dict[str, Any]:
+    """What a comparison says of how it was made."""
+    return {
         "seed": seed,
         "candidates": None if words is None else list(words.names),
         "scoring": measures.scoring,
         "subspace_dim": measures.subspace_dim,
-        "n_null_draws": asked.n_null_draws,
-        "n_label_draws": asked.shuffled_labels,
+        "n_null_draws": controls.n_null_draws,
+        "n_label_draws": controls.shuffled_labels,
         "convention": measures.convention.name,
-        "finetuning": [None if u.settings is None else dataclasses.asdict(u.settings) for u in own.updates],
+        "finetuning": [None if u.settings is None else dataclasses.asdict(u.settings) for u in updates],
         "prefix_shared": True,
     }
-    joined = join_sets(wrapped.info, prompts, sets, words, found, settings)
-    return dataclasses.replace(
-        joined, updates=own.updates, learning_rate=own.choice, notes=tuple(dict.fromkeys([*notes, *joined.notes]))
-    )
