@@ -28,3 +28,9 @@ def test_the_file_defines_the_name(row: dict[str, str | None]) -> None:
 @pytest.mark.parametrize("file", re.findall(r"[ `](\w+/\w+\.py)", (ROOT / "docs/dev/walk.md").read_text("utf-8")))
 def test_the_walk_goes_through_files_that_are_there(file: str) -> None:
     assert (ROOT / "metaopt_lens" / file).is_file()
+
+
+def test_no_two_modules_have_one_name() -> None:
+    files = [path.name for path in (ROOT / "metaopt_lens").rglob("*.py") if not path.name.startswith("__")]
+    assert len(files) > 100
+    assert len(set(files)) == len(files)
