@@ -5,7 +5,8 @@
 A GPT-2-small-sized model with random weights, a prompt of 512 tokens (32 demonstrations, a query of 16 tokens), 2
 threads. `decompose` (read: softmax, linear, effects) is timed beside
 
-- the two passes: in-context and zero-shot prompt through the same wrapper, ending after the last attention;
+- the two passes: in-context and zero-shot prompt through the same wrapper, with the logits of the last token, which
+  `decompose` keeps as the model's answer;
 - the cached run: `run_with_cache` of both prompts and the same sums on what it holds (no position-matched run).
 
 All in one process, interleaved; a ratio is the median over rounds of that round's ratio, so that a machine that slows
@@ -107,6 +108,7 @@ def ways(host: str) -> dict[str, Way]:
 
     from metaopt_lens import decompose, wrap
     from metaopt_lens.dual import linear_weights, split_softmax, split_sources
+    from metaopt_lens.models import Readout
     from metaopt_lens.prompts import tokenize_prompt
 
     model, text = build(host), prompt()
@@ -117,8 +119,8 @@ def ways(host: str) -> dict[str, Way]:
     visible = torch.ones(1, N_TOKENS, dtype=torch.bool)
 
     def two_passes() -> None:
-        wrapped.run(full, stop_after_attention=True)
-        wrapped.run(zero_shot, stop_after_attention=True)
+        for ids in (full, zero_shot):
+            wrapped.run(ids, read=Readout(torch.tensor([[ids.shape[1] - 1]])))
 
     def decomposed() -> Any:
         result = decompose(model, text)

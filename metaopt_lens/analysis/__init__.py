@@ -47,6 +47,9 @@ from metaopt_lens.analysis._nulls import derangement as derangement
 from metaopt_lens.analysis._nulls import other_query_null as other_query_null
 from metaopt_lens.analysis._nulls import random_like as random_like
 from metaopt_lens.analysis._nulls import random_null as random_null
+from metaopt_lens.analysis._patch_against_finetuning import PatchAgainstFinetuning as PatchAgainstFinetuning
+from metaopt_lens.analysis._patch_against_finetuning import change_cosines as change_cosines
+from metaopt_lens.analysis._patch_against_finetuning import patch_against_finetuning as patch_against_finetuning
 from metaopt_lens.analysis._query_statistic import QueryStatistic as QueryStatistic
 from metaopt_lens.analysis._rank import kendall_tau as kendall_tau
 from metaopt_lens.analysis._recall import Rec2FTP as Rec2FTP

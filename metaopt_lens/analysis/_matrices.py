@@ -152,6 +152,19 @@ def frobenius_cosine(first: Factors, second: Factors) -> Float[Tensor, ...]:
     return _inner(first, second) / norms
 
 
+def dense_cosine(first: Factors, second: Float[Tensor, "*item d_model d_head"]) -> Float[Tensor, "*item"]:
+    """`frobenius_cosine` with a matrix that is not in factors.
+
+    Args:
+        first: matrices in factors.
+        second: as many others of their shape.
+    """
+    other = second.double()
+    inner = (first.left.double().mT @ other * first.right.double()).sum((-2, -1))
+    found: Tensor = inner / (_inner(first, first).clamp_min(0).sqrt() * other.flatten(-2).norm(dim=-1))
+    return found
+
+
 def singular_values(matrix: Factors) -> Float[Tensor, "*item rank"]:
     """Singular values, descending, in float64; as many as the factors allow to be non-zero.
 

@@ -37,6 +37,8 @@ class StaticCurve:
         correct: whether the right label's first token has the best score among the candidates' first tokens: in
             context, zero-shot, then with each static patch.
         effective_rank: of the last static patch's matrices, by name.
+        patch: the last static patch.
+        asked: the held-out queries.
     """
 
     n_fit: tuple[int, ...]
@@ -46,6 +48,8 @@ class StaticCurve:
     static: Float[Tensor, "fit query d_vocab"]
     correct: Bool[Tensor, "setting query"]
     effective_rank: dict[str, Float[Tensor, " layer"]]
+    patch: StaticPatch
+    asked: tuple[ICLPrompt, ...]
 
     @property
     def kl_to_in_context(self) -> Float[Tensor, "setting query"]:
@@ -132,16 +136,16 @@ def static_curve(
         if prompt.query in known:
             raise PromptError(f"the query {prompt.query!r} is fitted on and held out: give other queries.")
     tokens = [tokenize_for(wrapped, p, prepend_bos=prepend_bos, require_demos=True) for p in asked]
-    labels = [_first_tokens(wrapped, prompt) for prompt in asked]
+    labels = [first_tokens(wrapped, prompt) for prompt in asked]
     patches = exact_patches(wrapped, fit, prepend_bos=prepend_bos)
     prefix = run_shared_prefix(wrapped, tokens[0].ids[: tokens[0].query.start])
     in_context = torch.stack([_next(wrapped, t.ids[t.query.start :], prefix) for t in tokens])
-    zero_shot = _zero_shot(wrapped, tokens)
+    zero_shot = zero_shot_answers(wrapped, tokens)
     statics = [fit_static(patches[:k], ridge=ridge) for k in counts]
     answers = []
     for static in statics:
         with intervene(wrapped, static):
-            answers.append(_zero_shot(wrapped, tokens))
+            answers.append(zero_shot_answers(wrapped, tokens))
     settings = [in_context, zero_shot, *answers]
     return StaticCurve(
         n_fit=counts,
@@ -149,8 +153,10 @@ def static_curve(
         in_context=in_context,
         zero_shot=zero_shot,
         static=torch.stack(answers),
-        correct=torch.stack([_correct(setting, labels) for setting in settings]),
+        correct=torch.stack([answered_right(setting, labels) for setting in settings]),
         effective_rank=static_ranks(statics[-1]),
+        patch=statics[-1],
+        asked=tuple(asked),
     )
 
 
@@ -171,8 +177,13 @@ def _counts(n: int) -> tuple[int, ...]:
     return (*(2**i for i in range(1, n.bit_length()) if 2**i < n), n)
 
 
-def _first_tokens(model: LensModel, prompt: ICLPrompt) -> list[int]:
-    """First tokens of the candidates, the right label's first."""
+def first_tokens(model: LensModel, prompt: ICLPrompt) -> list[int]:
+    """First tokens of the candidates, the right label's first.
+
+    Args:
+        model: a wrapped model.
+        prompt: with its label.
+    """
     names = [prompt.label or "", *(label for label in candidate_labels(prompt) if label != prompt.label)]
     ids = [tokenize_label(name, prompt.template, model.tokenizer) for name in names]
     check_candidates(ids, names, scoring="first")
@@ -186,11 +197,25 @@ def _next(model: LensModel, ids: Sequence[int], prefix: Any = None) -> Float[Ten
     return logits[0, 0].detach().double().log_softmax(-1)
 
 
-def _zero_shot(model: LensModel, tokens: Sequence[TokenizedPrompt]) -> Float[Tensor, "query d_vocab"]:
+def zero_shot_answers(model: LensModel, tokens: Sequence[TokenizedPrompt]) -> Float[Tensor, "query d_vocab"]:
+    """Log-probabilities of the token after each query, without demonstrations.
+
+    Args:
+        model: a wrapped model, with whatever is applied to it.
+        tokens: of the in-context prompts.
+    """
     return torch.stack([_next(model, t.zero_shot().ids) for t in tokens])
 
 
-def _correct(log_probs: Float[Tensor, "query d_vocab"], labels: Sequence[Sequence[int]]) -> Bool[Tensor, " query"]:
+def answered_right(
+    log_probs: Float[Tensor, "query d_vocab"], labels: Sequence[Sequence[int]]
+) -> Bool[Tensor, " query"]:
+    """Whether the right label's first token has the best score among the candidates' first tokens.
+
+    Args:
+        log_probs: of the next token.
+        labels: of each query; see `first_tokens`.
+    """
     return torch.tensor([int(row[list(own)].argmax()) == 0 for row, own in zip(log_probs, labels, strict=True)])
 
 

@@ -164,17 +164,18 @@ class WeightUpdate(Stored):
 
     # ---- application --------------------------------------------------------------------------------------------
 
-    def hooks(self, model: LensModel) -> list[Hook]:
+    def hooks(self, model: Any) -> list[Hook]:
         """The hooks that make `model` the finetuned model.
 
         Args:
-            model: the wrapped model that the hooks are for.
+            model: the host or wrapped model that the hooks are for.
 
         Raises:
             ModelMismatchError: the update belongs to a model of another shape or parametrisation.
         """
-        model.check_same(self.model, "this weight update")
-        return [hook for layer in range(model.info.n_layers) for hook in self.layer_hooks(model, layer)]
+        wrapped = wrap(model)
+        wrapped.check_same(self.model, "this weight update")
+        return [hook for layer in range(wrapped.info.n_layers) for hook in self.layer_hooks(wrapped, layer)]
 
     def layer_hooks(
         self,

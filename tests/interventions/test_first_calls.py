@@ -105,7 +105,8 @@ def test_hooks_for_the_host_itself() -> None:
     mg = meta_gradient(model, prompt())
     with intervene(model, mg):
         pass
-    for given in (mg, mg.apply("linear"), KnockOut(mg), MomentumAttention(0.5)):
+    update = finetune(model, prompt(), lr=0.1, progress=False)
+    for given in (mg, mg.apply("linear"), KnockOut(mg), MomentumAttention(0.5), update):
         names = [name for name, _ in given.hooks(model)]
         assert names == [name for name, _ in given.hooks(metaopt_lens.wrap(model))]
         assert len(names) > 3

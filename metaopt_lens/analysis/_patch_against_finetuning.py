@@ -1,0 +1,226 @@
+"""The update the context makes and the one gradient descent makes: same matrices, same demonstrations, same units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from metaopt_lens._errors import NonFiniteError, OptionError, PromptError
+from metaopt_lens.analysis._compare_options import Controls
+from metaopt_lens.analysis._controls import finetune_arguments, shuffle_labels
+from metaopt_lens.analysis._interval import CONDITIONAL, mean_interval
+from metaopt_lens.analysis._matrices import Factors, dense_cosine
+from metaopt_lens.analysis._null_names import SHUFFLED_LABELS
+from metaopt_lens.analysis._own_updates import text_updates
+from metaopt_lens.analysis._recall import exact_interval
+from metaopt_lens.analysis._static_curve import StaticCurve, answered_right, first_tokens, zero_shot_answers
+from metaopt_lens.finetuning import WeightUpdate, demonstration_ids, finetune
+from metaopt_lens.models import LensModel, wrap
+from metaopt_lens.patches import StaticPatch
+from metaopt_lens.prompts import ICLPrompt
+from metaopt_lens.runs import tokenize_for
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FINETUNED = "finetuned"
+UPHILL = "uphill"
+
+
+@dataclass(frozen=True, eq=False)
+class PatchAgainstFinetuning:
+    """A static patch and finetuning on the same demonstrations, of the same matrices.
+
+    The cosines are of one demonstration set and have no interval: the nulls' draws are their scale. Intervals of the
+    accuracies are over queries, conditional on these demonstrations.
+
+    Attributes:
+        matrices: that both change, as the patch names them.
+        cosine: Frobenius cosine of the patch's change and the finetuned one; NaN where one is zero.
+        nulls: the same with other updates, made in the way of the finetuned one, by name: ``"shuffled labels"``
+            (several draws), ``"uphill"`` (ascent of the same loss) and ``"unrelated text"`` (of equal norm).
+        correct: held-out queries answered rightly, by setting: ``"in context"``, ``"zero-shot"``, ``"static patch"``,
+            ``"finetuned"``.
+        null_correct: the same with the nulls' updates.
+        notes: what is left out, and why.
+    """
+
+    matrices: tuple[str, ...]
+    cosine: Float[Tensor, "layer matrix"]
+    nulls: dict[str, Float[Tensor, "draw layer matrix"]]
+    correct: dict[str, Bool[Tensor, " query"]]
+    null_correct: dict[str, Bool[Tensor, "draw query"]]
+    notes: tuple[str, ...]
+
+    @property
+    def sentence(self) -> str:
+        """Which of the two buys more accuracy, by a t interval of the paired difference over queries."""
+        gain = self.correct["static patch"].double() - self.correct[FINETUNED].double()
+        found = mean_interval(gain)
+        low, high = float(found.low), float(found.high)
+        text = f"The static patch's accuracy less that of finetuning is {float(found.estimate):+.1%}"
+        if low != low:  # all queries differ alike
+            return f"{text}, the same for all {len(gain)} held-out queries: no interval."
+        return f"{text} on {len(gain)} held-out queries (95 % interval {low:+.1%} to {high:+.1%}, {CONDITIONAL})."
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per update, layer and matrix: the mean cosine with the patch's change, and the draws' extremes."""
+        import pandas as pd
+
+        rows = []
+        for name, draws in {FINETUNED: self.cosine[None], **self.nulls}.items():
+            for layer in range(draws.shape[1]):
+                for number, matrix in enumerate(self.matrices):
+                    values = draws[:, layer, number]
+                    row: dict[str, Any] = {"update": name, "layer": layer, "matrix": matrix, "draws": len(values)}
+                    row |= {"cosine": float(values.mean()), "lowest": float(values.min())}
+                    rows.append(row | {"highest": float(values.max())})
+        return pd.DataFrame(rows)
+
+    def accuracy_frame(self) -> pd.DataFrame:
+        """One row per setting and draw: accuracy on the held-out queries, with its exact interval."""
+        import pandas as pd
+
+        settings = [(name, 0, right) for name, right in self.correct.items()]
+        for name, draws in self.null_correct.items():
+            settings += [(f"{FINETUNED}, {name}", draw, right) for draw, right in enumerate(draws)]
+        rows = []
+        for name, draw, right in settings:
+            interval = exact_interval(int(right.sum()), len(right))
+            assert interval is not None  # there are queries
+            row: dict[str, Any] = {"setting": name, "draw": draw, "n": len(right)}
+            row |= {"accuracy": float(right.double().mean())}
+            rows.append(row | {"accuracy_low": interval[0] / 100, "accuracy_high": interval[1] / 100})
+        return pd.DataFrame(rows)
+
+
+def patch_against_finetuning(
+    model: Any,
+    curve: StaticCurve,
+    update: WeightUpdate,
+    *,
+    seeds: Sequence[int] = range(5),
+    prepend_bos: bool | None = None,
+) -> PatchAgainstFinetuning:
+    """Compare a static patch with finetuning on the demonstrations it stands for (docs/theory.md, section 9).
+
+    Args:
+        model: `HookedTransformer`, `TransformerBridge` or a wrapped model. It is not modified.
+        curve: of `static_curve`; its last patch is compared, on its held-out queries.
+        update: ``finetune(model, prompt, projections=("mlp_in", "mlp_gate", "mlp_out"), ...)`` on the demonstrations.
+        seeds: of the draws of shuffled labels.
+        prepend_bos: as for the curve.
+
+    Returns:
+        Cosines and accuracies, with their nulls.
+
+    Raises:
+        ModelMismatchError: patch or update of another model.
+        OptionError: an update that changes none of the patch's matrices, or does not say how it was made.
+        PromptError: an update trained on other data than the demonstrations, or another `prepend_bos` than the curve's.
+    """
+    wrapped, patch, asked = wrap(model), curve.patch, curve.asked
+    wrapped.check_same(patch.model, "this static patch")
+    wrapped.check_same(update.model, "this weight update")
+    matrices = common_matrices(patch, update)
+    arguments = finetune_arguments(update) | {"prepend_bos": prepend_bos, "allow_processed": True, "progress": False}
+    tokens = [tokenize_for(wrapped, prompt, prepend_bos=prepend_bos, require_demos=True) for prompt in asked]
+    if tokens[0].ids[: patch.tokens.stop] != patch.tokens.ids:
+        raise PromptError("the patch was fitted with another prepend_bos: give the one that static_curve was given.")
+    if update.trained_on is None or sorted(update.trained_on) != sorted(demonstration_ids(tokens[0])):
+        raise PromptError(
+            "the update was not trained on the patch's demonstrations: give finetune one of the curve's prompts."
+        )
+    nulls, notes = _null_updates(wrapped, asked[0], update, arguments, seeds)
+    only = [name for name in _changed(update) if name not in matrices]
+    if only:
+        notes.append(f"The update also changes {' and '.join(only)}, which the patch of this model leaves as it is.")
+    labels = [first_tokens(wrapped, prompt) for prompt in asked]
+
+    def right(made: WeightUpdate) -> Bool[Tensor, " query"]:
+        with made.applied(wrapped):
+            return answered_right(zero_shot_answers(wrapped, tokens), labels)
+
+    return PatchAgainstFinetuning(
+        matrices=matrices,
+        cosine=change_cosines(patch, update),
+        nulls={name: torch.stack([change_cosines(patch, made) for made in draws]) for name, draws in nulls.items()},
+        correct={
+            "in context": curve.correct[0],
+            "zero-shot": curve.correct[1],
+            "static patch": curve.correct[-1],
+            FINETUNED: right(update),
+        },
+        null_correct={name: torch.stack([right(made) for made in draws]) for name, draws in nulls.items()},
+        notes=tuple(notes),
+    )
+
+
+def change_cosines(patch: StaticPatch, update: WeightUpdate) -> Float[Tensor, "layer matrix"]:
+    """Frobenius cosine of the two changes of every layer and of each of the `common_matrices`, in float64.
+
+    Args:
+        patch: made by `static_patch`.
+        update: of the MLP's matrices; see `finetune`.
+    """
+    changed, rows = _changed(update), []
+    names = common_matrices(patch, update)
+    for layer in range(patch.model.n_layers):
+        factored = {name: patch.dense(layer, name) for name in names}
+        rows.append(
+            [dense_cosine(Factors(f.A, f.B), changed[name][layer].to(f.A.device)) for name, f in factored.items()]
+        )
+    return torch.stack([torch.stack(row) for row in rows]).cpu()
+
+
+def common_matrices(patch: StaticPatch, update: WeightUpdate) -> tuple[str, ...]:
+    """The MLP's matrices that both change, as the patch names them.
+
+    Args:
+        patch: made by `static_patch`.
+        update: made by `finetune`.
+
+    Raises:
+        OptionError: there are none.
+    """
+    changed = _changed(update)
+    found = tuple(name for name in patch.matrices if name in changed)
+    if not found:
+        has = " and ".join(changed) or "no matrix of the MLP"
+        wanted = ", ".join(f"'mlp_{name}'" for name in patch.matrices if name in ("in", "gate", "out"))
+        option = f"finetune with projections=({wanted})" if wanted else "this family has no such comparison"
+        raise OptionError(
+            f"the update changes {has}, but the patch of {patch.model.name} changes {' and '.join(patch.matrices)}: "
+            f"{option}."
+        )
+    return found
+
+
+def _changed(update: WeightUpdate) -> dict[str, Float[Tensor, "layer d_out d_in"]]:
+    """Changes of the MLP's matrices, named as in a patch."""
+    prefix = "w_mlp_"
+    return {name.removeprefix(prefix): t for name, t in update.tensors().items() if name.startswith(prefix)}
+
+
+def _null_updates(
+    model: LensModel, prompt: ICLPrompt, update: WeightUpdate, arguments: dict[str, Any], seeds: Sequence[int]
+) -> tuple[dict[str, list[WeightUpdate]], list[str]]:
+    """Updates of every null, and a note for each that could not be made."""
+    options = arguments["optimizer_options"] | {"maximize": True}
+    makers: dict[str, Callable[[], list[WeightUpdate]]] = {
+        SHUFFLED_LABELS: lambda: [finetune(model, shuffle_labels(prompt, seed=seed), **arguments) for seed in seeds],
+        UPHILL: lambda: [finetune(model, prompt, **{**arguments, "optimizer_options": options})],
+    }
+    found, notes = {}, []
+    for name, make in makers.items():
+        try:
+            found[name] = make()
+        except (PromptError, NonFiniteError) as error:
+            notes.append(f"the control {name!r} is left out ({error})")
+    texts, more = text_updates(model, [prompt], [update], Controls(unrelated_text=True))
+    return {**found, **texts}, [*notes, *more]
