@@ -41,3 +41,9 @@ def test_docstrings_name_sections_of_the_theory_that_are_there() -> None:
             assert numbers, (path.name, reference)
             named |= set(numbers[1].split(" and "))
     assert named == there
+
+
+def test_no_two_modules_have_one_name() -> None:
+    files = [path.name for path in (ROOT / "metaopt_lens").rglob("*.py") if not path.name.startswith("__")]
+    assert len(files) > 100
+    assert len(set(files)) == len(files)

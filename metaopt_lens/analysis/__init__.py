@@ -1,13 +1,10 @@
 """Similarity, recall, rank statistics, nulls and confidence intervals: pure functions of tensors."""
 
-from metaopt_lens.analysis._answers import Answers as Answers
-from metaopt_lens.analysis._answers import join_answers as join_answers
 from metaopt_lens.analysis._compare import compare as compare
 from metaopt_lens.analysis._compare_options import Controls as Controls
 from metaopt_lens.analysis._compare_options import Finetuning as Finetuning
 from metaopt_lens.analysis._compare_options import Measures as Measures
 from metaopt_lens.analysis._comparison import Comparison as Comparison
-from metaopt_lens.analysis._context import Context as Context
 from metaopt_lens.analysis._contribution_intervals import contribution_intervals as contribution_intervals
 from metaopt_lens.analysis._controls import flip_labels as flip_labels
 from metaopt_lens.analysis._controls import randomized_copy as randomized_copy
@@ -25,6 +22,8 @@ from metaopt_lens.analysis._interval import Interval as Interval
 from metaopt_lens.analysis._interval import mean_interval as mean_interval
 from metaopt_lens.analysis._interval import scope as scope
 from metaopt_lens.analysis._joining import join_measured as join_measured
+from metaopt_lens.analysis._label_answers import Answers as Answers
+from metaopt_lens.analysis._label_answers import join_answers as join_answers
 from metaopt_lens.analysis._matrices import Factors as Factors
 from metaopt_lens.analysis._matrices import PrincipalAngles as PrincipalAngles
 from metaopt_lens.analysis._matrices import effective_rank as effective_rank
@@ -34,6 +33,7 @@ from metaopt_lens.analysis._matrices import random_factors as random_factors
 from metaopt_lens.analysis._matrices import random_subspace_angles as random_subspace_angles
 from metaopt_lens.analysis._matrices import singular_values as singular_values
 from metaopt_lens.analysis._measured import Measured as Measured
+from metaopt_lens.analysis._measuring import Context as Context
 from metaopt_lens.analysis._multiple import adjust_p_values as adjust_p_values
 from metaopt_lens.analysis._null_names import ANALYTIC as ANALYTIC
 from metaopt_lens.analysis._null_names import FLIPPED_LABELS as FLIPPED_LABELS

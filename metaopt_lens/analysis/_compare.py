@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from metaopt_lens.analysis._answers import Choices, label_words
 from metaopt_lens.analysis._compare_options import Controls, Finetuning, Measures
 from metaopt_lens.analysis._comparison import Comparison
-from metaopt_lens.analysis._context import Context
 from metaopt_lens.analysis._controls import finetune_arguments
 from metaopt_lens.analysis._demo_sets import Updates, check_names, choose_top_k, group_sets, with_updates
 from metaopt_lens.analysis._joining import join_sets
+from metaopt_lens.analysis._label_answers import Choices, label_words
+from metaopt_lens.analysis._measuring import Context
 from metaopt_lens.analysis._output_space import OutputSpace
 from metaopt_lens.analysis._own_updates import OwnUpdates, finetune_sets, text_updates
 from metaopt_lens.analysis._set_controls import SetControls, measure_with_controls, random_twins

@@ -14,9 +14,9 @@ from torch import Tensor
 from metaopt_lens._codec import NOT_IN_0_1, NOT_STORED, Stored
 from metaopt_lens._errors import OptionError, UndefinedMetricError
 from metaopt_lens._plots import draw
-from metaopt_lens.analysis._answers import Answers
 from metaopt_lens.analysis._comparison_tables import accuracy_table, head_frame, query_frame, summary_table
 from metaopt_lens.analysis._interval import Interval, mean_interval, scope, set_means, t_test
+from metaopt_lens.analysis._label_answers import Answers
 from metaopt_lens.analysis._measured import Measured
 from metaopt_lens.analysis._recall import Rec2FTP, rec2ftp
 from metaopt_lens.finetuning import LearningRateChoice, WeightUpdate

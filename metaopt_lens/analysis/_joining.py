@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from metaopt_lens._storage import provenance
-from metaopt_lens.analysis._answers import Words, gold_of, join_answers
 from metaopt_lens.analysis._comparison import Comparison
 from metaopt_lens.analysis._demo_sets import TrainedSet
+from metaopt_lens.analysis._label_answers import Words, gold_of, join_answers
 from metaopt_lens.analysis._measured import Measured
 from metaopt_lens.analysis._set_controls import SetFound
 from metaopt_lens.models import ModelInfo

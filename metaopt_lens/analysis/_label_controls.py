@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from metaopt_lens._errors import OptionError
-from metaopt_lens.analysis._answers import Answers, Choices
 from metaopt_lens.analysis._controls import finetune_arguments, flip_labels, shuffle_labels
+from metaopt_lens.analysis._label_answers import Answers, Choices
 from metaopt_lens.analysis._null_names import FLIPPED_LABELS, SHUFFLED_LABELS
 from metaopt_lens.finetuning import WeightUpdate, finetune
 from metaopt_lens.models import LensModel

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from metaopt_lens.analysis._answers import Answers, Choices, join_answers
-from metaopt_lens.analysis._context import Context
+from metaopt_lens.analysis._label_answers import Answers, Choices, join_answers
 from metaopt_lens.analysis._low_rank import MemoryBatch
 from metaopt_lens.analysis._measured import Measured
+from metaopt_lens.analysis._measuring import Context
 from metaopt_lens.analysis._output_space import OutputSpace
 from metaopt_lens.analysis._query_batch import QueryBatch, join_norms, norms_of
 from metaopt_lens.analysis._statistic import Readings, Statistic, join_readings

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from metaopt_lens.analysis._context import Context
 from metaopt_lens.analysis._low_rank import MatrixReadings, MemoryBatch, compare_matrices, rotated_overlaps
+from metaopt_lens.analysis._measuring import Context
 from metaopt_lens.analysis._output_space import OutputSpace
 from metaopt_lens.analysis._similarity import difference
 from metaopt_lens.analysis._training_attention import TrainingAttention, ranked_maps

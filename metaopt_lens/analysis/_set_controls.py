@@ -12,13 +12,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from metaopt_lens._errors import NonFiniteError
-from metaopt_lens.analysis._answers import Choices
 from metaopt_lens.analysis._compare_options import Controls
-from metaopt_lens.analysis._context import Context
 from metaopt_lens.analysis._controls import finetune_arguments, randomized_copy
 from metaopt_lens.analysis._demo_sets import TrainedSet
+from metaopt_lens.analysis._label_answers import Choices
 from metaopt_lens.analysis._label_controls import finetuned_answers, moved_labels
 from metaopt_lens.analysis._measure_set import SetMeasures, Variant, measure_set
+from metaopt_lens.analysis._measuring import Context
 from metaopt_lens.analysis._null_names import FLIPPED_LABELS, RANDOM_WEIGHTS
 from metaopt_lens.analysis._output_space import OutputSpace
 from metaopt_lens.analysis._training_attention import demonstration_queries, usable_factors

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metaopt_lens.analysis._context import Context
 from metaopt_lens.analysis._measured import Level, Measured, Unit
+from metaopt_lens.analysis._measuring import Context
 from metaopt_lens.analysis._query_batch import QueryBatch
 
 Values = Float[Tensor, "query layer head"]

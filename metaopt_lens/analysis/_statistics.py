@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metaopt_lens.analysis._context import Context
+from metaopt_lens.analysis._measuring import Context
 from metaopt_lens.analysis._null_names import ANALYTIC, CHANCE, OTHER_QUERY, RANDOM, RANDOM_ROTATION
 from metaopt_lens.analysis._null_values import other_query_cosines, other_query_values, random_cosines
 from metaopt_lens.analysis._query_batch import QueryBatch

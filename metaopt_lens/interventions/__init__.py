@@ -2,6 +2,10 @@
 
 from metaopt_lens.interventions._apply import AppliedMetaGradient as AppliedMetaGradient
 from metaopt_lens.interventions._attribution import head_effects as head_effects
+from metaopt_lens.interventions._change import Change as Change
+from metaopt_lens.interventions._change import Memory as Memory
+from metaopt_lens.interventions._change import StagedIntervention as StagedIntervention
+from metaopt_lens.interventions._change import Visibility as Visibility
 from metaopt_lens.interventions._demo_tokens import DemoTokens as DemoTokens
 from metaopt_lens.interventions._function_vector import AppliedFunctionVector as AppliedFunctionVector
 from metaopt_lens.interventions._function_vector import FunctionVector as FunctionVector
@@ -21,10 +25,6 @@ from metaopt_lens.interventions._recovery import Recovery as Recovery
 from metaopt_lens.interventions._recovery import recovery as recovery
 from metaopt_lens.interventions._sight import Sight as Sight
 from metaopt_lens.interventions._sight import Sources as Sources
-from metaopt_lens.interventions._stages import Change as Change
-from metaopt_lens.interventions._stages import Memory as Memory
-from metaopt_lens.interventions._stages import StagedIntervention as StagedIntervention
-from metaopt_lens.interventions._stages import Visibility as Visibility
 
 __all__ = [
     "AppliedFunctionVector",

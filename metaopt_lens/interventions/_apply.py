@@ -10,8 +10,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from metaopt_lens._errors import OptionError
+from metaopt_lens.interventions._change import Change, Memory, Visibility
 from metaopt_lens.interventions._pipeline import pipeline
-from metaopt_lens.interventions._stages import Change, Memory, Visibility
 from metaopt_lens.models import Hook, HostPass, LensModel, wrap
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from metaopt_lens._codec import Stored
 from metaopt_lens._errors import DataError, HeadError, OptionError, PromptError
 from metaopt_lens._storage import provenance
 from metaopt_lens._types import HeadRef
+from metaopt_lens.interventions._change import Change
 from metaopt_lens.interventions._heads import Heads, head_mask
-from metaopt_lens.interventions._stages import Change
 from metaopt_lens.models import PASS, Hook, HostPass, LensModel, ModelInfo, Readout, wrap
 from metaopt_lens.prompts import Demo, ICLPrompt, PromptLike, Template, as_prompts, tokenize_label
 from metaopt_lens.runs import (

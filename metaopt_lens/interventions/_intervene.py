@@ -11,8 +11,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from metaopt_lens._errors import OptionError
+from metaopt_lens.interventions._change import Change, StagedIntervention
 from metaopt_lens.interventions._pipeline import pipeline
-from metaopt_lens.interventions._stages import Change, StagedIntervention
 from metaopt_lens.models import (
     PASS,
     Hook,

@@ -11,11 +11,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from metaopt_lens._errors import OptionError
+from metaopt_lens.interventions._change import Change, Visibility
 from metaopt_lens.interventions._demo_tokens import DemoTokens
 from metaopt_lens.interventions._heads import Heads, head_mask
 from metaopt_lens.interventions._meta_gradient import MetaGradient
 from metaopt_lens.interventions._pipeline import pipeline
-from metaopt_lens.interventions._stages import Change, Visibility
 from metaopt_lens.models import Hook, HostPass, LensModel, wrap
 from metaopt_lens.prompts import ICLPrompt, PromptLike, TokenizedPrompt, as_prompt
 

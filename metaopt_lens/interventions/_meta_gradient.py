@@ -12,14 +12,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from metaopt_lens._codec import Stored
-from metaopt_lens._errors import ModelMismatchError, OptionError, PromptError
+from metaopt_lens._errors import OptionError, PromptError
 from metaopt_lens._storage import provenance
 from metaopt_lens._types import HeadRef
 from metaopt_lens.interventions._apply import AppliedMetaGradient
+from metaopt_lens.interventions._change import Change
 from metaopt_lens.interventions._demo_tokens import DemoTokens
 from metaopt_lens.interventions._heads import Heads, head_mask
-from metaopt_lens.interventions._stages import Change
-from metaopt_lens.models import Fingerprint, Hook, LensModel, ModelInfo, Prefix, fingerprint_of, first_difference, wrap
+from metaopt_lens.models import Fingerprint, Hook, LensModel, ModelInfo, Prefix, check_made_for, fingerprint_of, wrap
 from metaopt_lens.prompts import Demo, ICLPrompt, PromptLike, Template, as_prompt
 from metaopt_lens.runs import memory_of, refuse_acting, run_shared_prefix
 
@@ -267,20 +267,8 @@ class MetaGradient(Stored):
         Args:
             model: a wrapped model.
         """
-        model.check_same(self.model, "this meta-gradient")
-        for fact in ("architecture", "positions", "dtype"):
-            mine, theirs = getattr(self.model, fact), getattr(model.info, fact)
-            if mine != theirs:
-                raise ModelMismatchError(
-                    f"this meta-gradient was made with {self.model.name} ({fact} = {mine}); "
-                    f"{model.info.name} has {fact} = {theirs}. Make a new one with meta_gradient(model, ...)."
-                )
-        differs = first_difference(self.fingerprint, fingerprint_of(model))
-        if differs is not None:
-            raise ModelMismatchError(
-                f"this meta-gradient was made with other weights than those of {model.info.name} ({differs} differs): "
-                "make a new one with meta_gradient(model, ...)."
-            )
+        what, again = "this meta-gradient was made with", "meta_gradient(model, ...)"
+        check_made_for(model, self.model, self.fingerprint, what=what, again=again)
 
     # ---- storing and showing ------------------------------------------------------------------------------------
 

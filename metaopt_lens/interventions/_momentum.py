@@ -12,10 +12,10 @@ from torch import Tensor
 
 from metaopt_lens._errors import OptionError, UnsupportedModelError
 from metaopt_lens.dual import check_eta, momentum_state, momentum_values, momentum_weights
+from metaopt_lens.interventions._change import Change
 from metaopt_lens.interventions._heads import Heads, head_mask
 from metaopt_lens.interventions._pipeline import pipeline
 from metaopt_lens.interventions._sight import Sight
-from metaopt_lens.interventions._stages import Change
 from metaopt_lens.models import AddsMomentum, Hook, HostPass, Late, LensModel, wrap
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from metaopt_lens._errors import OptionError
+from metaopt_lens.interventions._change import Change
 from metaopt_lens.interventions._sight import Sight
-from metaopt_lens.interventions._stages import Change
 from metaopt_lens.models import Hook, LensModel, refuse_momentum
 from metaopt_lens.runs import acting, acting_now
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metaopt_lens._errors import OptionError
 from metaopt_lens.dual import attention_scores, linear_weights, merge_softmax, visible_sources, weighted_values
-from metaopt_lens.interventions._stages import Memory, Visibility
+from metaopt_lens.interventions._change import Memory, Visibility
 from metaopt_lens.models import PASS, AttentionCall, Hook, HostPass, LensModel
 
 

@@ -4,8 +4,8 @@ from metaopt_lens._types import HeadRef as HeadRef
 from metaopt_lens.models._attention_call import AttentionCall as AttentionCall
 from metaopt_lens.models._experts import ExpertsSite as ExpertsSite
 from metaopt_lens.models._fingerprint import Fingerprint as Fingerprint
+from metaopt_lens.models._fingerprint import check_made_for as check_made_for
 from metaopt_lens.models._fingerprint import fingerprint_of as fingerprint_of
-from metaopt_lens.models._fingerprint import first_difference as first_difference
 from metaopt_lens.models._fixed_norm import FixedNorm as FixedNorm
 from metaopt_lens.models._gguf_cache import CacheRebuiltWarning as CacheRebuiltWarning
 from metaopt_lens.models._hooks import Hook as Hook

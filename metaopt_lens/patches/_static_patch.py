@@ -15,12 +15,12 @@ from metaopt_lens._errors import HeadError, OptionError, PromptError, Unsupporte
 from metaopt_lens._storage import provenance
 from metaopt_lens.dual import ridge_right_factors, ridge_scale
 from metaopt_lens.interventions import Change, DemoTokens, pipeline
-from metaopt_lens.models import Fingerprint, Hook, LensModel, ModelInfo, wrap
+from metaopt_lens.models import Fingerprint, Hook, LensModel, ModelInfo, check_made_for, wrap
 from metaopt_lens.patches._changes import Rows, change_hooks
 from metaopt_lens.patches._compile import Compiler
 from metaopt_lens.patches._placing import PatchedRows
 from metaopt_lens.patches._site import patch_site
-from metaopt_lens.patches._weight_patch import OUT_MATRICES, WeightPatch, check_patched_model
+from metaopt_lens.patches._weight_patch import AGAIN, COMPILED_FOR, OUT_MATRICES, WeightPatch
 from metaopt_lens.prompts import PromptLike, as_prompts
 from metaopt_lens.runs import tokenize_for
 
@@ -99,7 +99,7 @@ class StaticPatch(Stored):
             ModelMismatchError: another model, other weights or another dtype.
             UnsupportedModelError: the model's tokens cannot be moved to their in-context positions.
         """
-        check_patched_model(self, model)
+        check_made_for(model, self.model, self.fingerprint, what=COMPILED_FOR, again=AGAIN)
         model.check_movable()
         placing = PatchedRows(model, self.tokens, None)
         hooks: list[Hook] = []

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from metaopt_lens._codec import Stored
-from metaopt_lens._errors import HeadError, ModelMismatchError, OptionError
+from metaopt_lens._errors import HeadError, OptionError
 from metaopt_lens._storage import provenance
 from metaopt_lens.dual import rank_one_product
 from metaopt_lens.interventions import Change, DemoTokens, pipeline
@@ -22,8 +22,7 @@ from metaopt_lens.models import (
     Hook,
     LensModel,
     ModelInfo,
-    fingerprint_of,
-    first_difference,
+    check_made_for,
     wrap,
 )
 from metaopt_lens.patches._changes import Rows, change_hooks
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
 
 OUT_MATRICES = ("out", "o", "expert_out")
+COMPILED_FOR, AGAIN = "this patch was compiled for", "compile_context(model, prompt)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,7 +252,7 @@ class WeightPatch(Stored):
         Args:
             model: a wrapped model.
         """
-        check_patched_model(self, model)
+        check_made_for(model, self.model, self.fingerprint, what=COMPILED_FOR, again=AGAIN)
 
     def __repr__(self) -> str:
         changed = " and ".join([*self.matrices, *(["the norm's scale"] if self.scale is not None else [])])
@@ -313,35 +313,3 @@ class TokenChanges:
     def _own(self, x: Tensor, added: Rows) -> Rows:
         """Nothing is added where a token has no row."""
         return torch.where((self.placing.rows.to(x.device) >= 0)[:, None], added, 0.0)
-
-
-@runtime_checkable
-class _OfAModel(Protocol):
-    @property
-    def model(self) -> ModelInfo: ...
-
-    @property
-    def fingerprint(self) -> Fingerprint: ...
-
-
-def check_patched_model(patch: _OfAModel, model: LensModel) -> None:
-    """Raise `ModelMismatchError` unless a patch was made for this model, with these weights, in this dtype.
-
-    Args:
-        patch: exact or static.
-        model: a wrapped model.
-    """
-    model.check_same(patch.model, "this patch")
-    for fact in ("architecture", "positions", "dtype"):
-        mine, theirs = getattr(patch.model, fact), getattr(model.info, fact)
-        if mine != theirs:
-            raise ModelMismatchError(
-                f"this patch was compiled for {patch.model.name} ({fact} = {mine}); {model.info.name} has {fact} = "
-                f"{theirs}. Compile it again with compile_context(model, prompt)."
-            )
-    differs = first_difference(patch.fingerprint, fingerprint_of(model))
-    if differs is not None:
-        raise ModelMismatchError(
-            f"this patch was compiled for other weights than those of {model.info.name} ({differs} differs): "
-            "compile it again with compile_context(model, prompt)."
-        )

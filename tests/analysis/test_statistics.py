@@ -15,12 +15,12 @@ from hosts import shared, tokenized
 from metaopt_lens import ICLPrompt
 from metaopt_lens.analysis import NULLS, STATISTICS, Comparison, Controls, Measures, Statistic, compare, flip_labels
 from metaopt_lens.analysis import _measure_set as measuring
-from metaopt_lens.analysis._answers import Choices, label_words
-from metaopt_lens.analysis._context import Context
 from metaopt_lens.analysis._convention import Convention
 from metaopt_lens.analysis._demo_sets import group_sets
+from metaopt_lens.analysis._label_answers import Choices, label_words
 from metaopt_lens.analysis._matrices import Factors, frobenius_cosine, overlap, principal_angles, spectrum
 from metaopt_lens.analysis._measure_set import Variant, measure_set
+from metaopt_lens.analysis._measuring import Context
 from metaopt_lens.analysis._null_values import other_query_cosines, other_query_values, random_cosines
 from metaopt_lens.analysis._output_space import OutputSpace
 from metaopt_lens.analysis._similarity import cosine

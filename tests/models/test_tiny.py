@@ -26,9 +26,9 @@ from metaopt_lens.models.tiny import (
     sample_episode,
     sample_episodes,
 )
-from metaopt_lens.models.tiny._files import _FILES, METRICS_FILE, WEIGHTS_FILE
 from metaopt_lens.models.tiny._load import DATA
 from metaopt_lens.models.tiny._sampling import sample_stream
+from metaopt_lens.models.tiny._tiny_files import _FILES, METRICS_FILE, WEIGHTS_FILE
 from metaopt_lens.models.tiny._vocabulary import BOS, ID_OF, WORDS, build_tokenizer
 from metaopt_lens.models.tiny.train import TrainConfig, make_batch, n_nouns_at, save, train
 

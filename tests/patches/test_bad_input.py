@@ -39,7 +39,9 @@ def test_a_patch_of_another_model_weights_or_dtype() -> None:
     patch = compiled()
     with pytest.raises(ModelMismatchError, match=r"this patch was made with .* \(n_kv_heads = 2\)"):
         run(shared("bridge:llama_mqa"), patch, patch.zero_shot_ids)
-    with pytest.raises(ModelMismatchError, match=r"architecture = LlamaForCausalLM.*Compile it again"):
+    with pytest.raises(
+        ModelMismatchError, match=r"architecture = LlamaForCausalLM.*Make it again with compile_context"
+    ):
         run(shared("bridge:qwen2"), patch, patch.zero_shot_ids)
     with pytest.raises(ModelMismatchError, match=r"dtype = float32.*has dtype = float64"):
         run(shared("bridge:llama", torch.float64), patch, patch.zero_shot_ids)

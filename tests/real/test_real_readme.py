@@ -36,6 +36,7 @@ def test_the_sentence_is_true(said: LogitContributionSet) -> None:
         "heads reading the query": said.zero_shot.sum((1, 2)).mean(),
         "heads reading the demonstrations": said.meta_gradient.sum((1, 2)).mean(),
         "MLPs": said.mlp.sum(1).mean(),
+        "embedding and biases": (said.embedding + said.biases).mean(),
     }
     for head in said.heads(3, part="zero_shot"):
         values[str(head)] = said.zero_shot[:, head.layer, head.head].mean()

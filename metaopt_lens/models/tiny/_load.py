@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 
 from metaopt_lens._errors import OptionError, UnsupportedModelError
-from metaopt_lens.models.tiny._files import copy_weights, read_model, read_tokenizer
+from metaopt_lens.models.tiny._tiny_files import copy_weights, read_model, read_tokenizer
 from metaopt_lens.models.tiny._vocabulary import BOS, CONTEXT_WINDOW, EOS, PAD, WORDS
 
 if TYPE_CHECKING:

@@ -24,9 +24,9 @@ from torch import Tensor
 from metaopt_lens._storage import atomic_path, write_text
 from metaopt_lens._threads import torch_threads
 from metaopt_lens.models.tiny._evaluate import measure
-from metaopt_lens.models.tiny._files import METRICS_FILE, WEIGHTS_FILE
 from metaopt_lens.models.tiny._load import model_config
 from metaopt_lens.models.tiny._sampling import sample_stream
+from metaopt_lens.models.tiny._tiny_files import METRICS_FILE, WEIGHTS_FILE
 from metaopt_lens.models.tiny._vocabulary import BOS, ID_OF, LABELS, build_tokenizer
 
 if TYPE_CHECKING:
