@@ -18,7 +18,7 @@ def compile_(
         typer.Option(
             "--prompt",
             help="A .json, .jsonl or text file. The first prompt is compiled; with four or more queries behind the "
-            "same demonstrations, one patch for all is fitted on every second and asked of the others.",
+            "same demonstrations, one patch for all is fitted on every second and tested on the others.",
             metavar="FILE",
         ),
     ],

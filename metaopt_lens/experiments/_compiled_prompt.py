@@ -21,7 +21,7 @@ from metaopt_lens.runs import TopToken
 if TYPE_CHECKING:
     import pandas as pd
 
-# A static patch is fitted on every second query, two or more, and asked of the others.
+# A static patch is fitted on every second query, two or more, and tested on the others.
 _FEWEST_QUERIES = 4
 
 
@@ -106,7 +106,7 @@ def compile_prompts(
     static = None
     if len(prompts) < _FEWEST_QUERIES:
         notes.append(
-            f"No patch for all queries: it is fitted on every second and asked of the others, {_FEWEST_QUERIES} or "
+            f"No patch for all queries: it is fitted on every second and tested on the others, {_FEWEST_QUERIES} or "
             f"more, got {len(prompts)}."
         )
     else:

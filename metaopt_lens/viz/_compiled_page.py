@@ -35,7 +35,7 @@ def compiled_texts(found: CompiledPrompt) -> list[RenderableType]:
         frame_text(_written(_by_matrix(found)), "Changes, mean over layers and tokens"),
     ]
     if found.shares is not None:
-        tables.append(frame_text(_written(_demos(found).head(_DEMO_ROWS)), "Whose doing it is"))
+        tables.append(frame_text(_written(_demos(found).head(_DEMO_ROWS)), "What it comes from"))
     if found.static is not None:
         title = "One patch for all queries, on queries it was not fitted on (95 % intervals)"
         tables.append(frame_text(_written(_static_table(found)), title))
