@@ -30,6 +30,19 @@ def test_the_walk_goes_through_files_that_are_there(file: str) -> None:
     assert (ROOT / "metaopt_lens" / file).is_file()
 
 
+def test_docstrings_name_sections_of_the_theory_that_are_there() -> None:
+    """By number, as in ``docs/theory.md, sections 2 and 5``; every section is named somewhere."""
+    theory = (ROOT / "docs/theory.md").read_text(encoding="utf-8")
+    there = set(re.findall(r"^## (\d+)\. ", theory, re.MULTILINE))
+    named: set[str] = set()
+    for path in (ROOT / "metaopt_lens").rglob("*.py"):
+        for reference in re.findall(r"docs/theory\.md, ([^;:.)]*)", path.read_text(encoding="utf-8")):
+            numbers = re.match(r"sections? (\d+(?: and \d+)*)", reference)
+            assert numbers, (path.name, reference)
+            named |= set(numbers[1].split(" and "))
+    assert named == there
+
+
 def test_no_two_modules_have_one_name() -> None:
     files = [path.name for path in (ROOT / "metaopt_lens").rglob("*.py") if not path.name.startswith("__")]
     assert len(files) > 100

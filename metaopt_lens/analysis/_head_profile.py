@@ -123,7 +123,7 @@ def head_profile(
     prepend_bos: bool | None = None,
     seed: int = 0,
 ) -> HeadProfile:
-    """Scores of every head from several theories of in-context learning (docs/theory.md, "Which heads matter").
+    """Scores of every head from several theories of in-context learning (docs/theory.md, section 11).
 
     Columns: ``mass`` and ``meta_gradient_share`` of the split; ``zero_shot_logit`` and ``meta_gradient_logit``, direct
     contributions to the label's logit against the other candidates'; ``knock_out`` (or ``first_order``), the effect of

@@ -1,4 +1,4 @@
-"""Head scores from other theories of in-context learning (docs/theory.md, "Which heads matter")."""
+"""Head scores from other theories of in-context learning (docs/theory.md, section 11)."""
 
 from __future__ import annotations
 

@@ -11,15 +11,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from metaopt_lens._errors import NonFiniteError, OptionError, PromptError
-from metaopt_lens.analysis._compare_options import Controls
+from metaopt_lens.analysis._compare_options import Controls, Finetuning
 from metaopt_lens.analysis._controls import finetune_arguments, shuffle_labels
 from metaopt_lens.analysis._interval import CONDITIONAL, mean_interval
 from metaopt_lens.analysis._matrices import Factors, dense_cosine
 from metaopt_lens.analysis._null_names import SHUFFLED_LABELS
-from metaopt_lens.analysis._own_updates import text_updates
+from metaopt_lens.analysis._own_updates import finetune_sets, text_updates
 from metaopt_lens.analysis._recall import exact_interval
 from metaopt_lens.analysis._static_curve import StaticCurve, answered_right, first_tokens, zero_shot_answers
-from metaopt_lens.finetuning import WeightUpdate, demonstration_ids, finetune
+from metaopt_lens.finetuning import MLP, WeightUpdate, demonstration_ids, finetune
 from metaopt_lens.models import LensModel, wrap
 from metaopt_lens.patches import StaticPatch
 from metaopt_lens.prompts import ICLPrompt
@@ -47,6 +47,7 @@ class PatchAgainstFinetuning:
         correct: held-out queries answered rightly, by setting: ``"in context"``, ``"zero-shot"``, ``"static patch"``,
             ``"finetuned"``.
         null_correct: the same with the nulls' updates.
+        finetuned: the finetuned changes; what they were made with is in its settings.
         notes: what is left out, and why.
     """
 
@@ -55,6 +56,7 @@ class PatchAgainstFinetuning:
     nulls: dict[str, Float[Tensor, "draw layer matrix"]]
     correct: dict[str, Bool[Tensor, " query"]]
     null_correct: dict[str, Bool[Tensor, "draw query"]]
+    finetuned: WeightUpdate
     notes: tuple[str, ...]
 
     @property
@@ -102,7 +104,7 @@ class PatchAgainstFinetuning:
 def patch_against_finetuning(
     model: Any,
     curve: StaticCurve,
-    update: WeightUpdate,
+    update: WeightUpdate | None = None,
     *,
     seeds: Sequence[int] = range(5),
     prepend_bos: bool | None = None,
@@ -112,7 +114,8 @@ def patch_against_finetuning(
     Args:
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model. It is not modified.
         curve: of `static_curve`; its last patch is compared, on its held-out queries.
-        update: ``finetune(model, prompt, projections=("mlp_in", "mlp_gate", "mlp_out"), ...)`` on the demonstrations.
+        update: ``finetune(model, prompt, projections=("mlp_in", "mlp_gate", "mlp_out"), ...)`` on the demonstrations;
+            made with the defaults of `Finetuning` if not given.
         seeds: of the draws of shuffled labels.
         prepend_bos: as for the curve.
 
@@ -126,6 +129,8 @@ def patch_against_finetuning(
     """
     wrapped, patch, asked = wrap(model), curve.patch, curve.asked
     wrapped.check_same(patch.model, "this static patch")
+    if update is None:
+        update = _own_update(wrapped, patch, asked[0], prepend_bos=prepend_bos)
     wrapped.check_same(update.model, "this weight update")
     matrices = common_matrices(patch, update)
     arguments = finetune_arguments(update) | {"prepend_bos": prepend_bos, "allow_processed": True, "progress": False}
@@ -157,6 +162,7 @@ def patch_against_finetuning(
             FINETUNED: right(update),
         },
         null_correct={name: torch.stack([right(made) for made in draws]) for name, draws in nulls.items()},
+        finetuned=update,
         notes=tuple(notes),
     )
 
@@ -192,7 +198,7 @@ def common_matrices(patch: StaticPatch, update: WeightUpdate) -> tuple[str, ...]
     found = tuple(name for name in patch.matrices if name in changed)
     if not found:
         has = " and ".join(changed) or "no matrix of the MLP"
-        wanted = ", ".join(f"'mlp_{name}'" for name in patch.matrices if name in ("in", "gate", "out"))
+        wanted = ", ".join(f"'mlp_{name}'" for name in _mlp_matrices(patch))
         option = f"finetune with projections=({wanted})" if wanted else "this family has no such comparison"
         raise OptionError(
             f"the update changes {has}, but the patch of {patch.model.name} changes {' and '.join(patch.matrices)}: "
@@ -205,6 +211,20 @@ def _changed(update: WeightUpdate) -> dict[str, Float[Tensor, "layer d_out d_in"
     """Changes of the MLP's matrices, named as in a patch."""
     prefix = "w_mlp_"
     return {name.removeprefix(prefix): t for name, t in update.tensors().items() if name.startswith(prefix)}
+
+
+def _own_update(model: LensModel, patch: StaticPatch, prompt: ICLPrompt, *, prepend_bos: bool | None) -> WeightUpdate:
+    """Finetuning of the patch's matrices of the MLP, at a learning rate chosen on a quarter of the demonstrations."""
+    projections = [f"mlp_{name}" for name in _mlp_matrices(patch)]
+    if not projections:
+        changed = " and ".join(patch.matrices)
+        raise OptionError(f"the patch of {patch.model.name} changes {changed}, which finetuning has no counterpart of.")
+    how = Finetuning(further={"projections": projections, "keep_factors": False})
+    return finetune_sets(model, [prompt], how, prepend_bos=prepend_bos, allow_processed=True).updates[0]
+
+
+def _mlp_matrices(patch: StaticPatch) -> list[str]:
+    return [name for name in patch.matrices if f"mlp_{name}" in MLP]
 
 
 def _null_updates(

@@ -108,7 +108,7 @@ def static_curve(
     ridge: float = RIDGE,
     prepend_bos: bool | None = None,
 ) -> StaticCurve:
-    """Fit static patches on the first of some queries, and ask others (docs/theory.md, section 9).
+    """Fit static patches on the first of some queries, and test them on others (docs/theory.md, section 9).
 
     Args:
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model.

@@ -18,7 +18,7 @@ def compile_(
         typer.Option(
             "--prompt",
             help="A .json, .jsonl or text file. The first prompt is compiled; with four or more queries behind the "
-            "same demonstrations, one patch for all is fitted on every second and asked of the others.",
+            "same demonstrations, one patch for all is fitted on every second and tested on the others.",
             metavar="FILE",
         ),
     ],
@@ -29,6 +29,10 @@ def compile_(
     ridge: Annotated[
         float, typer.Option(help="Penalty of the patch for all queries, relative to the mean square of an input.")
     ] = 0.1,
+    finetuning: Annotated[
+        bool,
+        typer.Option("--finetuning", help="Compare the patch for all queries with finetuning of the same matrices."),
+    ] = False,
     dtype: options.WeightsType = options.DType.float32,
     device: options.Device = None,
     form: options.Form = options.Format.table,
@@ -47,7 +51,7 @@ def compile_(
     from metaopt_lens.viz import compiled_data, write_compiled_outputs
 
     loaded = options.load(model, dtype, device, no_cache=no_cache)
-    found = compile_prompts(loaded, prompts, precision=precision, ridge=ridge)
+    found = compile_prompts(loaded, prompts, precision=precision, ridge=ridge, finetuning=finetuning)
     if form is options.Format.json:
         show_json(compiled_data(found))
     else:

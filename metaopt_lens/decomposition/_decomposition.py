@@ -275,7 +275,7 @@ class Decomposition(Stored):
         versus: Answer | Sequence[Answer] | None = None,
         position: int | None = None,
     ) -> LogitContributions:
-        """What every part of every head adds to the logit of an answer (docs/theory.md, "What the parts say").
+        """What every part of every head adds to the logit of an answer (docs/theory.md, section 8).
 
         Args:
             answer: a word as the prompt's template writes a label, a token id, or several token ids; None for the
@@ -306,7 +306,7 @@ class Decomposition(Stored):
         maps: LensMaps | None = None,
         position: int | None = None,
     ) -> LensWords:
-        """The words that a part promotes and suppresses (docs/theory.md, "What the parts say").
+        """The words that a part promotes and suppresses (docs/theory.md, section 8).
 
         Args:
             head: ``"L3H7"`` or ``(3, 7)``.

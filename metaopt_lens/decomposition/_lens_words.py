@@ -1,4 +1,4 @@
-"""A part read as words: the tokens whose logits it raises and lowers most (docs/theory.md, "What the parts say")."""
+"""A part read as words: the tokens whose logits it raises and lowers most (docs/theory.md, section 8)."""
 
 from __future__ import annotations
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING
 
 from jaxtyping import Float
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LogitContributions:
-    """Direct contributions to the answer's logit, which sum to it (docs/theory.md, "What the parts say").
+    """Direct contributions to the answer's logit, which sum to it (docs/theory.md, section 8).
 
     The scale of the final norm, and of norms after attention, is held where this run has it, so the logit is a sum. A
     contribution is what a part writes in the answer's direction itself; what later layers make of it shows when it is
@@ -109,13 +111,12 @@ class LogitContributions:
             row("bias", "bias", self.bias[at])
         return pd.DataFrame(rows)
 
-    def __repr__(self) -> str:
-        lines = []
+    def _summaries(self) -> Iterator[tuple[str, dict[str, str], dict[str, str]]]:
+        """At each step a heading, sums over the model's parts, and the strongest heads of either part of a head."""
         for step, (token, rivals) in enumerate(zip(self.answer, self.versus, strict=True)):
             at = (step,) if len(self.answer) > 1 else ()
             against = f" minus the mean of {', '.join(map(repr, rivals))}" if rivals else ""
             cap = "" if self.softcap is None else f", before the soft-cap at {self.softcap:g}"
-            lines.append(f"Logit of {token!r}{against}: {float(self.logit[at]):+.3f}{cap}")
             sums = {
                 "embedding": self.embedding[at],
                 "heads, reading the query": self.zero_shot[at].sum(),
@@ -125,13 +126,28 @@ class LogitContributions:
             }
             if self.momentum is not None:
                 sums["momentum"] = self.momentum[at].sum()
-            lines.append("  " + ", ".join(f"{name} {float(value):+.3f}" for name, value in sums.items()))
+            strongest = {}
             for part in ("zero_shot", "meta_gradient"):
                 values = getattr(self, part)[at]
-                strongest = rank_heads(values.abs(), 5)
-                shown = ", ".join(f"{ref} {float(values[ref.layer, ref.head]):+.3f}" for ref in strongest)
-                lines.append(f"  {part}: {shown}")
+                refs = rank_heads(values.abs(), 5)
+                strongest[part] = ", ".join(f"{ref} {float(values[ref.layer, ref.head]):+.3f}" for ref in refs)
+            heading = f"Logit of {token!r}{against}: {float(self.logit[at]):+.3f}{cap}"
+            yield heading, {name: f"{float(value):+.3f}" for name, value in sums.items()}, strongest
+
+    def __repr__(self) -> str:
+        lines = []
+        for heading, sums, strongest in self._summaries():
+            lines += [heading, "  " + ", ".join(f"{name} {value}" for name, value in sums.items())]
+            lines += [f"  {part}: {heads}" for part, heads in strongest.items()]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return "".join(
+            f"<b>{escape(heading)}</b><table>"
+            + "".join(f"<tr><td>{escape(name)}</td><td>{value}</td></tr>" for name, value in (sums | strongest).items())
+            + "</table>"
+            for heading, sums, strongest in self._summaries()
+        )
 
 
 def part_of_contributions(found: LogitContributions, part: str) -> Float[Tensor, "*step layer head"]:

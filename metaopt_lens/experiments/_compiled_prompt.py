@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metaopt_lens._errors import MetaoptLensError, UnsupportedModelError
-from metaopt_lens.analysis import StaticCurve, static_curve
+from metaopt_lens.analysis import PatchAgainstFinetuning, StaticCurve, patch_against_finetuning, static_curve
 from metaopt_lens.interventions import intervene
 from metaopt_lens.models import LensModel, Readout, wrap
 from metaopt_lens.patches import RIDGE, ContextShares, WeightPatch, compile_context, context_shares
@@ -21,7 +21,7 @@ from metaopt_lens.runs import TopToken
 if TYPE_CHECKING:
     import pandas as pd
 
-# A static patch is fitted on every second query, two or more, and asked of the others.
+# A static patch is fitted on every second query, two or more, and tested on the others.
 _FEWEST_QUERIES = 4
 
 
@@ -37,6 +37,7 @@ class CompiledPrompt:
             without.
         largest: largest logit of the in-context run.
         static: one patch for all queries, on held-out ones; None where there are too few.
+        against: that patch compared with finetuning; None where it was not asked for or is not possible.
         notes: what is not defined, and why.
     """
 
@@ -46,6 +47,7 @@ class CompiledPrompt:
     off: tuple[float, float]
     largest: float
     static: StaticCurve | None
+    against: PatchAgainstFinetuning | None
     notes: tuple[str, ...]
 
     @property
@@ -75,6 +77,7 @@ def compile_prompts(
     *,
     precision: str | None = None,
     ridge: float = RIDGE,
+    finetuning: bool = False,
     prepend_bos: bool | None = None,
 ) -> CompiledPrompt:
     """Compile the first prompt; with four or more queries also fit one patch for all on every second.
@@ -84,6 +87,7 @@ def compile_prompts(
         prompts: one or more queries behind the same demonstrations.
         precision: see `compile_context`.
         ridge: see `static_patch`.
+        finetuning: also finetune the same matrices on the demonstrations, and compare; see `patch_against_finetuning`.
         prepend_bos: put BOS first; None for the model's default.
 
     Returns:
@@ -102,7 +106,7 @@ def compile_prompts(
     static = None
     if len(prompts) < _FEWEST_QUERIES:
         notes.append(
-            f"No patch for all queries: it is fitted on every second and asked of the others, {_FEWEST_QUERIES} or "
+            f"No patch for all queries: it is fitted on every second and tested on the others, {_FEWEST_QUERIES} or "
             f"more, got {len(prompts)}."
         )
     else:
@@ -110,6 +114,15 @@ def compile_prompts(
             static = static_curve(wrapped, prompts[::2], prompts[1::2], prepend_bos=prepend_bos, ridge=ridge)
         except MetaoptLensError as error:
             notes.append(f"No patch for all queries: {error}")
+    against = None
+    if finetuning and static is None:
+        notes.append("No comparison with finetuning: there is no patch for all queries.")
+    elif finetuning and static is not None:
+        try:
+            against = patch_against_finetuning(wrapped, static, prepend_bos=prepend_bos)
+            notes += against.notes
+        except MetaoptLensError as error:
+            notes.append(f"No comparison with finetuning: {error}")
     return CompiledPrompt(
         patch=patch,
         shares=shares,
@@ -121,6 +134,7 @@ def compile_prompts(
         off=(float((patched - in_context).abs().max()), float((zero_shot - in_context).abs().max())),
         largest=float(in_context.abs().max()),
         static=static,
+        against=against,
         notes=tuple(notes),
     )
 

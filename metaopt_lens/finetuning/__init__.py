@@ -7,6 +7,7 @@ from metaopt_lens.finetuning._finetune import finetune as finetune
 from metaopt_lens.finetuning._finetune import require_raw_weights as require_raw_weights
 from metaopt_lens.finetuning._learning_rate import LearningRateChoice as LearningRateChoice
 from metaopt_lens.finetuning._learning_rate import choose_learning_rate as choose_learning_rate
+from metaopt_lens.finetuning._settings import MLP as MLP
 from metaopt_lens.finetuning._settings import FinetuneSettings as FinetuneSettings
 from metaopt_lens.finetuning._update import StepFactors as StepFactors
 from metaopt_lens.finetuning._update import WeightUpdate as WeightUpdate

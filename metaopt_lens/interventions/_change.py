@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """Keys and values that heads see beside those of the running pass.
+    """Keys and values that heads see besides those of the running pass.
 
     Attributes:
         k: keys as the scores see them, rotated to `positions`.

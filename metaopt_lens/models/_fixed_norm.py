@@ -1,4 +1,4 @@
-"""A norm whose scale is held fixed: then it is linear (docs/theory.md, "What the parts say")."""
+"""A norm whose scale is held fixed: then it is linear (docs/theory.md, section 8)."""
 
 from __future__ import annotations
 

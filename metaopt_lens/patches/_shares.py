@@ -1,4 +1,4 @@
-"""Whose doing a patch is: what heads, demonstrations and tokens have in the change of the residual stream."""
+"""What a patch comes from: what heads, demonstrations and tokens have in the change of the residual stream."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def context_shares(model: Any, patch: WeightPatch) -> ContextShares:
 
 
 def leave_one_out(model: Any, prompt: PromptLike, shares: ContextShares) -> LeftOut:
-    """Compile the context again with each demonstration hidden from the query, beside the shares.
+    """Compile the context again with each demonstration hidden from the query, next to the shares.
 
     Args:
         model: the model of the shares, or that model wrapped.

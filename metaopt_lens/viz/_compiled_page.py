@@ -14,6 +14,7 @@ from rich.console import RenderableType
 from torch import Tensor
 
 from metaopt_lens._storage import atomic_path, write_text
+from metaopt_lens.analysis import PatchAgainstFinetuning
 from metaopt_lens.experiments import CompiledPrompt
 from metaopt_lens.viz._comparison_text import frame_text
 from metaopt_lens.viz._page import model_name
@@ -34,11 +35,17 @@ def compiled_texts(found: CompiledPrompt) -> list[RenderableType]:
         frame_text(_written(_by_matrix(found)), "Changes, mean over layers and tokens"),
     ]
     if found.shares is not None:
-        tables.append(frame_text(_written(_demos(found).head(_DEMO_ROWS)), "Whose doing it is"))
+        tables.append(frame_text(_written(_demos(found).head(_DEMO_ROWS)), "What it comes from"))
     if found.static is not None:
         title = "One patch for all queries, on queries it was not fitted on (95 % intervals)"
         tables.append(frame_text(_written(_static_table(found)), title))
         tables.append(found.static.sentence)
+    if found.against is not None:
+        title = "Cosine of that patch's changes and finetuned ones, mean over layers"
+        tables.append(frame_text(_written(_cosines(found.against)), title))
+        title = "What each buys on the held-out queries (95 % intervals)"
+        tables.append(frame_text(_written(_accuracies(found.against)), title))
+        tables.append(found.against.sentence)
     return tables
 
 
@@ -63,6 +70,7 @@ def compiled_data(found: CompiledPrompt) -> dict[str, Any]:
         "norm_scale_fixed": None if found.shares is None else found.shares.norm_scale_fixed,
         "smallest_normalised_coordinate": None if patch.smallest is None else float(patch.smallest.min()),
         "static": None,
+        "finetuning": None,
         "notes": list(found.notes),
     }
     if found.static is not None:
@@ -71,6 +79,13 @@ def compiled_data(found: CompiledPrompt) -> dict[str, Any]:
             "table": _records(found.static.to_frame()),
             "sentence": found.static.sentence,
             "effective_rank": ranks,
+        }
+    if (against := found.against) is not None:
+        data["finetuning"] = {
+            "finetuned": repr(against.finetuned),
+            "cosines": _records(against.to_frame()),
+            "accuracies": _records(against.accuracy_frame()),
+            "sentence": against.sentence,
         }
     return data
 
@@ -113,6 +128,7 @@ def write_compiled_page(found: CompiledPrompt, path: str | os.PathLike[str]) -> 
         static=None if found.static is None else _static_table(found),
         static_sentence=None if found.static is None else found.static.sentence,
         ranks=ranks,
+        **_against(found.against),
         smallest=None if found.patch.smallest is None else f"{float(found.patch.smallest.min()):.2g}",
         notes=found.notes,
         provenance={"weights": found.patch.model.weights, **found.patch.provenance},
@@ -168,6 +184,33 @@ def _static_table(found: CompiledPrompt) -> pd.DataFrame:
         parts = (frame[name], frame[f"{name}_low"], frame[f"{name}_high"])
         columns[name] = [Measured(value, low, high) for value, low, high in zip(*parts, strict=True)]
     return pd.DataFrame(columns)
+
+
+def _against(found: PatchAgainstFinetuning | None) -> dict[str, Any]:
+    """What the page says of the comparison with finetuning."""
+    if found is None:
+        return {"against": None}
+    grid = dict(zip(found.matrices, found.cosine.unbind(-1), strict=True))
+    return {
+        "against": found.sentence,
+        "finetuned": repr(found.finetuned),
+        "cosine_map": _map(grid, "matrix", "cosine", signed=True),
+        "cosines": _cosines(found),
+        "accuracies": _accuracies(found),
+    }
+
+
+def _cosines(found: PatchAgainstFinetuning) -> pd.DataFrame:
+    """By update, and null, and matrix: mean over layers and draws."""
+    frame = found.to_frame()
+    return frame.pivot_table(index="update", columns="matrix", values="cosine", sort=False).reset_index()
+
+
+def _accuracies(found: PatchAgainstFinetuning) -> pd.DataFrame:
+    frame = found.accuracy_frame()
+    parts = (frame["accuracy"], frame["accuracy_low"], frame["accuracy_high"])
+    columns = {name: frame[name] for name in ("setting", "draw")} | {"queries": frame["n"]}
+    return pd.DataFrame({**columns, "accuracy": [Measured(*row) for row in zip(*parts, strict=True)]})
 
 
 def _written(frame: pd.DataFrame) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -320,6 +321,18 @@ def test_by_default_the_label_against_the_other_candidates() -> None:
     assert abs(frame["contribution"].sum() - float(found.logit)) < 1e-3
     assert "dax" in repr(found)
     assert "zero_shot:" in repr(found)
+
+
+def test_a_notebook_shows_a_table() -> None:
+    """The words of the text, each part in a row; what the tokenizer knows as markup is shown, not obeyed."""
+    text = ICLPrompt([("apple", "dax"), ("hammer", "wug")], "pear", label="dax", candidates=("dax", "wug"))
+    found = decompose(load_tiny(), text).logits()
+    markup = found._repr_html_()
+    assert f"<tr><td>MLPs</td><td>{float(found.mlp.sum()):+.3f}</td></tr>" in markup
+    assert f"<td>{found.heads(1, part='zero_shot')[0]} " in markup
+    assert markup.count("<tr>") == 7  # five sums and two lists of heads
+    assert "&lt;b&gt;" in replace(found, answer=("<b>",))._repr_html_()
+    assert "'<b>'" not in replace(found, answer=("<b>",))._repr_html_()
 
 
 def test_at_all_positions_the_one_asked_for_is_read() -> None:

@@ -104,7 +104,9 @@ def test_the_command(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     out = tmp_path / "out"
-    ran = CliRunner().invoke(app, ["compile", "--model", "tiny", "--prompt", str(file), "--out", str(out)])
+    ran = CliRunner().invoke(
+        app, ["compile", "--model", "tiny", "--prompt", str(file), "--finetuning", "--out", str(out)]
+    )
     assert ran.exit_code == 0, ran.output
     assert "rank-one changes of gate and in and out" in ran.output.replace("\n", " ")
     assert {path.name for path in out.iterdir()} == {
@@ -116,6 +118,14 @@ def test_the_command(tmp_path: Path) -> None:
     page = (out / "compiled.html").read_text(encoding="utf-8")
     assert page.count('ml-struck"') == 8
     assert "One patch for all queries" in page
+    assert "Beside gradient descent" in page
+    cosines = data["finetuning"]["cosines"]
+    assert {row["update"] for row in cosines} == {"finetuned", "shuffled labels", "uphill", "unrelated text"}
+    assert all(-1 <= row["cosine"] <= 1 for row in cosines)
+    assert data["finetuning"]["accuracies"][2]["accuracy"] == data["static"]["table"][-1]["accuracy"]
+    assert "mlp_in, mlp_gate, mlp_out" in data["finetuning"]["finetuned"]
     assert WeightPatch.load(out / "patch").matrices == ("gate", "in", "out")
     shown = CliRunner().invoke(app, ["compile", "--model", "tiny", "--prompt", str(file), "--format", "json"])
-    assert json.loads(shown.stdout)["matrices"] == ["gate", "in", "out"]
+    plain = json.loads(shown.stdout)
+    assert plain["matrices"] == ["gate", "in", "out"]
+    assert plain["finetuning"] is None

@@ -22,7 +22,7 @@ from metaopt_lens.analysis import (
     static_curve,
 )
 from metaopt_lens.experiments import episode_prompts
-from metaopt_lens.finetuning import WeightUpdate
+from metaopt_lens.finetuning import WeightUpdate, choose_learning_rate
 from metaopt_lens.models import wrap
 from metaopt_lens.models.tiny import sample_episode
 from metaopt_lens.runs import tokenize_for
@@ -159,3 +159,17 @@ def test_bad_input() -> None:
         patch_against_finetuning(model, curve, other)
     with pytest.raises(PromptError, match="fitted with another prepend_bos"):
         patch_against_finetuning(model, curve, update, prepend_bos=False)
+
+
+def test_its_own_finetuning_chooses_a_rate_on_the_demonstrations() -> None:
+    model, curve, *_ = compared()
+    found = patch_against_finetuning(model, curve, seeds=(7,))
+    settings = found.finetuned.settings
+    assert settings is not None
+    rate = choose_learning_rate(
+        model, queries()[5].demos[:-2], queries()[5].demos[-2:], projections=MLP, candidates=queries()[5].candidates
+    ).lr
+    assert settings.lr == rate
+    assert set(settings.projections) == set(MLP)
+    again = finetune(model, queries()[0], lr=rate, projections=settings.projections, progress=False)
+    torch.testing.assert_close(found.cosine, brute_force(curve, again), rtol=0, atol=1e-6)
