@@ -104,7 +104,10 @@ class HeadProfile:
 
     def __repr__(self) -> str:
         n_sets = len(set(self.sets.tolist()))
-        lines = [f"HeadProfile of {self.model.name}: {len(self.sets)} queries behind {n_sets} demonstration sets"]
+        lines = [
+            f"HeadProfile of {self.model.name}: {len(self.sets)} queries behind {n_sets} "
+            f"demonstration set{'s' if n_sets > 1 else ''}"
+        ]
         for name in self.scores:
             values = self.mean(name)
             best = values.abs().nan_to_num(-1.0).flatten().argsort(descending=True)[:5].tolist()

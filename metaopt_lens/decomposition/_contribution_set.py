@@ -104,8 +104,8 @@ class LogitContributionSet(Sequence[LogitContributions]):
     def __repr__(self) -> str:
         n_sets = len(set(self.sets.tolist()))
         lines = [
-            f"Logit contributions of {len(self)} queries behind {n_sets} demonstration sets, means over queries: "
-            f"logit {float(self.logit.mean()):+.3f}",
+            f"Logit contributions of {len(self)} queries behind {n_sets} demonstration set{'s' if n_sets > 1 else ''}, "
+            f"means over queries: logit {float(self.logit.mean()):+.3f}",
             f"  embedding {float(self.embedding.mean()):+.3f}, heads reading the query "
             f"{float(self.zero_shot.sum((1, 2)).mean()):+.3f}, heads reading the demonstrations "
             f"{float(self.meta_gradient.sum((1, 2)).mean()):+.3f}, MLPs {float(self.mlp.sum(1).mean()):+.3f}, "
