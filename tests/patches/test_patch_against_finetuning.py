@@ -25,6 +25,7 @@ from metaopt_lens.experiments import episode_prompts
 from metaopt_lens.finetuning import WeightUpdate, choose_learning_rate
 from metaopt_lens.models import wrap
 from metaopt_lens.models.tiny import sample_episode
+from metaopt_lens.prompts import Demo
 from metaopt_lens.runs import tokenize_for
 
 MLP: Any = ("mlp_in", "mlp_gate", "mlp_out")
@@ -173,3 +174,17 @@ def test_its_own_finetuning_chooses_a_rate_on_the_demonstrations() -> None:
     assert set(settings.projections) == set(MLP)
     again = finetune(model, queries()[0], lr=rate, projections=settings.projections, progress=False)
     torch.testing.assert_close(found.cosine, brute_force(curve, again), rtol=0, atol=1e-6)
+
+
+def test_a_null_that_is_not_possible_is_left_out_by_name() -> None:
+    """Demonstrations with one label have no shuffle."""
+    model = load_tiny()
+    label = queries()[0].demos[0].label
+    alike = [prompt.with_demos([Demo(d.input, label) for d in prompt.demos[:2]]) for prompt in queries()[:4]]
+    curve = static_curve(model, alike[:2], alike[2:])
+    update = finetune(model, alike[0], lr=LR, projections=("mlp_in",), progress=False)
+    found = patch_against_finetuning(model, curve, update)
+    assert found.matrices == ("in",)
+    assert list(found.nulls) == ["uphill", "unrelated text"]
+    assert len(found.notes) == 1
+    assert "the control 'shuffled labels' is left out (labels cannot be shuffled" in found.notes[0]
