@@ -8,6 +8,7 @@ set, spread between sets 0, 1 and 3 times that within): t 0.95 everywhere; the h
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,6 +57,16 @@ class Interval:
     def degenerate(self) -> Bool[Tensor, ...]:
         """Where there is a mean but no interval."""
         return ~self.estimate.isnan() & self.low.isnan()
+
+    def within(self, lowest: float, highest: float) -> Interval:
+        """The same interval, cut at the ends of the range that the mean cannot leave; its coverage stays.
+
+        Args:
+            lowest: smallest value that is possible.
+            highest: largest.
+        """
+        low, high = self.low.clamp(lowest, highest), self.high.clamp(lowest, highest)
+        return dataclasses.replace(self, low=low, high=high)
 
 
 def scope(n_sets: int) -> str:

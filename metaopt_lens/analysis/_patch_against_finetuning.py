@@ -63,7 +63,7 @@ class PatchAgainstFinetuning:
     def sentence(self) -> str:
         """Which of the two buys more accuracy, by a t interval of the paired difference over queries."""
         gain = self.correct["static patch"].double() - self.correct[FINETUNED].double()
-        found = mean_interval(gain)
+        found = mean_interval(gain).within(-1.0, 1.0)
         low, high = float(found.low), float(found.high)
         text = f"The static patch's accuracy less that of finetuning is {float(found.estimate):+.1%}"
         if low != low:  # all queries differ alike

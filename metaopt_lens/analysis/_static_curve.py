@@ -65,7 +65,7 @@ class StaticCurve:
     def sentence(self) -> str:
         """Whether the last patch beats zero-shot on these queries, by a t interval of the paired difference."""
         gain = self.correct[-1].double() - self.correct[1].double()
-        found = mean_interval(gain)
+        found = mean_interval(gain).within(-1.0, 1.0)
         n, what = len(gain), "conditional on these demonstrations"
         low, high = float(found.low), float(found.high)
         text = f"{float(found.estimate):+.1%} of {n} held-out queries"

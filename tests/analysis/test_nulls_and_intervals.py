@@ -230,3 +230,14 @@ def test_errors(unchecked):
         mean_interval(x, sets=torch.arange(2))
     with pytest.raises(OptionError, match=r"p values must lie between 0 and 1"):
         adjust_p_values(torch.tensor([0.5, torch.nan]))
+
+
+def test_an_interval_of_accuracies_ends_where_accuracies_end() -> None:
+    gains = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    whole = mean_interval(gains)
+    assert float(whole.high) > 1
+    cut = whole.within(-1.0, 1.0)
+    assert float(cut.high) == 1
+    assert float(cut.low) == float(whole.low)
+    assert float(cut.estimate) == 0.75
+    assert mean_interval(torch.ones(3)).within(-1.0, 1.0).degenerate
