@@ -49,8 +49,8 @@ def finetune(
             a list of plain texts.
         lr: learning rate (see `choose_learning_rate`).
         epochs: passes over the demonstrations.
-        projections: which of ``"q"``, ``"k"``, ``"v"``, ``"o"``, ``"mlp_in"``, ``"mlp_gate"``, ``"mlp_out"`` are updated,
-            in every layer.
+        projections: which of ``"q"``, ``"k"``, ``"v"``, ``"o"``, ``"mlp_in"``, ``"mlp_gate"``, ``"mlp_out"`` are
+            updated, in every layer.
         bias: also update their biases, where the model has them.
         optimizer: a class of ``torch.optim``.
         optimizer_options: its further arguments.
