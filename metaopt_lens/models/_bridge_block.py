@@ -69,8 +69,8 @@ class BridgeBlock:
         return self.block.attn.b_O  # type: ignore[no-any-return]
 
     def norm_after_attention(self) -> FixedNorm | None:
-        norm = self.block._modules.get("ln1" if self.family.post_norm else "ln1_post")
-        return None if norm is None else fixed_norm(norm, self.cfg)
+        name = self._norm_after("ln1")
+        return None if name is None else fixed_norm(self.block._modules[name], self.cfg)
 
     def has_bias(self, projection: str) -> bool:
         return getattr(self.block.attn, f"b_{projection.upper()}") is not None
@@ -113,8 +113,13 @@ class BridgeBlock:
         )
 
     def _output_norm(self) -> OutputNorm | None:
-        name = "ln2_post" if "ln2_post" in self.block._modules else "ln2" if self.family.post_norm else None
+        name = self._norm_after("ln2")
         if name is None:
             return None
         at = f"blocks.{self.layer}.{name}"
         return OutputNorm(normalized_name=f"{at}.hook_normalized", out_name=f"{at}.hook_out")
+
+    def _norm_after(self, name: str) -> str | None:
+        """The norm on what attention (``ln1``) or the MLP (``ln2``) writes; 3.x names OLMo-2's like one before it."""
+        after = f"{name}_post"
+        return after if after in self.block._modules else name if self.family.post_norm else None
