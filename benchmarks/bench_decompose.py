@@ -45,23 +45,23 @@ def tokenizer() -> Any:
     words = {"<pad>": 0, "<bos>": 1, "<eos>": 2, ":": 3, "\n": 4} | {f"w{i}": i for i in range(6, VOCAB)}
     raw = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     raw.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"\n"), "isolated"), pre_tokenizers.Split(Regex(r"[ \t]+"), "removed")]
+        [pre_tokenizers.Split(Regex(r"\n|:"), "isolated"), pre_tokenizers.Split(Regex(r"[ \t]+"), "removed")]
     )
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
 
 
-def prompt() -> Any:
-    """32 demonstrations of 15 or 16 tokens and a query of 16; with BOS 512 tokens."""
+def prompt(n_query: int = N_QUERY) -> Any:
+    """32 demonstrations and a query of `n_query` tokens (by default each of 15 or 16); with BOS 512 tokens."""
     from metaopt_lens import ICLPrompt
 
-    rest = N_TOKENS - 1 - N_QUERY
+    rest = N_TOKENS - 1 - n_query
     demos, used = [], 0
     for i in range(N_DEMOS):
         length = (rest - used) // (N_DEMOS - i)
         words = " ".join(f"w{100 + used + j}" for j in range(length - 3))  # a colon, a label, a line end
         demos.append((words, f"w{10 + i % 4}"))
         used += length
-    return ICLPrompt(demos, " ".join(f"w{2000 + j}" for j in range(N_QUERY - 1)))
+    return ICLPrompt(demos, " ".join(f"w{2000 + j}" for j in range(n_query - 1)))
 
 
 def build(host: str) -> Any:

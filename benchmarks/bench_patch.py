@@ -18,51 +18,19 @@ from __future__ import annotations
 
 import statistics
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
-THREADS, ROUNDS, N_DEMOS, N_TOKENS, VOCAB = 2, 7, 32, 512, 50257
+from bench_decompose import ROUNDS, THREADS, prompt
+from bench_decompose import build as gpt2
+
 MAX_OVER_PASSES, MAX_NUMBERS = 1.3, 3.0
 
 
-def prompt(n_query: int) -> Any:
-    """32 demonstrations and a query; with BOS 512 tokens."""
-    from metaopt_lens import ICLPrompt
-
-    rest = N_TOKENS - 1 - n_query
-    demos, used = [], 0
-    for i in range(N_DEMOS):
-        length = (rest - used) // (N_DEMOS - i)
-        words = " ".join(f"w{100 + used + j}" for j in range(length - 3))  # a colon, a label, a line end
-        demos.append((words, f"w{10 + i % 4}"))
-        used += length
-    return ICLPrompt(demos, " ".join(f"w{2000 + j}" for j in range(n_query - 1)))
-
-
 def build() -> Any:
-    """GPT-2 small with random weights behind a TransformerBridge."""
-    import torch
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2, ":": 3, "\n": 4} | {f"w{i}": i for i in range(6, VOCAB)}
-    raw = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    raw.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"\n"), "isolated"), pre_tokenizers.Split(Regex(r"[ \t]+"), "removed")]
-    )
-    source = GPT2LMHeadModel(GPT2Config(attn_implementation="eager", architectures=["GPT2LMHeadModel"])).eval()
-    folder = tempfile.mkdtemp()
-    own = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
-    own.save_pretrained(folder)
-    source.config.save_pretrained(folder)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        bridge = TransformerBridge.boot_transformers(folder, hf_model=source, tokenizer=own, device="cpu")
+    """GPT-2 small with random weights behind a TransformerBridge, which puts BOS first."""
+    bridge = gpt2("bridge")
     bridge.cfg.default_prepend_bos = True
     return bridge
 
