@@ -1,5 +1,7 @@
 """Similarity, recall, rank statistics, nulls and confidence intervals: pure functions of tensors."""
 
+from metaopt_lens.analysis._ceiling import Ceiling as Ceiling
+from metaopt_lens.analysis._ceiling import ceiling as ceiling
 from metaopt_lens.analysis._compare import compare as compare
 from metaopt_lens.analysis._compare_options import Controls as Controls
 from metaopt_lens.analysis._compare_options import Finetuning as Finetuning
@@ -18,6 +20,7 @@ from metaopt_lens.analysis._head_scores import attention_scores_of_heads as atte
 from metaopt_lens.analysis._head_scores import function_vector_scores as function_vector_scores
 from metaopt_lens.analysis._head_scores import induction_score as induction_score
 from metaopt_lens.analysis._head_scores import previous_token_score as previous_token_score
+from metaopt_lens.analysis._held_out import Explained as Explained
 from metaopt_lens.analysis._interval import Interval as Interval
 from metaopt_lens.analysis._interval import mean_interval as mean_interval
 from metaopt_lens.analysis._interval import scope as scope
@@ -92,9 +95,11 @@ __all__ = [
     "SHUFFLED_LABELS",
     "STATISTICS",
     "UNRELATED_TEXT",
+    "Ceiling",
     "Comparison",
     "Controls",
     "Convention",
+    "Explained",
     "Factors",
     "Finding",
     "Finetuning",
@@ -109,6 +114,7 @@ __all__ = [
     "Statistic",
     "TopKRecall",
     "adjust_p_values",
+    "ceiling",
     "compare",
     "contribution_intervals",
     "cosine",

@@ -1,0 +1,57 @@
+"""plotly: how far each update is on the way from zero to the best possible one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import plotly.graph_objects as go
+
+from metaopt_lens._plots import draws
+from metaopt_lens.analysis import Ceiling
+
+_FONT = {"family": "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif", "size": 12, "color": "#1f2933"}
+
+
+@draws(Ceiling, "plot")
+def ceiling_figure(found: Ceiling) -> go.Figure:
+    """One line for each changed matrix, a point with its interval for each update.
+
+    Args:
+        found: of `ceiling`.
+    """
+    table = found.to_frame()
+    figure = go.Figure()
+    for target in found.targets:
+        rows = table[table["target"] == target]
+        figure.add_trace(_points(target, rows["update"], rows["r_squared"], rows["low"], rows["high"]))
+    return _laid_out(figure, "held-out R² of the in-context update", found.r_squared(target=target).label)
+
+
+def _points(name: str, labels: Any, values: Any, low: Any, high: Any) -> go.Scatter:
+    def known(v: float) -> float:
+        return 0.0 if math.isnan(v) else v
+
+    up = [known(h - v) for h, v in zip(high, values, strict=True)]
+    down = [known(v - w) for w, v in zip(low, values, strict=True)]
+    return go.Scatter(
+        x=[None if math.isnan(v) else v for v in values],
+        y=list(labels),
+        name=name,
+        mode="markers",
+        marker={"size": 9},
+        error_x={"type": "data", "symmetric": False, "array": up, "arrayminus": down},
+        hovertemplate="%{y}: %{x:.3f}<extra>" + name + "</extra>",
+    )
+
+
+def _laid_out(figure: go.Figure, what: str, scope: str) -> go.Figure:
+    figure.update_layout(
+        title={"text": f"{what}, 95 % intervals {scope}", "x": 0, "font": {"size": 14}},
+        font=_FONT,
+        plot_bgcolor="white",
+        paper_bgcolor="white",
+    )
+    figure.update_xaxes(title=what, range=[-0.25, 1.05], zeroline=True, zerolinecolor="#52606d", gridcolor="#e4e7eb")
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    return figure
