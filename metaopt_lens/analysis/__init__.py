@@ -27,6 +27,8 @@ from metaopt_lens.analysis._interval import scope as scope
 from metaopt_lens.analysis._joining import join_measured as join_measured
 from metaopt_lens.analysis._label_answers import Answers as Answers
 from metaopt_lens.analysis._label_answers import join_answers as join_answers
+from metaopt_lens.analysis._ladder import OptimiserLadder as OptimiserLadder
+from metaopt_lens.analysis._ladder import optimiser_ladder as optimiser_ladder
 from metaopt_lens.analysis._matrices import Factors as Factors
 from metaopt_lens.analysis._matrices import PrincipalAngles as PrincipalAngles
 from metaopt_lens.analysis._matrices import effective_rank as effective_rank
@@ -106,6 +108,7 @@ __all__ = [
     "HeadProfile",
     "Interval",
     "Measures",
+    "OptimiserLadder",
     "PrincipalAngles",
     "QueryStatistic",
     "Rec2FTP",
@@ -129,6 +132,7 @@ __all__ = [
     "headline",
     "kendall_tau",
     "mean_interval",
+    "optimiser_ladder",
     "principal_angles",
     "randomized_copy",
     "rec2ftp",

@@ -72,8 +72,8 @@ class Ceiling(Stored):
 
     Attributes:
         model: names and sizes.
-        targets: by what is changed: ``"value"`` per head (heads that share keys and values share the change),
-            ``"output"`` (W_O) per layer, ``"mlp in"`` and the like per layer.
+        targets: by what is changed: ``"value"`` per key-value group (its heads share the change), ``"output"`` (W_O)
+            per layer, ``"mlp in"`` and the like per layer.
         sets: the demonstration set of each query.
         n_folds: of the cross-validation, over the queries behind the same demonstrations.
         provenance: versions and time.
@@ -98,7 +98,7 @@ class Ceiling(Stored):
         return len(set(self.sets.tolist()))
 
     def r_squared(self, predictor: str = CEILING, target: str = "value", *, layer: int | None = None) -> Interval:
-        """Mean held-out R^2 over heads (or layers), with its t interval over demonstration sets.
+        """Mean held-out R^2 over key-value groups (or layers), with its t interval over demonstration sets.
 
         Args:
             predictor: a name of the table.
@@ -260,7 +260,7 @@ def value_ceiling(
     change: WeightUpdate | None = None,
     eps: float | None = None,
 ) -> Explained:
-    """How well every predictor does for the update of z behind one demonstration set.
+    """How well every predictor does for the update of z behind one demonstration set, per key-value group.
 
     Args:
         icl: head outputs in context.
@@ -273,49 +273,37 @@ def value_ceiling(
         change: what finetuning did, for the first order of its change of values.
         eps: rounding unit of the recorded numbers.
     """
-    target = icl.double() - zs.double()
-    defined = ~difference(icl, zs, eps=eps).isnan().any(-1)
-    shared_inputs, shared_target = (_groups(t, n_kv_heads) for t in (inputs, target))
-    best = _ungrouped(held_out_predictions(shared_inputs, shared_target, folds))
-    step = ft.double() - zs.double()
+    defined = ~difference(icl, zs, eps=eps).isnan().any(-1)  # query layer head
+    x, start, end, tuned, form = (
+        rearrange(t.double(), "query layer (kv group) d -> layer kv query group d", kv=n_kv_heads)
+        for t in (inputs, zs, icl, ft, linear)
+    )
+    target, step = end - start, tuned - start
     predictions = {
-        CONSTANT: _queries_first(held_out_mean(_heads_first(target)[..., None, :], folds)[..., 0, :]),
+        CONSTANT: held_out_mean(target.flatten(-2)[..., None, :], folds),  # layer kv query 1 (group d)
         FINETUNED: step,
         SCALED: _scaled(step, target, folds),
-        LINEAR: _scaled(linear.double(), target, folds),
+        LINEAR: _scaled(form, target, folds),
     }
     if change is not None and change.w_v is not None:
         weight = change.w_v.double().cpu()
-        if change.b_v is not None and inputs.shape[-1] > weight.shape[-2]:
+        if change.b_v is not None and x.shape[-1] > weight.shape[-2]:
             weight = torch.cat([weight, change.b_v.double().cpu()[..., None, :]], dim=-2)
-        predictions[FIRST_ORDER] = _ungrouped(
-            torch.einsum("lkqgi,lkio->lkqgo", shared_inputs[..., : weight.shape[-2]].double(), weight)
-        )
-    return explained(target, predictions | {CEILING: best}, defined)
+        predictions[FIRST_ORDER] = x[..., : weight.shape[-2]] @ weight[:, :, None]
+    predictions[CEILING] = held_out_predictions(x, target, folds)
+    of_groups = rearrange(defined, "query layer (kv group) -> query layer kv group", kv=n_kv_heads).any(-1)
+    return explained(_site(target), {name: _site(t) for name, t in predictions.items()}, of_groups)
 
 
-def _groups(
-    t: Float[Tensor, "query layer head d_in"], n_kv_heads: int
-) -> Float[Tensor, "layer kv_head query group d_in"]:
-    return rearrange(t, "query layer (kv group) d -> layer kv query group d", kv=n_kv_heads)
-
-
-def _ungrouped(t: Float[Tensor, "layer kv_head query group d_in"]) -> Float[Tensor, "query layer head d_in"]:
-    return rearrange(t, "layer kv query group d -> query layer (kv group) d")
-
-
-def _heads_first(t: Float[Tensor, "query layer head d"]) -> Float[Tensor, "layer head query d"]:
-    return t.permute(1, 2, 0, 3)
-
-
-def _queries_first(t: Float[Tensor, "layer head query d"]) -> Float[Tensor, "query layer head d"]:
-    return t.permute(2, 0, 1, 3)
+def _site(t: Float[Tensor, "layer kv_head query group d"]) -> Float[Tensor, "query layer kv_head out"]:
+    """The heads of a group side by side."""
+    return rearrange(t, "layer kv query group d -> query layer kv (group d)")
 
 
 def _scaled(direction: Tensor, target: Tensor, folds: Tensor) -> Tensor:
-    """The direction of every site with one scale for all queries."""
-    made = held_out_scale(_heads_first(direction)[..., None, :], _heads_first(target), folds)
-    return _queries_first(made)
+    """The direction, ``[layer, kv_head, query, group, d]``, with one scale for every group."""
+    made = held_out_scale(direction.flatten(-2)[..., None, :], target.flatten(-2), folds)
+    return made[..., None, :]  # layer kv query 1 (group d)
 
 
 def attended_inputs(model: LensModel, runs: Sequence[Run]) -> Float[Tensor, "query layer head d_in"]:
@@ -408,18 +396,17 @@ def _of_mlp(
         right = torch.stack([f[:, -1].double().cpu() for f in factors], dim=1)  # layer query d_in
         inputs = right / right.square().sum(-1, keepdim=True)  # x = r / |r|^2, as r = x / |x|^2
         target = torch.stack([patch.left[name][:, -1].double().cpu() for patch in patches], dim=1)
-        predictions = {CONSTANT: held_out_mean(target[:, :, None], folds)[:, :, 0]}
+        predictions = {CONSTANT: held_out_mean(target[:, :, None], folds)}
         change = group.update.tensors().get(f"w_mlp_{name}")
         if change is not None:
             step = torch.einsum("lqi,loi->lqo", inputs, change.double().cpu())
-            predictions |= {FIRST_ORDER: step, SCALED: held_out_scale(step[:, :, None], target, folds)}
-        predictions[CEILING] = held_out_predictions(inputs[:, :, None], target[:, :, None], folds)[:, :, 0]
-        found[f"mlp {name}"] = explained(_site(target), {key: _site(value) for key, value in predictions.items()})
+            predictions[FIRST_ORDER] = step[:, :, None]
+            predictions[SCALED] = held_out_scale(step[:, :, None], target, folds)[:, :, None]
+        predictions[CEILING] = held_out_predictions(inputs[:, :, None], target[:, :, None], folds)
+        # layer query 1 d: a layer is a group of one
+        sites = {key: _site(value[:, None]) for key, value in predictions.items()}
+        found[f"mlp {name}"] = explained(_site(target[:, None, :, None]), sites)
     return found
-
-
-def _site(t: Float[Tensor, "layer query d_out"]) -> Float[Tensor, "query layer 1 d_out"]:
-    return t.transpose(0, 1)[:, :, None]
 
 
 def _side(matrix: str) -> str:

@@ -66,7 +66,7 @@ class Explained:
         return values
 
     def interval(self, name: str, sets: Int[Tensor, " query"], *, layer: int | None = None) -> Interval:
-        """t interval of the mean R^2 over all heads (or other sites) of a layer, or of all layers.
+        """t interval of the mean R^2 over all sites (heads, key-value groups, ...) of a layer, or of all layers.
 
         Args:
             name: of a predictor.

@@ -1,4 +1,4 @@
-"""plotly: how far each update is on the way from zero to the best possible one."""
+"""plotly: how much of the in-context update is explained, by what."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 import plotly.graph_objects as go
 
 from metaopt_lens._plots import draws
-from metaopt_lens.analysis import Ceiling
+from metaopt_lens.analysis import Ceiling, OptimiserLadder
+from metaopt_lens.analysis._ladder import gated
 
 _FONT = {"family": "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif", "size": 12, "color": "#1f2933"}
+
+_GATED = gated("")
 
 
 @draws(Ceiling, "plot")
@@ -26,6 +29,22 @@ def ceiling_figure(found: Ceiling) -> go.Figure:
         rows = table[table["target"] == target]
         figure.add_trace(_points(target, rows["update"], rows["r_squared"], rows["low"], rows["high"]))
     return _laid_out(figure, "held-out R² of the in-context update", found.r_squared(target=target).label)
+
+
+@draws(OptimiserLadder, "plot")
+def ladder_figure(found: OptimiserLadder) -> go.Figure:
+    """A point with its interval for each rung, with and without the softmax gate.
+
+    Args:
+        found: of `optimiser_ladder`.
+    """
+    table = found.to_frame()
+    is_gated = table["rung"].str.endswith(_GATED)
+    figure = go.Figure()
+    for name, rows in (("plain", table[~is_gated]), ("with the softmax gate", table[is_gated])):
+        rungs = rows["rung"].str.removesuffix(_GATED)
+        figure.add_trace(_points(name, rungs, rows["r_squared"], rows["low"], rows["high"]))
+    return _laid_out(figure, "held-out R² of the in-context update", found.r_squared(found.rungs[0]).label)
 
 
 def _points(name: str, labels: Any, values: Any, low: Any, high: Any) -> go.Scatter:

@@ -158,9 +158,9 @@ def test_a_planted_value_update_reaches_the_ceiling_and_noise_does_not() -> None
     other, linear, folds = normal(n, n_layers, n_heads, d_head, seed=3), 7.0 * planted, torch.arange(n) % 5
     found = value_ceiling(zs + planted, zs, zs + other, linear, inputs, folds, n_kv_heads=n_kv)
     sets = torch.zeros(n, dtype=torch.int64)
-    per_head = found.r_squared(CEILING, sets).mean(0)
-    assert per_head.shape == (n_layers, n_heads)
-    assert float((per_head - 1).abs().max()) < 1e-6
+    per_group = found.r_squared(CEILING, sets).mean(0)
+    assert per_group.shape == (n_layers, n_kv)
+    assert float((per_group - 1).abs().max()) < 1e-6
     assert float(found.interval(LINEAR, sets).estimate) == pytest.approx(1, abs=1e-6)  # any scale will do
     assert float(found.interval(FINETUNED, sets).estimate) < 0  # unrelated
     assert abs(float(found.interval(SCALED, sets).estimate)) < 0.1
