@@ -52,6 +52,8 @@ from metaopt_lens.analysis._nulls import derangement as derangement
 from metaopt_lens.analysis._nulls import other_query_null as other_query_null
 from metaopt_lens.analysis._nulls import random_like as random_like
 from metaopt_lens.analysis._nulls import random_null as random_null
+from metaopt_lens.analysis._order import OrderSpread as OrderSpread
+from metaopt_lens.analysis._order import order_spread as order_spread
 from metaopt_lens.analysis._patch_against_finetuning import PatchAgainstFinetuning as PatchAgainstFinetuning
 from metaopt_lens.analysis._patch_against_finetuning import change_cosines as change_cosines
 from metaopt_lens.analysis._patch_against_finetuning import patch_against_finetuning as patch_against_finetuning
@@ -109,6 +111,7 @@ __all__ = [
     "Interval",
     "Measures",
     "OptimiserLadder",
+    "OrderSpread",
     "PrincipalAngles",
     "QueryStatistic",
     "Rec2FTP",
@@ -133,6 +136,7 @@ __all__ = [
     "kendall_tau",
     "mean_interval",
     "optimiser_ladder",
+    "order_spread",
     "principal_angles",
     "randomized_copy",
     "rec2ftp",
