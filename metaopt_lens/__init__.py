@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from metaopt_lens import records as records
     from metaopt_lens import runs as runs
     from metaopt_lens import tasks as tasks
-    from metaopt_lens import training as training
     from metaopt_lens import viz as viz
     from metaopt_lens._errors import MetaoptLensError as MetaoptLensError
     from metaopt_lens._types import HeadRef as HeadRef
