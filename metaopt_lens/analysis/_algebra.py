@@ -29,6 +29,7 @@ from metaopt_lens.analysis._held_out import (
     held_out_mean,
     held_out_scale,
     join_explained,
+    ratio_values,
     reordered,
 )
 from metaopt_lens.analysis._interval import Interval, mean_interval, scope
@@ -105,9 +106,11 @@ class DemonstrationAlgebra(Stored):
 
     Attributes:
         model: names and sizes.
-        size: how much company changes of a head's meta-gradient, ``|sum_D a v - sum_D a' v'| / |sum_D a v|``.
-        shares: of ``routing``, ``value`` and ``interaction`` in that change, as components along it; they sum to 1. NaN
-            where the change is no more than rounding, as in layer 0, where demonstrations have not read anything yet.
+        size: how much company changes of a head's meta-gradient, ``|t| / |sum_D a v|`` with ``t = sum_D a v - sum_D a'
+            v'``.
+        squares: ``|t|^2``; NaN where it is no more than rounding, as in layer 0, where demonstrations have not read
+            anything yet.
+        components: ``routing . t``, ``value . t`` and ``interaction . t``, which sum to ``|t|^2``.
         additivity: held-out R^2 of the update z^ICL - z^ZS of n demonstrations, by what is to explain it.
         sets: the demonstration set of each query.
         n_folds: of the cross-validation of scales, over the queries behind the same demonstrations.
@@ -118,26 +121,29 @@ class DemonstrationAlgebra(Stored):
 
     model: ModelInfo
     size: Float[Tensor, "query layer head"]
-    shares: Mapping[str, Float[Tensor, "query layer head"]]
+    squares: Float[Tensor, "query layer head"]
+    components: Mapping[str, Float[Tensor, "query layer head"]]
     additivity: Explained
     sets: Int[Tensor, " query"]
     n_folds: int
     provenance: dict[str, Any] = field(default_factory=provenance)
 
     def share(self, part: str, *, layer: int | None = None) -> Interval:
-        """Mean share over heads, with its t interval over demonstration sets.
+        """Mean share over heads of a part in what company changes, with its t interval over demonstration sets.
+
+        A head's share is ``sum_k part_k . t_k / sum_k |t_k|^2`` over the queries of a set; the three sum to 1.
 
         Args:
-            part: ``"routing"``, ``"value"`` or ``"interaction"``; ``"size"`` for that of the whole change.
+            part: ``"routing"``, ``"value"`` or ``"interaction"``; ``"size"`` for the mean size of the whole change.
             layer: counted from 0; None for all.
 
         Raises:
             OptionError: no such part.
         """
-        known = {**self.shares, "size": self.size}
-        if part not in known:
-            raise OptionError(f"there is no part {part!r}: choose one of {', '.join(map(repr, known))}.")
-        values = known[part]
+        if part != "size" and part not in self.components:
+            names = ", ".join(map(repr, (*self.components, "size")))
+            raise OptionError(f"there is no part {part!r}: choose one of {names}.")
+        values = self.size if part == "size" else ratio_values(self.components[part], self.squares, self.sets)
         return mean_interval((values if layer is None else values[:, [layer]]).nanmean((1, 2)), sets=self.sets)
 
     def r_squared(self, name: str = SCALED_SUM, *, layer: int | None = None) -> Interval:
@@ -157,7 +163,7 @@ class DemonstrationAlgebra(Stored):
         import pandas as pd
 
         rows: list[dict[str, Any]] = []
-        for part in ("size", *self.shares):
+        for part in ("size", *self.components):
             rows.append({"quantity": f"company: {part}", **_numbers(self.share(part)), "cosine": float("nan")})
         for name in self.additivity.errors:
             cosine = float(self.additivity.cosine(name, self.sets).estimate)
@@ -229,18 +235,14 @@ def demonstration_algebra(
         raise PromptError("another task needs at least one demonstration: give other=[(input, label), ...], or None.")
     eps = max(torch.finfo(dtype).eps for dtype in (getattr(torch, wrapped.info.dtype), torch.float32))
     sets = torch.zeros(len(parsed), dtype=torch.int64)
-    sizes: list[Tensor] = []
-    shares: list[dict[str, Tensor]] = []
+    changes: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
     sums: list[Explained] = []
     for number, group in enumerate(groups):
         sets[group.indices] = number
         runs = record(wrapped, group.tokenized, settings=("icl", "zs"), batch_size=batch_size)
         icl = [r.icl for r in runs]
         apart = record_apart(wrapped, group.tokenized, batch_size=batch_size)
-        for company, alone in zip(icl, apart, strict=True):
-            size, own = shares_of(exchange(company, alone), eps=eps)
-            sizes.append(size)
-            shares.append(own)
+        changes += [sizes_of(exchange(*pair), eps=eps) for pair in zip(icl, apart, strict=True)]
         zero = last_z([r.zs for r in runs]).double()
         options: dict[str, Any] = {"prepend_bos": prepend_bos, "batch_size": batch_size}
         sums.append(
@@ -255,33 +257,33 @@ def demonstration_algebra(
             )
         )
     order = torch.tensor([index for group in groups for index in group.indices]).argsort()
+    sizes, squares, components = zip(*changes, strict=True)
     return DemonstrationAlgebra(
         wrapped.info,
         torch.stack(sizes)[order],
-        {part: torch.stack([own[part] for own in shares])[order] for part in PARTS},
+        torch.stack(squares)[order],
+        {part: torch.stack([own[part] for own in components])[order] for part in PARTS},
         reordered(join_explained(sums), order),
         sets,
         n_folds,
     )
 
 
-def shares_of(
+def sizes_of(
     parts: Exchange, *, eps: float
-) -> tuple[Float[Tensor, "layer head"], dict[str, Float[Tensor, "layer head"]]]:
-    """How much company changes of a head's meta-gradient, and the shares of routing, value and interaction in it.
+) -> tuple[Float[Tensor, "layer head"], Float[Tensor, "layer head"], dict[str, Float[Tensor, "layer head"]]]:
+    """Size, square and components of what company changes of a head's meta-gradient; see `DemonstrationAlgebra`.
 
     Args:
         parts: of one query.
         eps: rounding unit of the recorded numbers.
     """
     total, whole = parts.total.sum(2), parts.company.sum(2)
-    square = total.square().sum(-1)
-    size = square.sqrt() / whole.norm(dim=-1)
+    size = total.norm(dim=-1) / whole.norm(dim=-1)  # NaN where nothing of D is seen
     known = size > rounding_tolerance(eps)
-    shares = {name: (getattr(parts, name).sum(2) * total).sum(-1) / square for name in PARTS}
-    return torch.where(whole.norm(dim=-1) > 0, size, torch.nan), {
-        name: torch.where(known, share, torch.nan) for name, share in shares.items()
-    }
+    components = {name: (getattr(parts, name).sum(2) * total).sum(-1) for name in PARTS}
+    square = torch.where(known, total.square().sum(-1), torch.nan)
+    return size, square, {name: torch.where(known, t, torch.nan) for name, t in components.items()}
 
 
 def additivity(

@@ -24,7 +24,7 @@ from metaopt_lens.analysis._algebra import (
     SUM,
     additivity,
     exchange,
-    shares_of,
+    sizes_of,
 )
 from metaopt_lens.runs import record, record_apart, tokenize_for
 
@@ -111,10 +111,11 @@ def test_routing_value_and_interaction_are_the_total(name: str) -> None:
             routing += (a - b) * w
         torch.testing.assert_close(found.total[layer, head, demo], total, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(found.routing[layer, head, demo], routing, rtol=1e-10, atol=1e-12)
-    size, shares = shares_of(found, eps=1e-7)
-    known = ~shares["routing"].isnan()
+    size, square, components = sizes_of(found, eps=1e-7)
+    known = ~square.isnan()
     assert known[1:].all()
-    torch.testing.assert_close(sum(shares.values())[known], torch.ones(int(known.sum())).double())
+    assert not known[0].any()
+    torch.testing.assert_close(sum(components.values())[known], square[known], rtol=1e-10, atol=1e-12)
     whole = found.company.sum(2).norm(dim=-1)
     torch.testing.assert_close(size, found.total.sum(2).norm(dim=-1) / whole)
 
