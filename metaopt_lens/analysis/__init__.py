@@ -1,5 +1,7 @@
 """Similarity, recall, rank statistics, nulls and confidence intervals: pure functions of tensors."""
 
+from metaopt_lens.analysis._algebra import DemonstrationAlgebra as DemonstrationAlgebra
+from metaopt_lens.analysis._algebra import demonstration_algebra as demonstration_algebra
 from metaopt_lens.analysis._ceiling import Ceiling as Ceiling
 from metaopt_lens.analysis._ceiling import ceiling as ceiling
 from metaopt_lens.analysis._compare import compare as compare
@@ -106,6 +108,7 @@ __all__ = [
     "Comparison",
     "Controls",
     "Convention",
+    "DemonstrationAlgebra",
     "Explained",
     "Factors",
     "Finding",
@@ -127,6 +130,7 @@ __all__ = [
     "compare",
     "contribution_intervals",
     "cosine",
+    "demonstration_algebra",
     "difference",
     "effective_rank",
     "exact_interval",

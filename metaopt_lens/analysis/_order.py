@@ -84,7 +84,8 @@ class OrderSpread(Stored):
             OptionError: no such learner.
         """
         values = self._of(self.updates, learner)
-        return mean_interval((values if layer is None else values[:, [layer]]).nanmean((1, 2)), sets=self.sets)
+        found = mean_interval((values if layer is None else values[:, [layer]]).nanmean((1, 2)), sets=self.sets)
+        return found.within(0.0, self.n_orders / (self.n_orders - 1))
 
     def distance(self, learner: str = IN_CONTEXT) -> Interval:
         """Mean distance of predictions, with its t interval.
