@@ -1,5 +1,7 @@
 """Similarity, recall, rank statistics, nulls and confidence intervals: pure functions of tensors."""
 
+from metaopt_lens.analysis._algebra import DemonstrationAlgebra as DemonstrationAlgebra
+from metaopt_lens.analysis._algebra import demonstration_algebra as demonstration_algebra
 from metaopt_lens.analysis._ceiling import Ceiling as Ceiling
 from metaopt_lens.analysis._ceiling import ceiling as ceiling
 from metaopt_lens.analysis._compare import compare as compare
@@ -52,6 +54,8 @@ from metaopt_lens.analysis._nulls import derangement as derangement
 from metaopt_lens.analysis._nulls import other_query_null as other_query_null
 from metaopt_lens.analysis._nulls import random_like as random_like
 from metaopt_lens.analysis._nulls import random_null as random_null
+from metaopt_lens.analysis._order import OrderSpread as OrderSpread
+from metaopt_lens.analysis._order import order_spread as order_spread
 from metaopt_lens.analysis._patch_against_finetuning import PatchAgainstFinetuning as PatchAgainstFinetuning
 from metaopt_lens.analysis._patch_against_finetuning import change_cosines as change_cosines
 from metaopt_lens.analysis._patch_against_finetuning import patch_against_finetuning as patch_against_finetuning
@@ -75,6 +79,9 @@ from metaopt_lens.analysis._similarity import unit as unit
 from metaopt_lens.analysis._static_curve import StaticCurve as StaticCurve
 from metaopt_lens.analysis._static_curve import static_curve as static_curve
 from metaopt_lens.analysis._static_curve import static_ranks as static_ranks
+from metaopt_lens.analysis._static_sets import PatchesAgainstFinetuning as PatchesAgainstFinetuning
+from metaopt_lens.analysis._static_sets import StaticCurves as StaticCurves
+from metaopt_lens.analysis._static_sets import patches_against_finetuning as patches_against_finetuning
 from metaopt_lens.analysis._statistic import Statistic as Statistic
 from metaopt_lens.analysis._statistics import STATISTICS as STATISTICS
 from metaopt_lens.analysis._statistics import statistic as statistic
@@ -101,6 +108,7 @@ __all__ = [
     "Comparison",
     "Controls",
     "Convention",
+    "DemonstrationAlgebra",
     "Explained",
     "Factors",
     "Finding",
@@ -109,6 +117,7 @@ __all__ = [
     "Interval",
     "Measures",
     "OptimiserLadder",
+    "OrderSpread",
     "PrincipalAngles",
     "QueryStatistic",
     "Rec2FTP",
@@ -121,6 +130,7 @@ __all__ = [
     "compare",
     "contribution_intervals",
     "cosine",
+    "demonstration_algebra",
     "difference",
     "effective_rank",
     "exact_interval",
@@ -133,6 +143,7 @@ __all__ = [
     "kendall_tau",
     "mean_interval",
     "optimiser_ladder",
+    "order_spread",
     "principal_angles",
     "randomized_copy",
     "rec2ftp",

@@ -19,6 +19,7 @@ from metaopt_lens.analysis._interval import Interval, mean_interval, scope, set_
 from metaopt_lens.analysis._label_answers import Answers
 from metaopt_lens.analysis._measured import Measured
 from metaopt_lens.analysis._recall import Rec2FTP, rec2ftp
+from metaopt_lens.analysis._verdict import Finding, findings
 from metaopt_lens.finetuning import LearningRateChoice, WeightUpdate
 from metaopt_lens.models import ModelInfo
 
@@ -209,6 +210,14 @@ class Comparison(Stored):
         if (name, level) not in self._tables:
             self._tables[name, level] = make(self, level)
         return self._tables[name, level].copy()
+
+    def findings(self, statistic: str = "z total") -> tuple[Finding, ...]:
+        """The questions a reader asks first, answered; see `metaopt_lens.analysis.findings`.
+
+        Args:
+            statistic: whose similarity is asked about; each of its nulls has a question.
+        """
+        return findings(self, statistic)
 
     def plot(self, statistic: str = "z total") -> Any:
         """A plotly figure: layer x head map of a statistic, its main null next to it.

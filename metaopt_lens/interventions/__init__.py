@@ -23,6 +23,7 @@ from metaopt_lens.interventions._logit_effects import logit_effects as logit_eff
 from metaopt_lens.interventions._meta_gradient import MetaGradient as MetaGradient
 from metaopt_lens.interventions._meta_gradient import meta_gradient as meta_gradient
 from metaopt_lens.interventions._momentum import MomentumAttention as MomentumAttention
+from metaopt_lens.interventions._pipeline import Staged as Staged
 from metaopt_lens.interventions._pipeline import pipeline as pipeline
 from metaopt_lens.interventions._recovery import Recovery as Recovery
 from metaopt_lens.interventions._recovery import recovery as recovery
