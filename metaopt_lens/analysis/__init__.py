@@ -1,5 +1,7 @@
 """Similarity, recall, rank statistics, nulls and confidence intervals: pure functions of tensors."""
 
+from metaopt_lens.analysis._algebra import DemonstrationAlgebra as DemonstrationAlgebra
+from metaopt_lens.analysis._algebra import demonstration_algebra as demonstration_algebra
 from metaopt_lens.analysis._ceiling import Ceiling as Ceiling
 from metaopt_lens.analysis._ceiling import ceiling as ceiling
 from metaopt_lens.analysis._compare import compare as compare
@@ -16,6 +18,8 @@ from metaopt_lens.analysis._controls import uphill_update as uphill_update
 from metaopt_lens.analysis._convention import Convention as Convention
 from metaopt_lens.analysis._following import LabelFollowing as LabelFollowing
 from metaopt_lens.analysis._following import follow_labels as follow_labels
+from metaopt_lens.analysis._further import Further as Further
+from metaopt_lens.analysis._further import join_further as join_further
 from metaopt_lens.analysis._head_profile import HeadProfile as HeadProfile
 from metaopt_lens.analysis._head_profile import head_profile as head_profile
 from metaopt_lens.analysis._head_profile import spearman_rho as spearman_rho
@@ -55,6 +59,8 @@ from metaopt_lens.analysis._nulls import derangement as derangement
 from metaopt_lens.analysis._nulls import other_query_null as other_query_null
 from metaopt_lens.analysis._nulls import random_like as random_like
 from metaopt_lens.analysis._nulls import random_null as random_null
+from metaopt_lens.analysis._order import OrderSpread as OrderSpread
+from metaopt_lens.analysis._order import order_spread as order_spread
 from metaopt_lens.analysis._output_parts import PARTS as PARTS
 from metaopt_lens.analysis._pairs import is_part as is_part
 from metaopt_lens.analysis._pairs import part_name as part_name
@@ -84,6 +90,9 @@ from metaopt_lens.analysis._similarity import unit as unit
 from metaopt_lens.analysis._static_curve import StaticCurve as StaticCurve
 from metaopt_lens.analysis._static_curve import static_curve as static_curve
 from metaopt_lens.analysis._static_curve import static_ranks as static_ranks
+from metaopt_lens.analysis._static_sets import PatchesAgainstFinetuning as PatchesAgainstFinetuning
+from metaopt_lens.analysis._static_sets import StaticCurves as StaticCurves
+from metaopt_lens.analysis._static_sets import patches_against_finetuning as patches_against_finetuning
 from metaopt_lens.analysis._statistic import Statistic as Statistic
 from metaopt_lens.analysis._statistics import STATISTICS as STATISTICS
 from metaopt_lens.analysis._statistics import statistic as statistic
@@ -110,15 +119,18 @@ __all__ = [
     "Comparison",
     "Controls",
     "Convention",
+    "DemonstrationAlgebra",
     "Explained",
     "Factors",
     "Finding",
     "Finetuning",
+    "Further",
     "HeadProfile",
     "Interval",
     "LabelFollowing",
     "Measures",
     "OptimiserLadder",
+    "OrderSpread",
     "PrincipalAngles",
     "QueryStatistic",
     "Rec2FTP",
@@ -131,6 +143,7 @@ __all__ = [
     "compare",
     "contribution_intervals",
     "cosine",
+    "demonstration_algebra",
     "difference",
     "effective_rank",
     "exact_interval",
@@ -144,6 +157,7 @@ __all__ = [
     "kendall_tau",
     "mean_interval",
     "optimiser_ladder",
+    "order_spread",
     "principal_angles",
     "randomized_copy",
     "rec2ftp",

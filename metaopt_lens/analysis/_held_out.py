@@ -43,10 +43,6 @@ class Explained:
     def r_squared(self, name: str, sets: Int[Tensor, " query"]) -> Float[Tensor, "query layer site"]:
         """``R^2 = 1 - sum_k |t_k - p_k|^2 / sum_k |t_k|^2`` of each demonstration set, as a mean over its queries.
 
-        A ratio of sums has no value for a single query. Its linearisation has: ``R^2 + ((1 - R^2) |t_k|^2 - |t_k -
-        p_k|^2) / mean |t|^2``, whose mean over the set's queries is R^2 itself, and whose spread is that of R^2 (delta
-        method).
-
         Args:
             name: of a predictor.
             sets: the demonstration set of each query.
@@ -56,14 +52,7 @@ class Explained:
         """
         if name not in self.errors:
             raise OptionError(f"there is no predictor {name!r}: choose one of {', '.join(self.errors)}.")
-        values = torch.full_like(self.sizes, torch.nan)
-        for number in sorted(set(sets.tolist())):
-            rows = sets == number
-            size, error = self.sizes[rows], self.errors[name][rows]
-            mean = size.nanmean(0)
-            r_squared = 1 - error.nanmean(0) / mean
-            values[rows] = r_squared + ((1 - r_squared) * size - error) / mean
-        return values
+        return 1 - ratio_values(self.errors[name], self.sizes, sets)
 
     def interval(self, name: str, sets: Int[Tensor, " query"], *, layer: int | None = None) -> Interval:
         """t interval of the mean R^2 over all sites (heads, key-value groups, ...) of a layer, or of all layers.
@@ -86,6 +75,29 @@ class Explained:
         """
         values = self.cosines[name]
         return mean_interval((values if layer is None else values[:, [layer]]).nanmean((1, 2)), sets=sets)
+
+
+def ratio_values(
+    above: Float[Tensor, " query *item"], below: Float[Tensor, " query *item"], sets: Int[Tensor, " query"]
+) -> Float[Tensor, " query *item"]:
+    """The ratio of sums over the queries of each demonstration set, as a mean over its queries.
+
+    A ratio of sums has no value for a single query. Its linearisation has, ``r + (above_k - r below_k) / mean below``:
+    its mean over the set's queries is the ratio r itself, and its spread is that of r (delta method).
+
+    Args:
+        above: what is summed above; NaN is left out.
+        below: what is summed below.
+        sets: the demonstration set of each query.
+    """
+    values = torch.full_like(below, torch.nan)
+    for number in sorted(set(sets.tolist())):
+        rows = sets == number
+        over, under = above[rows], below[rows]
+        mean = under.nanmean(0)
+        ratio = over.nanmean(0) / mean
+        values[rows] = ratio + (over - ratio * under) / mean
+    return values
 
 
 def explained(
@@ -114,12 +126,13 @@ def join_explained(parts: Iterable[Explained]) -> Explained:
     """Those of successive groups of queries.
 
     Args:
-        parts: one for each group, with the same predictors.
+        parts: one for each group; predictors that not every one has are left out.
     """
     found = list(parts)
 
     def joined(which: str) -> dict[str, Tensor]:
-        return {name: torch.cat([getattr(part, which)[name] for part in found]) for name in found[0].errors}
+        shared = [name for name in found[0].errors if all(name in part.errors for part in found)]
+        return {name: torch.cat([getattr(part, which)[name] for part in found]) for name in shared}
 
     return Explained(torch.cat([part.sizes for part in found]), joined("errors"), joined("cosines"))
 

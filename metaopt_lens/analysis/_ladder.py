@@ -70,6 +70,7 @@ class OptimiserLadder(Stored):
         left_out: what is left out in turn: demonstration ``"sets"``, or ``"queries"`` where there are fewer than three
             sets. A matrix P fitted behind a single set can be anything: then only the one-number rungs mean much.
         n_folds: of the cross-validation.
+        centred: whether only differences between queries of one set are explained, their mean left out of everything.
         provenance: versions and time.
     """
 
@@ -81,6 +82,7 @@ class OptimiserLadder(Stored):
     sets: Int[Tensor, " query"]
     left_out: Literal["sets", "queries"]
     n_folds: int
+    centred: bool
     provenance: dict[str, Any] = field(default_factory=provenance)
 
     @property
@@ -136,8 +138,9 @@ class OptimiserLadder(Stored):
         return table
 
     def __repr__(self) -> str:
+        centred = ", less its mean over the queries of a set" if self.centred else ""
         lines = [
-            f"OptimiserLadder of {self.model.name}: held-out R^2 of the {self.target} in-context update of z, "
+            f"OptimiserLadder of {self.model.name}: held-out R^2 of the {self.target} in-context update of z{centred}, "
             f"{len(self.sets)} queries, {self.left_out} left out in {self.n_folds} folds, "
             f"{scope(len(set(self.sets.tolist())))}"
         ]
@@ -153,6 +156,7 @@ def optimiser_ladder(
     prompts: Sequence[PromptLike],
     *,
     target: str = "total",
+    centred: bool = False,
     n_folds: int = N_FOLDS,
     prepend_bos: bool | None = None,
     batch_size: int | None = None,
@@ -168,6 +172,7 @@ def optimiser_ladder(
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model. It is not modified.
         prompts: queries behind one or several sets of demonstrations; three sets or more are left out in turn.
         target: ``"total"``, z^ICL - z^ZS, or ``"direct"``, z^ICL - z_without.
+        centred: leave the mean over the queries of a set out of everything: what one constant vector cannot explain.
         n_folds: of the cross-validation.
         prepend_bos: put BOS first; None for the model's default.
         batch_size: queries run together; by default as many as memory allows.
@@ -209,9 +214,22 @@ def optimiser_ladder(
         gate=torch.stack([part.mass[-1].detach().double().cpu() for part in parts]),
         q=_last([run.q for run in icl]),
         folds=folds,
+        centred_in=sets if centred else None,
     )
+    update = _centred(update, sets) if centred else update
     found = explained(update, predictions, defined)
-    return OptimiserLadder(wrapped.info, target, found, sets, "sets" if by_set else "queries", n_folds)
+    return OptimiserLadder(wrapped.info, target, found, sets, "sets" if by_set else "queries", n_folds, centred)
+
+
+def _centred(
+    t: Float[Tensor, "query layer head d"], sets: Int[Tensor, " query"]
+) -> Float[Tensor, "query layer head d"]:
+    """Less the mean over the queries of its set."""
+    found = torch.empty_like(t)
+    for number in set(sets.tolist()):
+        rows = sets == number
+        found[rows] = t[rows] - t[rows].mean(0)
+    return found
 
 
 def _count(indices: Sequence[int]) -> Int[Tensor, " query"]:
@@ -245,6 +263,7 @@ def climb(
     gate: Float[Tensor, "query layer head"],
     q: Float[Tensor, "query layer head d_q"],
     folds: Int[Tensor, " query"],
+    centred_in: Int[Tensor, " query"] | None = None,
 ) -> dict[str, Float[Tensor, "query layer head d_head"]]:
     """What every rung says of the update of every query, fitted on the other folds.
 
@@ -255,14 +274,18 @@ def climb(
         gate: attention mass on the demonstrations.
         q: query vectors.
         folds: of the queries (see `held_out_predictions`).
+        centred_in: the demonstration set of each query, to leave its mean out of everything.
     """
-    target, first, second, heads_q = (
-        rearrange(t.double(), "query layer head d -> layer head query d") for t in (update, linear, curved, q)
-    )
+
+    def read(t: Tensor) -> Float[Tensor, "layer head query d"]:
+        t = t.double() if centred_in is None else _centred(t.double(), centred_in)
+        return rearrange(t, "query layer head d -> layer head query d")
+
+    target, heads_q = read(update), read(q)
     found = {CONSTANT: held_out_mean(target[..., None, :], folds)[..., 0, :], ANY_MAP: _mapped(heads_q, target, folds)}
-    mass = rearrange(gate.double(), "query layer head -> layer head query 1")
-    for name, by in ((lambda rung: rung, torch.ones_like(mass)), (gated, mass)):
-        a, b = by * first, by * second
+    mass = gate.double()[..., None]
+    for name, by in ((str, torch.ones_like(mass)), (gated, mass)):
+        a, b = read(by * linear), read(by * curved)
         found[name(GRADIENT_DESCENT)] = held_out_scale(a[..., None, :], target, folds)
         found[name(GD_PLUS_PLUS)] = held_out_scale(torch.stack([a, b], dim=-2), target, folds)
         found[name(DIAGONAL)] = held_out_scale(a.mT[..., None, None], target.mT[..., None], folds)[..., 0].mT

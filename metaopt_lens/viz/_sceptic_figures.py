@@ -8,7 +8,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from metaopt_lens._plots import draws
-from metaopt_lens.analysis import Ceiling, OptimiserLadder
+from metaopt_lens.analysis import Ceiling, DemonstrationAlgebra, OptimiserLadder, OrderSpread
 from metaopt_lens.analysis._ladder import gated
 
 _FONT = {"family": "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif", "size": 12, "color": "#1f2933"}
@@ -45,6 +45,37 @@ def ladder_figure(found: OptimiserLadder) -> go.Figure:
         rungs = rows["rung"].str.removesuffix(_GATED)
         figure.add_trace(_points(name, rungs, rows["r_squared"], rows["low"], rows["high"]))
     return _laid_out(figure, "held-out R² of the in-context update", found.r_squared(found.rungs[0]).label)
+
+
+@draws(OrderSpread, "plot")
+def order_figure(found: OrderSpread) -> go.Figure:
+    """Spread of updates and distance of predictions, a point with its interval for each learner.
+
+    Args:
+        found: of `order_spread`.
+    """
+    table = found.to_frame()
+    figure = go.Figure()
+    for name, key in (("variance of updates / mean square", "spread"), ("distance of predictions", "distance")):
+        columns = (table[key], table[f"{key}_low"], table[f"{key}_high"])
+        figure.add_trace(_points(name, table["learner"], *columns))
+    return _laid_out(figure, f"what {found.n_orders} orders of the demonstrations change", found.spread().label)
+
+
+@draws(DemonstrationAlgebra, "plot")
+def algebra_figure(found: DemonstrationAlgebra) -> go.Figure:
+    """Shares of what company changes, and R² of the sums, a point with its interval for each.
+
+    Args:
+        found: of `demonstration_algebra`.
+    """
+    table = found.to_frame()
+    figure = go.Figure()
+    for name, lead in (("what company changes", "company: "), ("R² of the update of all", "R^2: ")):
+        rows = table[table["quantity"].str.startswith(lead)]
+        labels = rows["quantity"].str.removeprefix(lead)
+        figure.add_trace(_points(name, labels, rows["estimate"], rows["low"], rows["high"]))
+    return _laid_out(figure, "demonstrations alone, in company and in sum", found.share("size").label)
 
 
 def _points(name: str, labels: Any, values: Any, low: Any, high: Any) -> go.Scatter:

@@ -84,7 +84,7 @@ class Tasks:
             rows.append(parts.meta_gradient[:, 0, :D_Y])
         return torch.cat(rows)[:, None, None]
 
-    def r_squared(self, update: Tensor, folds: Tensor | None = None) -> dict[str, float]:
+    def r_squared(self, update: Tensor, folds: Tensor | None = None, *, centred: bool = False) -> dict[str, float]:
         predictions = climb(
             update,
             linear=self.linear(),
@@ -92,7 +92,11 @@ class Tasks:
             gate=self.gate[:, None, None],
             q=torch.cat(self.asked)[:, None, None],
             folds=self.sets if folds is None else folds,
+            centred_in=self.sets if centred else None,
         )
+        if centred:
+            means = torch.stack([update[self.sets == task].mean(0) for task in self.sets])
+            update = update - means
         found = explained(update, predictions)
         return {name: float(found.r_squared(name, self.sets).mean()) for name in predictions}
 
@@ -143,6 +147,18 @@ def test_a_gated_step_stands_on_the_gated_rung() -> None:
     update = tasks.gate[:, None, None, None] * tasks.updates(lambda task, q: tasks.step(task) @ q)
     stands_on(tasks.r_squared(update), gated(GRADIENT_DESCENT), not_on=())
     assert tasks.r_squared(update)[GRADIENT_DESCENT] < 0.99
+
+
+def test_a_constant_hides_a_step_unless_it_is_left_out() -> None:
+    """A large vector that all tasks share: the step is found in what differs between the queries of a task."""
+    tasks = Tasks()
+    common = 200 * normal(1, 1, 1, D_Y, generator=torch.Generator().manual_seed(5))
+    update = common + tasks.updates(lambda task, q: tasks.step(task) @ q)
+    found = tasks.r_squared(update)
+    assert found[CONSTANT] > 0.9
+    assert found[GRADIENT_DESCENT] < 0.5
+    found = tasks.r_squared(update, centred=True)
+    stands_on(found, GRADIENT_DESCENT, not_on=(CONSTANT, ANY_MAP))
 
 
 def test_noise_stands_on_none() -> None:
@@ -196,8 +212,9 @@ def test_a_model_with_one_set_and_with_three(tmp_path: Path) -> None:
     assert "sets left out in 3 folds, over 3 demonstration sets" in repr(found)
     assert repr(OptimiserLadder.load(found.save(tmp_path / "ladder"))) == repr(found)
     assert len(found.plot().data) == 2
-    one = optimiser_ladder(model, asked[::3], target="direct", n_folds=3)
+    one = optimiser_ladder(model, asked[::3], target="direct", n_folds=3, centred=True)
     assert (one.left_out, one.n_folds) == ("queries", 3)
+    assert "direct in-context update of z, less its mean over the queries of a set, 6 queries" in repr(one)
     assert "conditional on these demonstrations" in repr(one)
 
 
