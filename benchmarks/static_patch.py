@@ -32,10 +32,11 @@ def usable(rows: list[Pair], model: Any) -> list[Pair]:
     return list({word: (word, label) for word, label in rows if count[first(label)] == 1}.values())
 
 
-def one_set(model: Any, rows: list[Pair], seed: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """What every setting reaches behind one demonstration set."""
+def one_set(model: Any, rows: list[Pair], seed: int, arguments: argparse.Namespace) -> dict[float, Any]:
+    """The static curve of every ridge behind one demonstration set."""
     from metaopt_lens import ICLPrompt
     from metaopt_lens.analysis import static_curve
+    from metaopt_lens.patches import exact_patches
 
     n_fit, n_demos = max(arguments.fit), arguments.demos
     drawn = random.Random(seed).sample(rows, n_demos + n_fit + arguments.held_out)
@@ -49,25 +50,17 @@ def one_set(model: Any, rows: list[Pair], seed: int, arguments: argparse.Namespa
         ]
 
     fitted, held_out = asked(drawn[n_demos : n_demos + n_fit]), asked(drawn[n_demos + n_fit :])
-    found = []
-    for ridge in arguments.ridge:
-        curve = static_curve(model, fitted, held_out, n_fit=arguments.fit, ridge=ridge)
-        gains = (curve.correct.double() - curve.correct[1].double()).mean(1)
-        for number, row in enumerate(curve.to_frame().to_dict("records")):
-            if number < 2 and ridge != arguments.ridge[0]:
-                continue  # in context and zero-shot have no ridge
-            key = (row["setting"], "" if number < 2 else f"{ridge:g}")
-            kl = row["kl_to_in_context"]
-            found.append({"key": key, "accuracy": row["accuracy"], "gain": float(gains[number]), "kl": kl})
-    return found
+    patches = exact_patches(model, fitted)
+    return {
+        ridge: static_curve(model, fitted, held_out, n_fit=arguments.fit, ridge=ridge, patches=patches)
+        for ridge in arguments.ridge
+    }
 
 
 def main() -> None:
     """Measure every set, then write the table."""
-    import torch
-
     import metaopt_lens as ml
-    from metaopt_lens.analysis import mean_interval
+    from metaopt_lens.analysis import StaticCurves
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, required=True)
@@ -83,23 +76,26 @@ def main() -> None:
     pairs = [(row["input"], row["output"]) for row in read]
     rows = pairs if len({label for _, label in pairs}) < arguments.demos else usable(pairs, model)
     print(f"{arguments.rows.stem}: {len(rows)} of {len(read)} rows", flush=True)
-    measured: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    curves: dict[float, list[Any]] = {ridge: [] for ridge in arguments.ridge}
     for seed in range(arguments.sets):
-        for row in one_set(model, rows, seed, arguments):
-            measured.setdefault(row["key"], []).append(row)
+        for ridge, curve in one_set(model, rows, seed, arguments).items():
+            curves[ridge].append(curve)
         print(f"set {seed} done", flush=True)
-
-    def written(rows: list[dict[str, Any]], name: str, spec: str) -> str:
-        values = torch.tensor([row[name] for row in rows], dtype=torch.float64)
-        mean = mean_interval(values, sets=torch.arange(len(values)))
-        if bool(mean.low.isnan()):
-            return f"{float(mean.estimate):{spec}}"
-        return f"{float(mean.estimate):{spec}} ({float(mean.low):{spec}} to {float(mean.high):{spec}})"
-
     print("| setting | ridge | accuracy | gain over zero-shot | KL from in context, nats |\n|---|---|---|---|---|")
-    for (setting, ridge), of_sets in measured.items():
-        cells = [written(of_sets, name, spec) for name, spec in (("accuracy", ".2f"), ("gain", "+.2f"), ("kl", ".2f"))]
-        print(f"| {setting} | {ridge} | {' | '.join(cells)} |", flush=True)
+    for number, (ridge, of_sets) in enumerate(curves.items()):
+        joined = StaticCurves(tuple(of_sets))
+        for i, row in enumerate(joined.to_frame().to_dict("records")):
+            if i >= 2 or number == 0:  # in context and zero-shot have no ridge
+                columns = (("accuracy", ".2f"), ("gain", "+.2f"), ("kl_to_in_context", ".2f"))
+                cells = [written(row, *column) for column in columns]
+                print(f"| {row['setting']} | {f'{ridge:g}' if i >= 2 else ''} | {' | '.join(cells)} |", flush=True)
+        print(f"ridge {ridge:g}: {joined.sentence}")
+
+
+def written(row: dict[str, Any], key: str, form: str) -> str:
+    """A number with its interval."""
+    value, low, high = (row[name] for name in (key, f"{key}_low", f"{key}_high"))
+    return f"{value:{form}}" if low != low else f"{value:{form}} ({low:{form}} to {high:{form}})"
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from metaopt_lens.analysis._controls import randomized_copy as randomized_copy
 from metaopt_lens.analysis._controls import shuffle_labels as shuffle_labels
 from metaopt_lens.analysis._controls import unrelated_update as unrelated_update
 from metaopt_lens.analysis._convention import Convention as Convention
+from metaopt_lens.analysis._further import Further as Further
+from metaopt_lens.analysis._further import join_further as join_further
 from metaopt_lens.analysis._head_profile import HeadProfile as HeadProfile
 from metaopt_lens.analysis._head_profile import head_profile as head_profile
 from metaopt_lens.analysis._head_profile import spearman_rho as spearman_rho
@@ -79,6 +81,9 @@ from metaopt_lens.analysis._similarity import unit as unit
 from metaopt_lens.analysis._static_curve import StaticCurve as StaticCurve
 from metaopt_lens.analysis._static_curve import static_curve as static_curve
 from metaopt_lens.analysis._static_curve import static_ranks as static_ranks
+from metaopt_lens.analysis._static_sets import PatchesAgainstFinetuning as PatchesAgainstFinetuning
+from metaopt_lens.analysis._static_sets import StaticCurves as StaticCurves
+from metaopt_lens.analysis._static_sets import patches_against_finetuning as patches_against_finetuning
 from metaopt_lens.analysis._statistic import Statistic as Statistic
 from metaopt_lens.analysis._statistics import STATISTICS as STATISTICS
 from metaopt_lens.analysis._statistics import statistic as statistic
@@ -110,6 +115,7 @@ __all__ = [
     "Factors",
     "Finding",
     "Finetuning",
+    "Further",
     "HeadProfile",
     "Interval",
     "Measures",
