@@ -15,6 +15,8 @@ from metaopt_lens.analysis._controls import randomized_copy as randomized_copy
 from metaopt_lens.analysis._controls import shuffle_labels as shuffle_labels
 from metaopt_lens.analysis._controls import unrelated_update as unrelated_update
 from metaopt_lens.analysis._convention import Convention as Convention
+from metaopt_lens.analysis._further import Further as Further
+from metaopt_lens.analysis._further import join_further as join_further
 from metaopt_lens.analysis._head_profile import HeadProfile as HeadProfile
 from metaopt_lens.analysis._head_profile import head_profile as head_profile
 from metaopt_lens.analysis._head_profile import spearman_rho as spearman_rho
@@ -113,6 +115,7 @@ __all__ = [
     "Factors",
     "Finding",
     "Finetuning",
+    "Further",
     "HeadProfile",
     "Interval",
     "Measures",
