@@ -47,7 +47,7 @@ def test_a_run_with_flipped_labels_says_who_follows_them(flipped: ExperimentResu
     assert set(table["labels"]) == {"natural", "flipped"}
     assert set(table["learner"]) == {"in context", "SGD", "full-batch", "layer-causal"}
     rows = table.set_index(["labels", "learner", "against"])["accuracy"]
-    shown, natural = (float(rows["flipped", "in context", against].iloc[0]) for against in ("shown", "natural"))
+    shown, natural = (float(rows["flipped", "in context", against]) for against in ("shown", "natural"))
     assert shown > 0.5 > natural
     found = flipped.label_following()
     assert found is not None
