@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class SeenBatch:
         self._seen: dict[str, dict[int, Tensor]] = {}
         self._excess: list[Tensor] = []  # per layer: how far heads are from their parts
         self._destinations = _destinations(rows, self._offset)
+        self._matched = [row.setting == "zs_matched" for row in rows]
 
     @property
     def ids(self) -> Int[Tensor, "batch pos"]:
@@ -54,6 +56,8 @@ class SeenBatch:
             hooks.append(model.attention_input_hook(layer, self._keeper("attention_input", layer)))
         if keep.residual:
             hooks.append((model.residual_hook("pre", layer), self._keeper("residual", layer)))
+        if keep.own_stream and any(self._matched):
+            hooks.append((model.residual_hook("pre", layer), partial(self._keep_own_stream, layer)))
         if keep.stream:
             hooks.append((model.hook_name("mlp_out", layer), self._keeper("mlp", layer)))
             if layer == 0:
@@ -80,8 +84,11 @@ class SeenBatch:
         n_dst, n_src = len(item.destinations), item.tokens.n_tokens
         found: dict[str, Tensor] = {}
         for name, tensor in layered.items():
+            if name == "own_stream" and not self._matched[row]:
+                continue
             if name.startswith("own"):
-                found[name] = tensor[row, :, : n_src - self._offset].clone()
+                number = sum(self._matched[:row]) if name == "own_stream" else row
+                found[name] = tensor[number, :, : n_src - self._offset].clone()
             else:
                 here = tensor[row, :, :n_dst, ..., :n_src] if name == "pattern" else tensor[row, :, :n_dst]
                 found[name] = here.transpose(0, 1).clone(memory_format=torch.contiguous_format)
@@ -147,6 +154,9 @@ class SeenBatch:
         matched = self._n_seeing < len(self._rows)
         seeing = call if not matched else call.rows(slice(self._n_seeing))
         return excess_over_parts(seeing, at, pattern.transpose(1, 2), eta, with_pattern=matched)
+
+    def _keep_own_stream(self, layer: int, stream: Tensor) -> None:
+        self._seen.setdefault("own_stream", {})[layer] = stream[torch.tensor(self._matched, device=stream.device)]
 
     def _without_demos(self, call: AttentionCall) -> _Hidden:
         """Attention of the position-matched rows."""
