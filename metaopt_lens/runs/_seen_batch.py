@@ -161,8 +161,11 @@ class SeenBatch:
     def _without_demos(self, call: AttentionCall) -> _Hidden:
         """Attention of the position-matched rows."""
         rows = slice(self._n_seeing, None)
-        hidden = call.inside(self._rows[-1].tokens.demonstrations)
-        z, pattern, sink = call.rows(rows).attend(hidden)
+        demos = self._rows[-1].tokens.demonstrations
+        hidden = call.inside(demos)
+        z, seen, sink = call.rows(rows).without(hidden).attend()
+        none = seen.new_zeros(*seen.shape[:-1], len(demos))
+        pattern = torch.cat([seen[..., : demos.start], none, seen[..., demos.start :]], dim=-1)
         if self._eta is not None:  # D still takes its places in the moving average
             v = call.v[rows].masked_fill(hidden[:, None, None], 0.0)
             z = z + momentum_values(v, self._eta[call.layer])[:, call.offset :].to(z.dtype)
