@@ -1,11 +1,25 @@
 """Is in-context learning a hidden gradient descent? Split every attention head and see.
 
-Names are loaded when first used, so that ``import metaopt_lens`` costs nothing.
+What most analyses need is here; everything else is in the package's rooms, such as ``metaopt_lens.tasks``. Names and
+rooms are loaded when first used, so that ``import metaopt_lens`` costs nothing.
 """
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from metaopt_lens import analysis as analysis
+    from metaopt_lens import decomposition as decomposition
+    from metaopt_lens import dual as dual
+    from metaopt_lens import experiments as experiments
+    from metaopt_lens import finetuning as finetuning
+    from metaopt_lens import interventions as interventions
+    from metaopt_lens import models as models
+    from metaopt_lens import patches as patches
+    from metaopt_lens import prompts as prompts
+    from metaopt_lens import records as records
+    from metaopt_lens import runs as runs
+    from metaopt_lens import tasks as tasks
+    from metaopt_lens import viz as viz
     from metaopt_lens._errors import MetaoptLensError as MetaoptLensError
     from metaopt_lens._types import HeadRef as HeadRef
     from metaopt_lens.analysis import Comparison as Comparison
@@ -24,6 +38,7 @@ if TYPE_CHECKING:
     from metaopt_lens.interventions import intervene as intervene
     from metaopt_lens.interventions import meta_gradient as meta_gradient
     from metaopt_lens.models import load_model as load_model
+    from metaopt_lens.models import tiny as tiny
     from metaopt_lens.models import wrap as wrap
     from metaopt_lens.models.tiny import load_tiny as load_tiny
     from metaopt_lens.patches import WeightPatch as WeightPatch
@@ -60,6 +75,24 @@ _HOME = {
     "run_experiment": "experiments",
     "wrap": "models",
 }
+# Namespaces, as `torch.nn` is one.
+_ROOMS = {
+    "analysis": "analysis",
+    "decomposition": "decomposition",
+    "dual": "dual",
+    "experiments": "experiments",
+    "finetuning": "finetuning",
+    "interventions": "interventions",
+    "models": "models",
+    "patches": "patches",
+    "prompts": "prompts",
+    "records": "records",
+    "runs": "runs",
+    "tasks": "tasks",
+    "tiny": "models.tiny",
+    "training": "training",
+    "viz": "viz",
+}
 # Rarely written out, and public in their rooms; here for code written for 0.1.
 _ALSO = {"DecompositionSet": "decomposition", "Demo": "prompts", "HeadRef": "_types"}
 
@@ -71,8 +104,8 @@ def __getattr__(name: str) -> object:
 
     if name == "__version__":
         return metadata.version("metaopt-lens")
-    if name == "viz":
-        return import_module("metaopt_lens.viz")
+    if name in _ROOMS:
+        return import_module(f"metaopt_lens.{_ROOMS[name]}")
     room = _HOME.get(name) or _ALSO.get(name)
     if room is None:
         raise AttributeError(f"module 'metaopt_lens' has no attribute {name!r}")
@@ -82,4 +115,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*_HOME, "__version__", "viz"})
+    return sorted({*_HOME, *_ROOMS, "__version__"})

@@ -145,13 +145,21 @@ def host_z(model: Any, ids: Sequence[int], **options: Any) -> Tensor:
 
 def mask_query_to_demos(model: Any, tokens: TokenizedPrompt) -> list[tuple[str, Callable[..., Any]]]:
     """Edits of the host's own scores: no token of Q sees D, in every layer and head."""
+    return hide_demos(tokens, range(len(tokens.demos)), range(sizes(model)[0]))
+
+
+def hide_demos(
+    tokens: TokenizedPrompt, demos: Sequence[int], layers: Sequence[int]
+) -> list[tuple[str, Callable[..., Any]]]:
+    """Edits of the host's own scores: no token of Q sees these demonstrations, in all heads of these layers."""
 
     def hide(scores: Tensor, hook: Any) -> Tensor:
         scores = scores.clone()
-        scores[..., tokens.query.slice, tokens.demonstrations.slice] = -torch.inf
+        for demo in demos:
+            scores[..., tokens.query.slice, tokens.demos[demo].slice] = -torch.inf
         return scores
 
-    return [(f"blocks.{layer}.attn.hook_attn_scores", hide) for layer in range(sizes(model)[0])]
+    return [(f"blocks.{layer}.attn.hook_attn_scores", hide) for layer in layers]
 
 
 _OUT_PROJECTIONS = ("o", "o_proj", "out_proj", "c_proj", "dense")

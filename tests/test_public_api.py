@@ -40,6 +40,16 @@ def test_there_are_few_of_them() -> None:
         assert name in metaopt_lens.__all__
 
 
+def test_every_room_is_a_namespace_of_the_root() -> None:
+    rooms = {name for name in dir(metaopt_lens) if inspect.ismodule(getattr(metaopt_lens, name))}
+    assert metaopt_lens.tiny.__name__ == "metaopt_lens.models.tiny"
+    packages = {m.name for m in pkgutil.iter_modules(metaopt_lens.__path__) if m.ispkg}
+    assert rooms - {"tiny"} == packages - {"cli"}
+    code = "import metaopt_lens as ml; print(ml.tasks.Task.__name__, ml.tiny.load_tiny is ml.load_tiny)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["Task", "True"]
+
+
 def test_names_of_0_1_can_still_be_imported() -> None:
     from metaopt_lens.decomposition import DecompositionSet
     from metaopt_lens.prompts import Demo

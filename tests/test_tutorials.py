@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -27,6 +28,14 @@ def without_pictures(output: dict[str, Any]) -> str:
 
 def test_there_are_six() -> None:
     assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_everything_is_imported_from_the_root(path: Path) -> None:
+    code = ast.parse("\n".join("".join(cell["source"]) for cell in cells(path, "code")))
+    imports = [node for node in ast.walk(code) if isinstance(node, ast.Import | ast.ImportFrom)]
+    named = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports]
+    assert {name for name in named if name and name.startswith("metaopt_lens")} == {"metaopt_lens"}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -1,5 +1,9 @@
 """Similarity, recall, rank statistics, nulls and confidence intervals: pure functions of tensors."""
 
+from metaopt_lens.analysis._algebra import DemonstrationAlgebra as DemonstrationAlgebra
+from metaopt_lens.analysis._algebra import demonstration_algebra as demonstration_algebra
+from metaopt_lens.analysis._ceiling import Ceiling as Ceiling
+from metaopt_lens.analysis._ceiling import ceiling as ceiling
 from metaopt_lens.analysis._compare import compare as compare
 from metaopt_lens.analysis._compare_options import Controls as Controls
 from metaopt_lens.analysis._compare_options import Finetuning as Finetuning
@@ -11,6 +15,8 @@ from metaopt_lens.analysis._controls import randomized_copy as randomized_copy
 from metaopt_lens.analysis._controls import shuffle_labels as shuffle_labels
 from metaopt_lens.analysis._controls import unrelated_update as unrelated_update
 from metaopt_lens.analysis._convention import Convention as Convention
+from metaopt_lens.analysis._further import Further as Further
+from metaopt_lens.analysis._further import join_further as join_further
 from metaopt_lens.analysis._head_profile import HeadProfile as HeadProfile
 from metaopt_lens.analysis._head_profile import head_profile as head_profile
 from metaopt_lens.analysis._head_profile import spearman_rho as spearman_rho
@@ -18,12 +24,15 @@ from metaopt_lens.analysis._head_scores import attention_scores_of_heads as atte
 from metaopt_lens.analysis._head_scores import function_vector_scores as function_vector_scores
 from metaopt_lens.analysis._head_scores import induction_score as induction_score
 from metaopt_lens.analysis._head_scores import previous_token_score as previous_token_score
+from metaopt_lens.analysis._held_out import Explained as Explained
 from metaopt_lens.analysis._interval import Interval as Interval
 from metaopt_lens.analysis._interval import mean_interval as mean_interval
 from metaopt_lens.analysis._interval import scope as scope
 from metaopt_lens.analysis._joining import join_measured as join_measured
 from metaopt_lens.analysis._label_answers import Answers as Answers
 from metaopt_lens.analysis._label_answers import join_answers as join_answers
+from metaopt_lens.analysis._ladder import OptimiserLadder as OptimiserLadder
+from metaopt_lens.analysis._ladder import optimiser_ladder as optimiser_ladder
 from metaopt_lens.analysis._matrices import Factors as Factors
 from metaopt_lens.analysis._matrices import PrincipalAngles as PrincipalAngles
 from metaopt_lens.analysis._matrices import effective_rank as effective_rank
@@ -47,6 +56,8 @@ from metaopt_lens.analysis._nulls import derangement as derangement
 from metaopt_lens.analysis._nulls import other_query_null as other_query_null
 from metaopt_lens.analysis._nulls import random_like as random_like
 from metaopt_lens.analysis._nulls import random_null as random_null
+from metaopt_lens.analysis._order import OrderSpread as OrderSpread
+from metaopt_lens.analysis._order import order_spread as order_spread
 from metaopt_lens.analysis._patch_against_finetuning import PatchAgainstFinetuning as PatchAgainstFinetuning
 from metaopt_lens.analysis._patch_against_finetuning import change_cosines as change_cosines
 from metaopt_lens.analysis._patch_against_finetuning import patch_against_finetuning as patch_against_finetuning
@@ -70,6 +81,9 @@ from metaopt_lens.analysis._similarity import unit as unit
 from metaopt_lens.analysis._static_curve import StaticCurve as StaticCurve
 from metaopt_lens.analysis._static_curve import static_curve as static_curve
 from metaopt_lens.analysis._static_curve import static_ranks as static_ranks
+from metaopt_lens.analysis._static_sets import PatchesAgainstFinetuning as PatchesAgainstFinetuning
+from metaopt_lens.analysis._static_sets import StaticCurves as StaticCurves
+from metaopt_lens.analysis._static_sets import patches_against_finetuning as patches_against_finetuning
 from metaopt_lens.analysis._statistic import Statistic as Statistic
 from metaopt_lens.analysis._statistics import STATISTICS as STATISTICS
 from metaopt_lens.analysis._statistics import statistic as statistic
@@ -92,15 +106,21 @@ __all__ = [
     "SHUFFLED_LABELS",
     "STATISTICS",
     "UNRELATED_TEXT",
+    "Ceiling",
     "Comparison",
     "Controls",
     "Convention",
+    "DemonstrationAlgebra",
+    "Explained",
     "Factors",
     "Finding",
     "Finetuning",
+    "Further",
     "HeadProfile",
     "Interval",
     "Measures",
+    "OptimiserLadder",
+    "OrderSpread",
     "PrincipalAngles",
     "QueryStatistic",
     "Rec2FTP",
@@ -109,9 +129,11 @@ __all__ = [
     "Statistic",
     "TopKRecall",
     "adjust_p_values",
+    "ceiling",
     "compare",
     "contribution_intervals",
     "cosine",
+    "demonstration_algebra",
     "difference",
     "effective_rank",
     "exact_interval",
@@ -123,6 +145,8 @@ __all__ = [
     "headline",
     "kendall_tau",
     "mean_interval",
+    "optimiser_ladder",
+    "order_spread",
     "principal_angles",
     "randomized_copy",
     "rec2ftp",

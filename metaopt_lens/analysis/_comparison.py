@@ -15,10 +15,12 @@ from metaopt_lens._codec import NOT_IN_0_1, NOT_STORED, Stored
 from metaopt_lens._errors import OptionError, UndefinedMetricError
 from metaopt_lens._plots import draw
 from metaopt_lens.analysis._comparison_tables import accuracy_table, head_frame, query_frame, summary_table
+from metaopt_lens.analysis._further import Further
 from metaopt_lens.analysis._interval import Interval, mean_interval, scope, set_means, t_test
 from metaopt_lens.analysis._label_answers import Answers
 from metaopt_lens.analysis._measured import Measured
 from metaopt_lens.analysis._recall import Rec2FTP, rec2ftp
+from metaopt_lens.analysis._verdict import Finding, findings
 from metaopt_lens.finetuning import LearningRateChoice, WeightUpdate
 from metaopt_lens.models import ModelInfo
 
@@ -50,6 +52,7 @@ class Comparison(Stored):
         provenance: versions and time.
         notes: controls that were left out, and why.
         learning_rate: how it was chosen; None where it was given.
+        further: what else was asked of the same prompts (docs/theory.md, section 12); None where it was not.
         updates: what was compared, one per set; not stored in files.
     """
 
@@ -71,6 +74,7 @@ class Comparison(Stored):
     answers: dict[str, Answers] = field(default_factory=dict, metadata=NOT_IN_0_1)
     notes: tuple[str, ...] = field(default=(), metadata=NOT_IN_0_1)
     learning_rate: LearningRateChoice | None = field(default=None, metadata=NOT_IN_0_1)
+    further: Further | None = field(default=None, metadata=NOT_IN_0_1)
     updates: tuple[WeightUpdate, ...] = field(default=(), metadata=NOT_STORED)
 
     def __getitem__(self, name: str) -> Measured:
@@ -209,6 +213,14 @@ class Comparison(Stored):
         if (name, level) not in self._tables:
             self._tables[name, level] = make(self, level)
         return self._tables[name, level].copy()
+
+    def findings(self, statistic: str = "z total") -> tuple[Finding, ...]:
+        """The questions a reader asks first, answered; see `metaopt_lens.analysis.findings`.
+
+        Args:
+            statistic: whose similarity is asked about; each of its nulls has a question.
+        """
+        return findings(self, statistic)
 
     def plot(self, statistic: str = "z total") -> Any:
         """A plotly figure: layer x head map of a statistic, its main null next to it.

@@ -145,7 +145,7 @@ def _standard_error(units: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = units.nanmean(0)
     spread = ((units - mean).square().nansum(0) / (n - 1).clamp_min(1)).sqrt()
     known = (n >= 2) & (spread > _EQUAL * units.abs().nan_to_num().amax(0))
-    return mean, torch.where(known, spread / n.sqrt(), torch.nan), n
+    return mean, torch.where(known, spread / n.double().sqrt(), torch.nan), n
 
 
 def _t_quantile(probability: float, n: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 FINETUNED = "finetuned"
 UPHILL = "uphill"
+OTHER_DEMOS = "other demonstrations"
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +38,14 @@ class PatchAgainstFinetuning:
     """A static patch and finetuning on the same demonstrations, of the same matrices.
 
     The cosines are of one demonstration set and have no interval: the nulls' draws are their scale. Intervals of the
-    accuracies are over queries, conditional on these demonstrations.
+    accuracies are over queries, conditional on these demonstrations. See `PatchesAgainstFinetuning` for several sets.
 
     Attributes:
-        matrices: that both change, as the patch names them.
+        matrices: that both change, as the patch names them: of the MLP, or W_O of an attention-only model.
         cosine: Frobenius cosine of the patch's change and the finetuned one; NaN where one is zero.
         nulls: the same with other updates, made in the way of the finetuned one, by name: ``"shuffled labels"``
-            (several draws), ``"uphill"`` (ascent of the same loss) and ``"unrelated text"`` (of equal norm).
+            (several draws), ``"uphill"`` (ascent of the same loss), ``"unrelated text"`` (of equal norm), and ``"other
+            demonstrations"`` where there are any.
         correct: held-out queries answered rightly, by setting: ``"in context"``, ``"zero-shot"``, ``"static patch"``,
             ``"finetuned"``.
         null_correct: the same with the nulls' updates.
@@ -107,6 +109,7 @@ def patch_against_finetuning(
     update: WeightUpdate | None = None,
     *,
     seeds: Sequence[int] = range(5),
+    others: Sequence[WeightUpdate] = (),
     prepend_bos: bool | None = None,
 ) -> PatchAgainstFinetuning:
     """Compare a static patch with finetuning on the demonstrations it stands for (docs/theory.md, section 9).
@@ -114,9 +117,10 @@ def patch_against_finetuning(
     Args:
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model. It is not modified.
         curve: of `static_curve`; its last patch is compared, on its held-out queries.
-        update: ``finetune(model, prompt, projections=("mlp_in", "mlp_gate", "mlp_out"), ...)`` on the demonstrations;
-            made with the defaults of `Finetuning` if not given.
+        update: ``finetune(model, prompt, projections=("mlp_in", "mlp_gate", "mlp_out"), ...)`` on the demonstrations
+            (of an attention-only model, ``projections=("o",)``); made with the defaults of `Finetuning` if not given.
         seeds: of the draws of shuffled labels.
+        others: updates made in the same way on other demonstrations, for the null of that name.
         prepend_bos: as for the curve.
 
     Returns:
@@ -130,7 +134,7 @@ def patch_against_finetuning(
     wrapped, patch, asked = wrap(model), curve.patch, curve.asked
     wrapped.check_same(patch.model, "this static patch")
     if update is None:
-        update = _own_update(wrapped, patch, asked[0], prepend_bos=prepend_bos)
+        (update,) = own_updates(wrapped, [curve], prepend_bos=prepend_bos)
     wrapped.check_same(update.model, "this weight update")
     matrices = common_matrices(patch, update)
     arguments = finetune_arguments(update) | {"prepend_bos": prepend_bos, "allow_processed": True, "progress": False}
@@ -142,6 +146,12 @@ def patch_against_finetuning(
             "the update was not trained on the patch's demonstrations: give finetune one of the curve's prompts."
         )
     nulls, notes = _null_updates(wrapped, asked[0], update, arguments, seeds)
+    for other in others:
+        wrapped.check_same(other.model, "this weight update")
+    if others:
+        nulls[OTHER_DEMOS] = [*others]
+    else:
+        notes.append(f"the control {OTHER_DEMOS!r} is left out (it needs a second demonstration set)")
     only = [name for name in _changed(update) if name not in matrices]
     if only:
         notes.append(f"The update also changes {' and '.join(only)}, which the patch of this model leaves as it is.")
@@ -185,7 +195,7 @@ def change_cosines(patch: StaticPatch, update: WeightUpdate) -> Float[Tensor, "l
 
 
 def common_matrices(patch: StaticPatch, update: WeightUpdate) -> tuple[str, ...]:
-    """The MLP's matrices that both change, as the patch names them.
+    """The matrices that both change, as the patch names them.
 
     Args:
         patch: made by `static_patch`.
@@ -197,9 +207,9 @@ def common_matrices(patch: StaticPatch, update: WeightUpdate) -> tuple[str, ...]
     changed = _changed(update)
     found = tuple(name for name in patch.matrices if name in changed)
     if not found:
-        has = " and ".join(changed) or "no matrix of the MLP"
-        wanted = ", ".join(f"'mlp_{name}'" for name in _mlp_matrices(patch))
-        option = f"finetune with projections=({wanted})" if wanted else "this family has no such comparison"
+        has = " and ".join(changed) or "no matrix of the MLP, and not W_O"
+        wanted = ", ".join(map(repr, _projections(patch)))
+        option = f"finetune with projections=({wanted},)" if wanted else "this family has no such comparison"
         raise OptionError(
             f"the update changes {has}, but the patch of {patch.model.name} changes {' and '.join(patch.matrices)}: "
             f"{option}."
@@ -208,23 +218,40 @@ def common_matrices(patch: StaticPatch, update: WeightUpdate) -> tuple[str, ...]
 
 
 def _changed(update: WeightUpdate) -> dict[str, Float[Tensor, "layer d_out d_in"]]:
-    """Changes of the MLP's matrices, named as in a patch."""
+    """Changes of the MLP's matrices and of W_O, named as in a patch."""
     prefix = "w_mlp_"
-    return {name.removeprefix(prefix): t for name, t in update.tensors().items() if name.startswith(prefix)}
+    found = {name.removeprefix(prefix): t for name, t in update.tensors().items() if name.startswith(prefix)}
+    if update.w_o is not None:
+        found["o"] = update.w_o.flatten(1, 2).mT  # layer head d_head d_model -> layer d_model (head d_head)
+    return found
 
 
-def _own_update(model: LensModel, patch: StaticPatch, prompt: ICLPrompt, *, prepend_bos: bool | None) -> WeightUpdate:
-    """Finetuning of the patch's matrices of the MLP, at a learning rate chosen on a quarter of the demonstrations."""
-    projections = [f"mlp_{name}" for name in _mlp_matrices(patch)]
+def own_updates(
+    model: LensModel, curves: Sequence[StaticCurve], *, prepend_bos: bool | None
+) -> tuple[WeightUpdate, ...]:
+    """Finetuning of the patch's matrices on every set, at a rate chosen on a quarter of the first set's demonstrations.
+
+    Args:
+        model: never modified.
+        curves: one for each demonstration set.
+        prepend_bos: as for the curves.
+
+    Raises:
+        OptionError: matrices that finetuning has no counterpart of.
+    """
+    patch = curves[0].patch
+    projections = _projections(patch)
     if not projections:
         changed = " and ".join(patch.matrices)
         raise OptionError(f"the patch of {patch.model.name} changes {changed}, which finetuning has no counterpart of.")
-    how = Finetuning(further={"projections": projections, "keep_factors": False})
-    return finetune_sets(model, [prompt], how, prepend_bos=prepend_bos, allow_processed=True).updates[0]
+    how = Finetuning(further={"projections": projections, "bias": False, "keep_factors": False})
+    firsts = [curve.asked[0] for curve in curves]
+    return finetune_sets(model, firsts, how, prepend_bos=prepend_bos, allow_processed=True).updates
 
 
-def _mlp_matrices(patch: StaticPatch) -> list[str]:
-    return [name for name in patch.matrices if f"mlp_{name}" in MLP]
+def _projections(patch: StaticPatch) -> list[str]:
+    """The patch's matrices as `finetune` names them."""
+    return [name if name == "o" else f"mlp_{name}" for name in patch.matrices if name == "o" or f"mlp_{name}" in MLP]
 
 
 def _null_updates(

@@ -11,17 +11,19 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from metaopt_lens._errors import OptionError, PromptError
-from metaopt_lens.analysis._interval import mean_interval
+from metaopt_lens.analysis._interval import Interval, mean_interval
 from metaopt_lens.analysis._matrices import Factors, effective_rank
 from metaopt_lens.analysis._recall import exact_interval
 from metaopt_lens.interventions import intervene
-from metaopt_lens.models import LensModel, Readout, wrap
-from metaopt_lens.patches import RIDGE, StaticPatch, exact_patches, fit_static
+from metaopt_lens.models import LensModel, Prefix, Readout, wrap
+from metaopt_lens.patches import RIDGE, StaticPatch, WeightPatch, exact_patches, fit_static
 from metaopt_lens.prompts import ICLPrompt, PromptLike, TokenizedPrompt, as_prompts, tokenize_label
 from metaopt_lens.runs import candidate_labels, check_candidates, run_shared_prefix, tokenize_for
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_BATCH = 16  # queries of one length in one pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,38 +64,39 @@ class StaticCurve:
         return torch.stack([_kl(self.zero_shot, other) for other in (self.in_context, *self.static)])
 
     @property
+    def divergences(self) -> dict[str, Float[Tensor, "setting query"]]:
+        """Both divergences of every setting, in the order of `settings`; 0 of a setting from itself."""
+        nothing = torch.zeros(1, self.correct.shape[1], dtype=torch.float64)
+        to_zero_shot = self.kl_to_zero_shot
+        return {
+            "kl_to_in_context": torch.cat([nothing, self.kl_to_in_context]),
+            "kl_to_zero_shot": torch.cat([to_zero_shot[:1], nothing, to_zero_shot[1:]]),
+        }
+
+    @property
     def sentence(self) -> str:
         """Whether the last patch beats zero-shot on these queries, by a t interval of the paired difference."""
         gain = self.correct[-1].double() - self.correct[1].double()
-        found = mean_interval(gain).within(-1.0, 1.0)
-        n, what = len(gain), "conditional on these demonstrations"
-        low, high = float(found.low), float(found.high)
-        text = f"{float(found.estimate):+.1%} of {n} held-out queries"
-        if low != low:  # all queries changed alike
-            return f"The static patch changes the accuracy by {text}, the same for all of them: no interval."
-        verdict = "beats" if low > 0 else "does worse than" if high < 0 else "is not shown to beat"
-        return (
-            f"The static patch fitted on {self.n_fit[-1]} queries {verdict} zero-shot: accuracy {text} "
-            f"(95 % interval {low:+.1%} to {high:+.1%}, {what})."
-        )
+        return gain_sentence(mean_interval(gain).within(-1.0, 1.0), self.n_fit[-1])
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Names of the settings, in the order of `correct`."""
+        return ("in context", "zero-shot", *(f"static patch, {k} queries" for k in self.n_fit))
 
     def to_frame(self) -> pd.DataFrame:
         """One row for every setting: accuracy with its exact interval, and both divergences with their t intervals."""
         import pandas as pd
 
-        names = ["in context", "zero-shot", *(f"static patch, {k} queries" for k in self.n_fit)]
-        nothing = torch.zeros(1, self.correct.shape[1], dtype=torch.float64)
-        to_in_context = torch.cat([nothing, self.kl_to_in_context])
-        to_zero_shot = torch.cat([self.kl_to_zero_shot[:1], nothing, self.kl_to_zero_shot[1:]])
         rows = []
-        for number, name in enumerate(names):
+        for number, name in enumerate(self.settings):
             right = self.correct[number]
             interval = exact_interval(int(right.sum()), len(right))
             assert interval is not None  # there are queries
             row: dict[str, Any] = {"setting": name, "n": len(right), "accuracy": float(right.double().mean())}
             row |= {"accuracy_low": interval[0] / 100, "accuracy_high": interval[1] / 100}
-            for key, kl in (("kl_to_in_context", to_in_context[number]), ("kl_to_zero_shot", to_zero_shot[number])):
-                mean = mean_interval(kl)
+            for key, kl in self.divergences.items():
+                mean = mean_interval(kl[number])
                 row |= {key: float(mean.estimate), f"{key}_low": float(mean.low), f"{key}_high": float(mean.high)}
             rows.append(row)
         return pd.DataFrame(rows)
@@ -106,6 +109,7 @@ def static_curve(
     *,
     n_fit: Sequence[int] | None = None,
     ridge: float = RIDGE,
+    patches: Sequence[WeightPatch] | None = None,
     prepend_bos: bool | None = None,
 ) -> StaticCurve:
     """Fit static patches on the first of some queries, and test them on others (docs/theory.md, section 9).
@@ -116,13 +120,15 @@ def static_curve(
         held_out: other queries behind them, each with its label.
         n_fit: how many of the first `fitted` each patch is fitted on; by default 2, 4, 8, ... and all.
         ridge: weight of the penalty, relative to the mean square of an input.
+        patches: exact patches of `fitted` (`exact_patches`), to compile them once for several ridges.
         prepend_bos: put BOS first; None for the model's default.
 
     Returns:
         The answers to the held-out queries.
 
     Raises:
-        PromptError: a held-out query without label, one that was fitted, or other demonstrations.
+        PromptError: a held-out query without label, one that was fitted, other demonstrations, or patches of other
+            queries.
         OptionError: `n_fit` below 2 or above the number of queries.
     """
     wrapped, fit, asked = wrap(model), as_prompts(fitted), as_prompts(held_out)
@@ -137,9 +143,12 @@ def static_curve(
             raise PromptError(f"the query {prompt.query!r} is fitted on and held out: give other queries.")
     tokens = [tokenize_for(wrapped, p, prepend_bos=prepend_bos, require_demos=True) for p in asked]
     labels = [first_tokens(wrapped, prompt) for prompt in asked]
-    patches = exact_patches(wrapped, fit, prepend_bos=prepend_bos)
+    if patches is None:
+        patches = exact_patches(wrapped, fit, prepend_bos=prepend_bos)
+    elif [patch.tokens for patch in patches] != [tokenize_for(wrapped, p, prepend_bos=prepend_bos) for p in fit]:
+        raise PromptError("the patches are not those of the fitting queries: exact_patches(model, fitted) makes them.")
     prefix = run_shared_prefix(wrapped, tokens[0].ids[: tokens[0].query.start])
-    in_context = torch.stack([_next(wrapped, t.ids[t.query.start :], prefix) for t in tokens])
+    in_context = _next(wrapped, [t.ids[t.query.start :] for t in tokens], prefix)
     zero_shot = zero_shot_answers(wrapped, tokens)
     statics = [fit_static(patches[:k], ridge=ridge) for k in counts]
     answers = []
@@ -157,6 +166,24 @@ def static_curve(
         effective_rank=static_ranks(statics[-1]),
         patch=statics[-1],
         asked=tuple(asked),
+    )
+
+
+def gain_sentence(gain: Interval, n_fit: int) -> str:
+    """Whether a static patch beats zero-shot.
+
+    Args:
+        gain: in accuracy, paired query by query.
+        n_fit: how many queries the patch was fitted on.
+    """
+    low, high = float(gain.low), float(gain.high)
+    text = f"{float(gain.estimate):+.1%} of {gain.n_queries} held-out queries"
+    if low != low:  # all units changed alike
+        return f"The static patch changes the accuracy by {text}, the same for all of them: no interval."
+    verdict = "beats" if low > 0 else "does worse than" if high < 0 else "is not shown to beat"
+    return (
+        f"The static patch fitted on {n_fit} queries {verdict} zero-shot: accuracy {text} "
+        f"(95 % interval {low:+.1%} to {high:+.1%}, {gain.label})."
     )
 
 
@@ -190,11 +217,22 @@ def first_tokens(model: LensModel, prompt: ICLPrompt) -> list[int]:
     return [label[0] for label in ids]
 
 
-def _next(model: LensModel, ids: Sequence[int], prefix: Any = None) -> Float[Tensor, " d_vocab"]:
-    """Log-probabilities of the token that follows."""
-    logits = model.run(torch.tensor([list(ids)]), prefix=prefix, read=Readout(torch.tensor([[len(ids) - 1]])))
-    assert logits is not None
-    return logits[0, 0].detach().double().log_softmax(-1)
+def _next(
+    model: LensModel, queries: Sequence[Sequence[int]], prefix: Prefix | None = None
+) -> Float[Tensor, "query d_vocab"]:
+    """Log-probabilities of the token that follows each query; those of one length are run together."""
+    found: list[Tensor] = [torch.empty(0)] * len(queries)
+    for length in {len(query) for query in queries}:
+        alike = [number for number, query in enumerate(queries) if len(query) == length]
+        for first in range(0, len(alike), _BATCH):
+            rows = alike[first : first + _BATCH]
+            ids = torch.tensor([list(queries[row]) for row in rows])
+            read = Readout(torch.full((len(rows), 1), length - 1))
+            logits = model.run(ids, prefix=prefix, read=read)
+            assert logits is not None
+            for row, own in zip(rows, logits[:, 0].detach().double().log_softmax(-1), strict=True):
+                found[row] = own
+    return torch.stack(found)
 
 
 def zero_shot_answers(model: LensModel, tokens: Sequence[TokenizedPrompt]) -> Float[Tensor, "query d_vocab"]:
@@ -204,7 +242,7 @@ def zero_shot_answers(model: LensModel, tokens: Sequence[TokenizedPrompt]) -> Fl
         model: a wrapped model, with whatever is applied to it.
         tokens: of the in-context prompts.
     """
-    return torch.stack([_next(model, t.zero_shot().ids) for t in tokens])
+    return _next(model, [t.zero_shot().ids for t in tokens])
 
 
 def answered_right(

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from metaopt_lens._errors import UndefinedMetricError
-from metaopt_lens.analysis._comparison import Comparison
 from metaopt_lens.analysis._interval import MIN_SETS_TO_DECIDE, scope
 from metaopt_lens.analysis._null_names import ANALYTIC, null_of
+
+if TYPE_CHECKING:
+    from metaopt_lens.analysis._comparison import Comparison
 
 Answer = Literal["yes", "no", "unclear", "undecided"]
 

@@ -5,6 +5,7 @@ from metaopt_lens.decomposition._contribution_set import LogitContributionSet as
 from metaopt_lens.decomposition._decompose import decompose as decompose
 from metaopt_lens.decomposition._decomposition import Decomposition as Decomposition
 from metaopt_lens.decomposition._decomposition_set import DecompositionSet as DecompositionSet
+from metaopt_lens.decomposition._direct_logits import at_one_destination as at_one_destination
 from metaopt_lens.decomposition._effects import Effects as Effects
 from metaopt_lens.decomposition._effects import ResidualParts as ResidualParts
 from metaopt_lens.decomposition._effects import effects_of as effects_of
@@ -14,6 +15,7 @@ from metaopt_lens.decomposition._lens_words import LensWords as LensWords
 from metaopt_lens.decomposition._lens_words import UpdateDirection as UpdateDirection
 from metaopt_lens.decomposition._lens_words import read_words as read_words
 from metaopt_lens.decomposition._logit_contributions import LogitContributions as LogitContributions
+from metaopt_lens.decomposition._reading import read_along as read_along
 
 __all__ = [
     "Decomposition",

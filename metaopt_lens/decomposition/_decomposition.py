@@ -458,6 +458,15 @@ class Decomposition(Stored):
         """
         return draw(self, "attention_view", heads)
 
+    def token_view(self, heads: Sequence[str | HeadRef | tuple[int, int]] | None = None, form: Form = "softmax") -> Any:
+        """circuitsvis: demonstration tokens coloured by their share of a head's meta-gradient; see `token_shares`.
+
+        Args:
+            heads: heads such as ``"L3H7"`` or ``(3, 7)``; None for the first four of `heads()`.
+            form: ``"softmax"`` for the exact split, ``"linear"`` for the relaxed one.
+        """
+        return draw(self, "token_view", heads, form)
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write ``path.safetensors`` and ``path.json``, with `strength` where it is known; returns the latter.
 

@@ -216,13 +216,14 @@ def at_one_destination(run: Run, dst: int) -> Run:
     )
 
 
-def run_through_answer(model: LensModel, run: Run, targets: Sequence[Target]) -> Run:
+def run_through_answer(model: LensModel, run: Run, targets: Sequence[Target], *, n_before: int = 0) -> Run:
     """The in-context prompt followed by an answer, read wherever a token of the answer is predicted.
 
     Args:
         model: a wrapped model, in the state the run was made in.
         run: an in-context run that was read at the prompt's last token.
         targets: the answer's.
+        n_before: tokens of the query, before its last, to be read too.
 
     Raises:
         ModelMismatchError: the model now computes something else on the prompt.
@@ -238,9 +239,9 @@ def run_through_answer(model: LensModel, run: Run, targets: Sequence[Target]) ->
         query=TokenSpan(tokens.query.start, tokens.query.stop + len(given)),
     )
     model.check_window(longer.n_tokens, "the prompt with its answer")
-    row = Row("icl", longer, tuple(range(last, longer.n_tokens)))
+    row = Row("icl", longer, tuple(range(last - n_before, longer.n_tokens)))
     (found,) = run_rows(model, run.prefix, [row], keep=Keep(stream=True), grad=run.z.requires_grad)
-    before, now = run.z[run.destinations.index(last)], found.z[0]
+    before, now = run.z[run.destinations.index(last)], found.z[n_before]
     if not float((now - before).detach().abs().max()) <= _TOLERANCE[model.info.dtype] * float(
         before.detach().abs().max()
     ):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from metaopt_lens._errors import OptionError
 from metaopt_lens._types import HeadRef
-from metaopt_lens.decomposition._answer_tokens import Answer, answer_targets
+from metaopt_lens.decomposition._answer_tokens import Answer, Target, answer_targets
 from metaopt_lens.decomposition._direct_logits import kept_stream, logit_contributions, run_through_answer
 from metaopt_lens.decomposition._lens_parts import (
     check_part,
@@ -34,13 +34,48 @@ def read_logits(
     targets = answer_targets(model, prompt, answer, versus)
     if len(targets) == 1:
         return logit_contributions(model, run, targets)
+    _require_end(run, targets)
+    return logit_contributions(model, run_through_answer(model, run, targets), targets)
+
+
+def read_along(
+    model: LensModel,
+    prompt: ICLPrompt,
+    run: Run,
+    answer: Answer | None,
+    versus: Answer | Sequence[Answer] | None,
+    *,
+    n_before: int,
+) -> tuple[Run, LogitContributions]:
+    """An answer's logits token by token, and that of its first token at tokens of the query, too.
+
+    Args:
+        model: a wrapped model, in the state the run was made in.
+        prompt: gives template, label and candidates.
+        run: an in-context run that was read at the prompt's last token.
+        answer: see `Decomposition.logits`.
+        versus: the rivals.
+        n_before: how many tokens of the query, before its last.
+
+    Returns:
+        The run, with one destination for each reading, in order; and its contributions.
+
+    Raises:
+        ModelMismatchError: the model now computes something else on the prompt.
+    """
+    targets = answer_targets(model, prompt, answer, versus)
+    _require_end(run, targets)
+    longer = run_through_answer(model, run, targets, n_before=n_before)
+    return longer, logit_contributions(model, longer, [targets[0]] * n_before + list(targets))
+
+
+def _require_end(run: Run, targets: Sequence[Target]) -> None:
     (at,) = run.destinations
     if at != run.tokens.n_tokens - 1:
         raise OptionError(
             f"an answer of {len(targets)} tokens is read behind the whole prompt, not at position {at}: name its first "
             "token alone."
         )
-    return logit_contributions(model, run_through_answer(model, run, targets), targets)
 
 
 def read_part(

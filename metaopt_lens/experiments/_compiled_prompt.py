@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metaopt_lens._errors import MetaoptLensError, UnsupportedModelError
-from metaopt_lens.analysis import PatchAgainstFinetuning, StaticCurve, patch_against_finetuning, static_curve
+from metaopt_lens.analysis import PatchesAgainstFinetuning, StaticCurves, patches_against_finetuning, static_curve
 from metaopt_lens.interventions import intervene
 from metaopt_lens.models import LensModel, Readout, wrap
 from metaopt_lens.patches import RIDGE, ContextShares, WeightPatch, compile_context, context_shares
@@ -36,8 +36,8 @@ class CompiledPrompt:
         off: largest difference of a logit from the in-context run, over all tokens of the query: with the patch, and
             without.
         largest: largest logit of the in-context run.
-        static: one patch for all queries, on held-out ones; None where there are too few.
-        against: that patch compared with finetuning; None where it was not asked for or is not possible.
+        static: one patch for all queries of each demonstration set, on held-out ones; None where there are too few.
+        against: these patches compared with finetuning; None where it was not asked for or is not possible.
         notes: what is not defined, and why.
     """
 
@@ -46,8 +46,8 @@ class CompiledPrompt:
     top: dict[str, tuple[TopToken, ...]]
     off: tuple[float, float]
     largest: float
-    static: StaticCurve | None
-    against: PatchAgainstFinetuning | None
+    static: StaticCurves | None
+    against: PatchesAgainstFinetuning | None
     notes: tuple[str, ...]
 
     @property
@@ -84,7 +84,8 @@ def compile_prompts(
 
     Args:
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model.
-        prompts: one or more queries behind the same demonstrations.
+        prompts: one or more queries behind the same demonstrations, or behind each of several sets: they are what
+            intervals are over then.
         precision: see `compile_context`.
         ridge: see `static_patch`.
         finetuning: also finetune the same matrices on the demonstrations, and compare; see `patch_against_finetuning`.
@@ -103,24 +104,14 @@ def compile_prompts(
     in_context, zero_shot = (_logits(wrapped, ids, patch) for ids in (patch.tokens.ids, patch.zero_shot_ids))
     with intervene(wrapped, patch):
         patched = _logits(wrapped, patch.zero_shot_ids, patch)
-    static = None
-    if len(prompts) < _FEWEST_QUERIES:
-        notes.append(
-            f"No patch for all queries: it is fitted on every second and tested on the others, {_FEWEST_QUERIES} or "
-            f"more, got {len(prompts)}."
-        )
-    else:
-        try:
-            static = static_curve(wrapped, prompts[::2], prompts[1::2], prepend_bos=prepend_bos, ridge=ridge)
-        except MetaoptLensError as error:
-            notes.append(f"No patch for all queries: {error}")
+    static = _static(wrapped, prompts, notes, prepend_bos=prepend_bos, ridge=ridge)
     against = None
     if finetuning and static is None:
         notes.append("No comparison with finetuning: there is no patch for all queries.")
     elif finetuning and static is not None:
         try:
-            against = patch_against_finetuning(wrapped, static, prepend_bos=prepend_bos)
-            notes += against.notes
+            against = patches_against_finetuning(wrapped, static.sets, prepend_bos=prepend_bos)
+            notes += dict.fromkeys(note for one in against.sets for note in one.notes)
         except MetaoptLensError as error:
             notes.append(f"No comparison with finetuning: {error}")
     return CompiledPrompt(
@@ -137,6 +128,29 @@ def compile_prompts(
         against=against,
         notes=tuple(notes),
     )
+
+
+def _static(
+    model: LensModel, prompts: Sequence[ICLPrompt], notes: list[str], *, prepend_bos: bool | None, ridge: float
+) -> StaticCurves | None:
+    """Static curves of all demonstration sets; why there are none, or fewer, goes to the notes."""
+    sets: dict[Any, list[ICLPrompt]] = {}
+    for prompt in prompts:
+        sets.setdefault((prompt.demos, prompt.instruction, prompt.template), []).append(prompt)
+    enough = [queries for queries in sets.values() if len(queries) >= _FEWEST_QUERIES]
+    for queries in sets.values():
+        if len(queries) < _FEWEST_QUERIES:
+            notes.append(
+                f"No patch for all queries: it is fitted on every second and tested on the others, {_FEWEST_QUERIES} "
+                f"or more, got {len(queries)}."
+            )
+    n = min(map(len, enough), default=0)
+    try:
+        curves = [static_curve(model, q[:n:2], q[1:n:2], prepend_bos=prepend_bos, ridge=ridge) for q in enough]
+    except MetaoptLensError as error:
+        notes.append(f"No patch for all queries: {error}")
+        return None
+    return StaticCurves(tuple(curves)) if curves else None
 
 
 def _logits(model: LensModel, ids: Sequence[int], patch: WeightPatch) -> Float[Tensor, "pos d_vocab"]:

@@ -17,9 +17,13 @@ from metaopt_lens.interventions._head_effects import rank_by_effect as rank_by_e
 from metaopt_lens.interventions._intervene import fwd_hooks as fwd_hooks
 from metaopt_lens.interventions._intervene import intervene as intervene
 from metaopt_lens.interventions._knock_out import KnockOut as KnockOut
+from metaopt_lens.interventions._logit_effects import LogitEffects as LogitEffects
+from metaopt_lens.interventions._logit_effects import LogitRead as LogitRead
+from metaopt_lens.interventions._logit_effects import logit_effects as logit_effects
 from metaopt_lens.interventions._meta_gradient import MetaGradient as MetaGradient
 from metaopt_lens.interventions._meta_gradient import meta_gradient as meta_gradient
 from metaopt_lens.interventions._momentum import MomentumAttention as MomentumAttention
+from metaopt_lens.interventions._pipeline import Staged as Staged
 from metaopt_lens.interventions._pipeline import pipeline as pipeline
 from metaopt_lens.interventions._recovery import Recovery as Recovery
 from metaopt_lens.interventions._recovery import recovery as recovery

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
@@ -11,15 +11,15 @@ from torch import Tensor
 
 from metaopt_lens._errors import OptionError
 from metaopt_lens.interventions._change import Change, Memory, Visibility
-from metaopt_lens.interventions._pipeline import pipeline
-from metaopt_lens.models import Hook, HostPass, LensModel, wrap
+from metaopt_lens.interventions._pipeline import Staged
+from metaopt_lens.models import HostPass, LensModel
 
 if TYPE_CHECKING:
     from metaopt_lens.interventions._meta_gradient import MetaGradient
 
 
 @dataclass(frozen=True, eq=False)
-class AppliedMetaGradient:
+class AppliedMetaGradient(Staged):
     """Within ``intervene``, zero-shot tokens stand where they do in context, and chosen heads see the demonstrations.
 
     Sequences must begin with S (BOS, instruction), as the demonstrations' prompt does. S keeps its positions, all
@@ -73,12 +73,3 @@ class AppliedMetaGradient:
             return positions
 
         return Change(visibility=Visibility("a meta-gradient", mg.heads, place=place, memory=memory))
-
-    def hooks(self, model: Any) -> list[Hook]:
-        """The hooks that apply it alone, to a host or a wrapped model; raises as `change` does.
-
-        Args:
-            model: the wrapped model that the hooks are for.
-        """
-        wrapped = wrap(model)
-        return pipeline(wrapped, [self.change(wrapped)])

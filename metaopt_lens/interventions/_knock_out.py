@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -15,13 +14,13 @@ from metaopt_lens.interventions._change import Change, Visibility
 from metaopt_lens.interventions._demo_tokens import DemoTokens
 from metaopt_lens.interventions._heads import Heads, head_mask
 from metaopt_lens.interventions._meta_gradient import MetaGradient
-from metaopt_lens.interventions._pipeline import pipeline
-from metaopt_lens.models import Hook, HostPass, LensModel, wrap
+from metaopt_lens.interventions._pipeline import Staged
+from metaopt_lens.models import HostPass, LensModel
 from metaopt_lens.prompts import ICLPrompt, PromptLike, TokenizedPrompt, as_prompt
 
 
 @dataclass(frozen=True, eq=False)
-class KnockOut:
+class KnockOut(Staged):
     """In a full in-context run, chosen heads attend as if the demonstrations were not there: ``z <- z_without``.
 
     Equals putting the scores from those positions to the demonstrations at -inf, in the chosen heads. With all heads
@@ -85,15 +84,6 @@ class KnockOut:
             return where[:, :, None] & away[:, None]
 
         return Change(visibility=Visibility("a knock-out", mask, place=place, hidden=hidden))
-
-    def hooks(self, model: Any) -> list[Hook]:
-        """The hooks that make it alone, on a host or a wrapped model; raises as `change` does.
-
-        Args:
-            model: the wrapped model that the hooks are for.
-        """
-        wrapped = wrap(model)
-        return pipeline(wrapped, [self.change(wrapped)])
 
     def _tokens(self, model: LensModel) -> DemoTokens:
         if isinstance(self.prompt, MetaGradient):

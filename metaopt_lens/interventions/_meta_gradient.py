@@ -19,7 +19,8 @@ from metaopt_lens.interventions._apply import AppliedMetaGradient
 from metaopt_lens.interventions._change import Change
 from metaopt_lens.interventions._demo_tokens import DemoTokens
 from metaopt_lens.interventions._heads import Heads, head_mask
-from metaopt_lens.models import Fingerprint, Hook, LensModel, ModelInfo, Prefix, check_made_for, fingerprint_of, wrap
+from metaopt_lens.interventions._pipeline import Staged
+from metaopt_lens.models import Fingerprint, LensModel, ModelInfo, Prefix, check_made_for, fingerprint_of, wrap
 from metaopt_lens.prompts import Demo, ICLPrompt, PromptLike, Template, as_prompt
 from metaopt_lens.runs import memory_of, refuse_acting, run_shared_prefix
 
@@ -84,7 +85,7 @@ def meta_gradient(
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class MetaGradient(Stored):
+class MetaGradient(Stored, Staged):
     """What the demonstrations put into the heads: their keys and values, factored, to be merged with a zero-shot run.
 
     A value: `select`, `without_demo` and ``0.5 * mg`` give new ones, and ``with intervene(model, mg):`` applies it.
@@ -208,14 +209,6 @@ class MetaGradient(Stored):
             model: a wrapped model.
         """
         return self.apply().change(model)
-
-    def hooks(self, model: Any) -> list[Hook]:
-        """Hooks of the exact merge on a host or a wrapped model; see `apply`.
-
-        Args:
-            model: the wrapped model that the hooks are for.
-        """
-        return self.apply().hooks(model)
 
     @property
     def prefix(self) -> Prefix:

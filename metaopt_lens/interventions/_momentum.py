@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,13 +13,13 @@ from metaopt_lens._errors import OptionError, UnsupportedModelError
 from metaopt_lens.dual import check_eta, momentum_state, momentum_values, momentum_weights
 from metaopt_lens.interventions._change import Change
 from metaopt_lens.interventions._heads import Heads, head_mask
-from metaopt_lens.interventions._pipeline import pipeline
+from metaopt_lens.interventions._pipeline import Staged
 from metaopt_lens.interventions._sight import Sight
-from metaopt_lens.models import AddsMomentum, Hook, HostPass, Late, LensModel, wrap
+from metaopt_lens.models import AddsMomentum, Hook, HostPass, Late, LensModel
 
 
 @dataclass(frozen=True, eq=False)
-class MomentumAttention:
+class MomentumAttention(Staged):
     """``MoAttn = Attn + EMA_t`` with ``EMA_t = sum_{i<t} eta^(t-i) v_i``, per head, before W_O.
 
     Works in any forward pass of the host: padded (padding contributes nothing and does not advance t), behind a shared
@@ -84,15 +83,6 @@ class MomentumAttention:
             return momentum_hooks(model, eta, sight)
 
         return Change(addition=add)
-
-    def hooks(self, model: Any) -> list[Hook]:
-        """The hooks that add it alone, to a host or a wrapped model; raises as `change` does.
-
-        Args:
-            model: the wrapped model that the hooks are for.
-        """
-        wrapped = wrap(model)
-        return pipeline(wrapped, [self.change(wrapped)])
 
 
 def momentum_hooks(model: LensModel, eta: Float[Tensor, "layer head"], sight: Sight) -> list[Hook]:

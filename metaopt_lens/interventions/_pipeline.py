@@ -1,13 +1,15 @@
-"""The stages of several interventions as one list of hooks."""
+"""The stages of one intervention, or of several, as one list of hooks."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 from metaopt_lens._errors import OptionError
 from metaopt_lens.interventions._change import Change
 from metaopt_lens.interventions._sight import Sight
-from metaopt_lens.models import Hook, LensModel, refuse_momentum
+from metaopt_lens.models import Hook, LensModel, refuse_momentum, wrap
 from metaopt_lens.runs import acting, acting_now
 
 
@@ -44,3 +46,24 @@ def pipeline(model: LensModel, changes: Sequence[Change]) -> list[Hook]:
         for addition in additions:
             hooks += addition(model, sight)
     return [*hooks, *(hook for hook in plain if is_at_z(hook))]
+
+
+class Staged(ABC):
+    """The base of interventions that say their `change`: alone, each is the hooks of a pipeline of one."""
+
+    @abstractmethod
+    def change(self, model: LensModel) -> Change:
+        """What it does to this model, stage by stage; raises if it was made for another.
+
+        Args:
+            model: a wrapped model.
+        """
+
+    def hooks(self, model: Any) -> list[Hook]:
+        """The hooks that make the change alone; raises as `change` does.
+
+        Args:
+            model: the host or wrapped model that the hooks are for.
+        """
+        wrapped = wrap(model)
+        return pipeline(wrapped, [self.change(wrapped)])

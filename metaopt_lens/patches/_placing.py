@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from metaopt_lens._errors import SpanError
 from metaopt_lens.interventions import Change, DemoTokens, Visibility
-from metaopt_lens.models import Hook, HostPass, LensModel
+from metaopt_lens.models import ExpertsSite, Hook, HostPass, LensModel
+from metaopt_lens.patches._changes import Changes, change_hooks
+from metaopt_lens.patches._site import patch_site
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +46,23 @@ class PatchedRows:
         positions = torch.where(index >= self.tokens.start, index + self.tokens.n_demo_tokens, index)
         self.model.check_window(int(positions.max()) + 1, "the prompt, moved behind the demonstrations,")
         return positions
+
+    def change_blocks(self, of_block: Callable[[int, ExpertsSite | None], Changes], precision: str) -> Change:
+        """Every block's changes, made in any pass over tokens that stand where they do in context.
+
+        Args:
+            of_block: the changes of a block, given its number and, of a mixture of experts, its experts.
+            precision: dtype that sums are made in.
+
+        Raises:
+            UnsupportedModelError: the model's tokens cannot be moved to their in-context positions.
+        """
+        self.model.check_movable()
+        hooks: list[Hook] = []
+        for layer in range(self.model.info.n_layers):
+            site = patch_site(self.model, layer)
+            hooks += change_hooks(site, of_block(layer, site.experts), getattr(torch, precision))
+        return self.change(hooks)
 
     def change(self, hooks: Sequence[Hook]) -> Change:
         """Hooks on tokens that stand where they do in context; no head sees anything else for it.

@@ -14,12 +14,11 @@ from metaopt_lens._codec import Stored
 from metaopt_lens._errors import HeadError, OptionError, PromptError, UnsupportedModelError
 from metaopt_lens._storage import provenance
 from metaopt_lens.dual import ridge_right_factors, ridge_scale
-from metaopt_lens.interventions import Change, DemoTokens, pipeline
-from metaopt_lens.models import Fingerprint, Hook, LensModel, ModelInfo, check_made_for, wrap
-from metaopt_lens.patches._changes import Rows, change_hooks
+from metaopt_lens.interventions import Change, DemoTokens, Staged
+from metaopt_lens.models import ExpertsSite, Fingerprint, LensModel, ModelInfo, check_made_for, wrap
+from metaopt_lens.patches._changes import Rows
 from metaopt_lens.patches._compile import Compiler
 from metaopt_lens.patches._placing import PatchedRows
-from metaopt_lens.patches._site import patch_site
 from metaopt_lens.patches._weight_patch import AGAIN, COMPILED_FOR, OUT_MATRICES, WeightPatch
 from metaopt_lens.prompts import PromptLike, as_prompts
 from metaopt_lens.runs import tokenize_for
@@ -31,7 +30,7 @@ RIDGE = 0.1
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class StaticPatch(Stored):
+class StaticPatch(Stored, Staged):
     """Changes of a model's matrices that do not depend on the token: the best for some queries (section 9).
 
     ``dW = argmin sum_k |t_k - dW x_k|^2 + lambda |dW|^2`` over all tokens of the fitting queries, with the inputs x_k
@@ -100,27 +99,17 @@ class StaticPatch(Stored):
             UnsupportedModelError: the model's tokens cannot be moved to their in-context positions.
         """
         check_made_for(model, self.model, self.fingerprint, what=COMPILED_FOR, again=AGAIN)
-        model.check_movable()
         placing = PatchedRows(model, self.tokens, None)
-        hooks: list[Hook] = []
-        for layer in range(model.info.n_layers):
-            own = StaticChanges(
+
+        def changes(layer: int, experts: ExpertsSite | None) -> StaticChanges:  # noqa: ARG001 - it has none
+            return StaticChanges(
                 placing,
                 left={name: factor[layer] for name, factor in self.left.items()},
                 right={name: factor[layer] for name, factor in self.right.items()},
                 scale=None if self.scale is None else self.scale[layer],
             )
-            hooks += change_hooks(patch_site(model, layer), own, getattr(torch, self.precision))
-        return placing.change(hooks)
 
-    def hooks(self, model: Any) -> list[Hook]:
-        """The hooks that apply it alone; raises as `change` does.
-
-        Args:
-            model: the model it was fitted for, or that model wrapped.
-        """
-        wrapped = wrap(model)
-        return pipeline(wrapped, [self.change(wrapped)])
+        return placing.change_blocks(changes, self.precision)
 
     def __repr__(self) -> str:
         return (

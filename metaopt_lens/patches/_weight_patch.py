@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,19 +16,10 @@ from metaopt_lens._codec import Stored
 from metaopt_lens._errors import HeadError, OptionError
 from metaopt_lens._storage import provenance
 from metaopt_lens.dual import rank_one_product
-from metaopt_lens.interventions import Change, DemoTokens, pipeline
-from metaopt_lens.models import (
-    ExpertsSite,
-    Fingerprint,
-    Hook,
-    LensModel,
-    ModelInfo,
-    check_made_for,
-    wrap,
-)
-from metaopt_lens.patches._changes import Rows, change_hooks
+from metaopt_lens.interventions import Change, DemoTokens, Staged
+from metaopt_lens.models import ExpertsSite, Fingerprint, LensModel, ModelInfo, check_made_for
+from metaopt_lens.patches._changes import Rows
 from metaopt_lens.patches._placing import PatchedRows
-from metaopt_lens.patches._site import patch_site
 from metaopt_lens.prompts import TokenizedPrompt
 
 if TYPE_CHECKING:
@@ -56,7 +48,7 @@ class ExpertChanges:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class WeightPatch(Stored):
+class WeightPatch(Stored, Staged):
     """The context as weights (arXiv:2511.17864; docs/theory.md, section 9).
 
     For every layer and every token behind S: rank-one changes ``left (x) right`` of the MLP's matrices (of ``W_O`` in
@@ -210,31 +202,16 @@ class WeightPatch(Stored):
             UnsupportedModelError: the model's tokens cannot be moved to their in-context positions.
         """
         self.check_model(model)
-        model.check_movable()
         placing = PatchedRows(model, DemoTokens.of(self.tokens), self.query_ids)
-        dtype = getattr(torch, self.precision)
-        hooks: list[Hook] = []
-        for layer in range(model.info.n_layers):
-            site = patch_site(model, layer)
-            hooks += change_hooks(site, self.changes(layer, placing, site.experts), dtype)
-        return placing.change(hooks)
+        return placing.change_blocks(partial(self.changes, placing=placing), self.precision)
 
-    def hooks(self, model: Any) -> list[Hook]:
-        """The hooks that apply it alone; raises as `change` does.
-
-        Args:
-            model: the model it was compiled for, or that model wrapped.
-        """
-        wrapped = wrap(model)
-        return pipeline(wrapped, [self.change(wrapped)])
-
-    def changes(self, layer: int, placing: PatchedRows, experts: ExpertsSite | None) -> TokenChanges:
+    def changes(self, layer: int, experts: ExpertsSite | None, placing: PatchedRows) -> TokenChanges:
         """The changes of one block, in a pass that `placing` watches.
 
         Args:
             layer: which block.
-            placing: says which row belongs to which token.
             experts: of a mixture of experts.
+            placing: says which row belongs to which token.
         """
         own = self.experts
         others = {"scale": self.scale} | ({} if own is None else {"shift": own.shift, "chosen": own.chosen})

@@ -1,6 +1,7 @@
 """One prompt in one setting is a `Run`: the only thing that models give out, made by `record` and read by functions."""
 
 from metaopt_lens.prompts import tokenize_for as tokenize_for
+from metaopt_lens.runs._apart import record_apart as record_apart
 from metaopt_lens.runs._batching import batches as batches
 from metaopt_lens.runs._batching import choose_batch_size as choose_batch_size
 from metaopt_lens.runs._batching import map_batches as map_batches

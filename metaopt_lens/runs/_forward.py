@@ -13,12 +13,15 @@ from metaopt_lens.runs._prompt_run import Run
 from metaopt_lens.runs._seen_batch import SeenBatch, require_finite
 
 
-def run_shared_prefix(model: LensModel, ids: Sequence[int], *, grad: bool = False) -> Prefix | None:
+def run_shared_prefix(
+    model: LensModel, ids: Sequence[int], *, hooks: Sequence[Hook] = (), grad: bool = False
+) -> Prefix | None:
     """Run tokens that many prompts begin with, once; None if there are none.
 
     Args:
         model: a wrapped model.
         ids: token ids of S, or of S and D.
+        hooks: attached to this pass.
         grad: keep the graph.
 
     Raises:
@@ -26,7 +29,7 @@ def run_shared_prefix(model: LensModel, ids: Sequence[int], *, grad: bool = Fals
     """
     if not ids:
         return None
-    prefix = model.run_prefix(torch.tensor(ids), grad=grad)
+    prefix = model.run_prefix(torch.tensor(ids), hooks=hooks, grad=grad)
     for layer, (k, v) in enumerate(zip(prefix.k, prefix.v, strict=True)):
         require_finite(model, layer, keys=k, values=v)
     own_k, own_v = tuple(map(_own, prefix.k)), tuple(map(_own, prefix.v))

@@ -22,6 +22,10 @@ from metaopt_lens.viz._page import write_page as write_page
 from metaopt_lens.viz._profile_figures import profile_figure as profile_figure
 from metaopt_lens.viz._report import run_sentences as run_sentences
 from metaopt_lens.viz._report import write_report as write_report
+from metaopt_lens.viz._sceptic_figures import algebra_figure as algebra_figure
+from metaopt_lens.viz._sceptic_figures import ceiling_figure as ceiling_figure
+from metaopt_lens.viz._sceptic_figures import ladder_figure as ladder_figure
+from metaopt_lens.viz._sceptic_figures import order_figure as order_figure
 from metaopt_lens.viz._table import decompositions as decompositions
 from metaopt_lens.viz._table import head_means as head_means
 from metaopt_lens.viz._table import head_table as head_table

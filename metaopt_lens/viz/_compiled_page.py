@@ -14,7 +14,7 @@ from rich.console import RenderableType
 from torch import Tensor
 
 from metaopt_lens._storage import atomic_path, write_text
-from metaopt_lens.analysis import PatchAgainstFinetuning
+from metaopt_lens.analysis import PatchesAgainstFinetuning, scope
 from metaopt_lens.experiments import CompiledPrompt
 from metaopt_lens.viz._comparison_text import frame_text
 from metaopt_lens.viz._page import model_name
@@ -41,7 +41,7 @@ def compiled_texts(found: CompiledPrompt) -> list[RenderableType]:
         tables.append(frame_text(_written(_static_table(found)), title))
         tables.append(found.static.sentence)
     if found.against is not None:
-        title = "Cosine of that patch's changes and finetuned ones, mean over layers"
+        title = "Cosine of that patch's changes and finetuned ones, mean over layers (95 % intervals)"
         tables.append(frame_text(_written(_cosines(found.against)), title))
         title = "What each buys on the held-out queries (95 % intervals)"
         tables.append(frame_text(_written(_accuracies(found.against)), title))
@@ -74,7 +74,7 @@ def compiled_data(found: CompiledPrompt) -> dict[str, Any]:
         "notes": list(found.notes),
     }
     if found.static is not None:
-        ranks = {name: values.tolist() for name, values in found.static.effective_rank.items()}
+        ranks = {name: values.tolist() for name, values in found.static.sets[0].effective_rank.items()}
         data["static"] = {
             "table": _records(found.static.to_frame()),
             "sentence": found.static.sentence,
@@ -82,8 +82,9 @@ def compiled_data(found: CompiledPrompt) -> dict[str, Any]:
         }
     if (against := found.against) is not None:
         data["finetuning"] = {
-            "finetuned": repr(against.finetuned),
+            "finetuned": repr(against.sets[0].finetuned),
             "cosines": _records(against.to_frame()),
+            "cosines_by_layer": [_records(one.to_frame()) for one in against.sets],
             "accuracies": _records(against.accuracy_frame()),
             "sentence": against.sentence,
         }
@@ -104,7 +105,7 @@ def write_compiled_page(found: CompiledPrompt, path: str | os.PathLike[str]) -> 
     frame = found.norms()
     ranks = None
     if found.static is not None:
-        ranks = _map({name: values for name, values in found.static.effective_rank.items()}, "matrix", "effective rank")
+        ranks = _map(found.static.sets[0].effective_rank, "matrix", "effective rank")
     html = render(
         "compiled.html.j2",
         heading=f"The context as weights of {model_name(found.patch.model)}",
@@ -127,6 +128,7 @@ def write_compiled_page(found: CompiledPrompt, path: str | os.PathLike[str]) -> 
         demos=None if found.shares is None else _demos(found),
         static=None if found.static is None else _static_table(found),
         static_sentence=None if found.static is None else found.static.sentence,
+        scope="" if found.static is None else scope(len(found.static.sets)),
         ranks=ranks,
         **_against(found.against),
         smallest=None if found.patch.smallest is None else f"{float(found.patch.smallest.min()):.2g}",
@@ -178,39 +180,53 @@ def _demos(found: CompiledPrompt) -> pd.DataFrame:
 
 def _static_table(found: CompiledPrompt) -> pd.DataFrame:
     assert found.static is not None
-    frame = found.static.to_frame()
+    curves = found.static
+    frame = curves.to_frame() if len(curves.sets) > 1 else curves.sets[0].to_frame()  # exact accuracies of one set
     columns: dict[str, Any] = {"setting": frame["setting"], "queries": frame["n"]}
-    for name in ("accuracy", "kl_to_in_context", "kl_to_zero_shot"):
-        parts = (frame[name], frame[f"{name}_low"], frame[f"{name}_high"])
-        columns[name] = [Measured(value, low, high) for value, low, high in zip(*parts, strict=True)]
+    for name in ("accuracy", "gain", "kl_to_in_context", "kl_to_zero_shot"):
+        if name in frame:
+            columns[name] = _measured(frame, name)
     return pd.DataFrame(columns)
 
 
-def _against(found: PatchAgainstFinetuning | None) -> dict[str, Any]:
+def _against(found: PatchesAgainstFinetuning | None) -> dict[str, Any]:
     """What the page says of the comparison with finetuning."""
     if found is None:
         return {"against": None}
-    grid = dict(zip(found.matrices, found.cosine.unbind(-1), strict=True))
+    grid = dict(zip(found.sets[0].matrices, found.cosines["finetuned"].mean(0).unbind(-1), strict=True))
     return {
         "against": found.sentence,
-        "finetuned": repr(found.finetuned),
+        "finetuned": repr(found.sets[0].finetuned),
         "cosine_map": _map(grid, "matrix", "cosine", signed=True),
         "cosines": _cosines(found),
         "accuracies": _accuracies(found),
     }
 
 
-def _cosines(found: PatchAgainstFinetuning) -> pd.DataFrame:
-    """By update, and null, and matrix: mean over layers and draws."""
+def _cosines(found: PatchesAgainstFinetuning) -> pd.DataFrame:
+    """By update, and null, and matrix: mean over layers and draws, and the excess of all matrices over each null."""
     frame = found.to_frame()
-    return frame.pivot_table(index="update", columns="matrix", values="cosine", sort=False).reset_index()
+    frame = frame.assign(cosine=pd.Series(_measured(frame, "cosine")))
+    table = frame.pivot_table(index="update", columns="matrix", values="cosine", sort=False, aggfunc="first")
+    whole = frame[frame["matrix"] == "all"].set_index("update")
+    table["finetuned exceeds it by"] = pd.Series(_measured(whole, "excess"), index=whole.index)
+    return table.reset_index()
 
 
-def _accuracies(found: PatchAgainstFinetuning) -> pd.DataFrame:
+def _accuracies(found: PatchesAgainstFinetuning) -> pd.DataFrame:
+    if len(found.sets) == 1:  # exact intervals
+        frame = found.sets[0].accuracy_frame()
+        columns = {name: frame[name] for name in ("setting", "draw")} | {"queries": frame["n"]}
+        return pd.DataFrame({**columns, "accuracy": _measured(frame, "accuracy")})
     frame = found.accuracy_frame()
-    parts = (frame["accuracy"], frame["accuracy_low"], frame["accuracy_high"])
-    columns = {name: frame[name] for name in ("setting", "draw")} | {"queries": frame["n"]}
-    return pd.DataFrame({**columns, "accuracy": [Measured(*row) for row in zip(*parts, strict=True)]})
+    both = {name: _measured(frame, name) for name in ("accuracy", "gain")}
+    return pd.DataFrame({"setting": frame["setting"], "queries": frame["n"], **both})
+
+
+def _measured(frame: pd.DataFrame, name: str) -> list[Measured]:
+    """A column with its interval."""
+    parts = (frame[name], frame[f"{name}_low"], frame[f"{name}_high"])
+    return [Measured(*map(float, row)) for row in zip(*parts, strict=True)]
 
 
 def _written(frame: pd.DataFrame) -> pd.DataFrame:
@@ -218,6 +234,8 @@ def _written(frame: pd.DataFrame) -> pd.DataFrame:
 
     def text(value: Any) -> Any:
         if isinstance(value, Measured):
+            if value.value != value.value:
+                return ""
             interval = "" if pd.isna(value.low) else f" ({value.low:.2f} to {value.high:.2f})"
             return f"{value.value:.2f}{interval}"
         if isinstance(value, float):

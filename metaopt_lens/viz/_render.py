@@ -80,6 +80,8 @@ def _cell(value: Any) -> _Cell:
     """What a table's cell sorts by, and what it shows."""
     if isinstance(value, Measured):
         inner = _cell(value.value)
+        if value.value != value.value:
+            return inner
         interval = "no interval" if pd.isna(value.low) else f"{value.low:.3f} to {value.high:.3f}"
         return _Cell(inner.order, inner.text, interval)
     if pd.isna(value):

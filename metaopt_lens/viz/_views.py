@@ -74,10 +74,10 @@ def attention_view(result: Decomposition, heads: Sequence[str | HeadRef | tuple[
     return View("Attention over the tokens", _cards(result, cards))
 
 
+@draws(Decomposition, "token_view")
 def token_view(
     result: Decomposition,
     heads: Sequence[str | HeadRef | tuple[int, int]] | None = None,
-    *,
     form: Literal["softmax", "linear"] = "softmax",
 ) -> View:
     """Demonstration tokens coloured by their signed share of a head's meta-gradient (`Decomposition.token_shares`).

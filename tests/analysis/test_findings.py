@@ -70,7 +70,9 @@ def by_key(answers: Sequence[Finding]) -> dict[str, Finding]:
 
 def test_every_null_has_a_finding_whatever_its_name(info: ModelInfo) -> None:
     """0.1 asked only about controls whose name begins with 'unrelated'."""
-    found = findings(planted(info, 8, nulls={"my own text": 0.45, "unrelated text": 0.0, "flipped labels": 0.1}))
+    comparison = planted(info, 8, nulls={"my own text": 0.45, "unrelated text": 0.0, "flipped labels": 0.1})
+    found = findings(comparison)
+    assert comparison.findings() == found
     assert [f.control for f in found if f.control] == ["other query", "my own text", "unrelated text", "flipped labels"]
     assert [f.key for f in found][:3] == ["in_context_learning", "finetuning", "direction"]
     assert "the control “my own text”" in by_key(found)["control:my own text"].question

@@ -24,7 +24,7 @@ CHANGED = {
     "bridge:phi": ("out",),
     "bridge:mixtral": ("router", "expert_out"),
 }
-PROMPT = prompt(6)
+PROMPT = prompt(6, query="w18 w19 :")  # in every family the demonstrations move a logit by more than 1
 
 
 def precise(name: str) -> Any:
@@ -56,18 +56,13 @@ def three_runs(model: Any, patch: WeightPatch) -> tuple[Tensor, Tensor, Tensor]:
     return patched, in_context, zero_shot
 
 
-def require_control(zero_shot: Tensor, in_context: Tensor) -> None:
-    """Without the patch logits are off by more than 1, or, where all are small, by half of the largest."""
-    assert (zero_shot - in_context).abs().max() > min(1.0, 0.5 * float(in_context.abs().max()))
-
-
 @pytest.mark.parametrize("name", HOST_NAMES)
 def test_patched_zero_shot_is_the_in_context_run_in_float64(name: str) -> None:
     model, patch = compiled(name)
     patched, in_context, zero_shot = three_runs(model, patch)
     assert len(patched) == 3  # the whole query, not its last token alone
     torch.testing.assert_close(patched, in_context, rtol=0, atol=1e-5 if name in FLOAT32_INSIDE else 1e-9)
-    require_control(zero_shot, in_context)
+    assert (zero_shot - in_context).abs().max() > 1  # without the patch
     assert patch.next_token == int(in_context[-1].argmax())
     assert patch.matrices == CHANGED.get(name, patch.matrices)
 
@@ -79,7 +74,7 @@ def test_and_in_float32(name: str) -> None:
     assert patch.precision == "float32"
     patched, in_context, zero_shot = three_runs(model, patch)
     torch.testing.assert_close(patched, in_context, rtol=0, atol=1e-4 * float(in_context.abs().max()))
-    require_control(zero_shot, in_context)
+    assert (zero_shot - in_context).abs().max() > 1  # without the patch
 
 
 @pytest.mark.parametrize("name", HOST_NAMES)

@@ -84,7 +84,7 @@ def test_cosines_are_those_of_the_dense_matrices() -> None:
     expected = torch.stack([brute_force(curve, other) for other in shuffled])
     torch.testing.assert_close(found.nulls["shuffled labels"], expected, rtol=0, atol=1e-6)
     assert list(found.nulls) == list(found.null_correct) == ["shuffled labels", "uphill", "unrelated text"]
-    assert not found.notes
+    assert found.notes == ("the control 'other demonstrations' is left out (it needs a second demonstration set)",)
 
 
 def test_uphill_is_ascent_of_the_same_loss() -> None:
@@ -186,5 +186,5 @@ def test_a_null_that_is_not_possible_is_left_out_by_name() -> None:
     found = patch_against_finetuning(model, curve, update)
     assert found.matrices == ("in",)
     assert list(found.nulls) == ["uphill", "unrelated text"]
-    assert len(found.notes) == 1
+    assert len(found.notes) == 2
     assert "the control 'shuffled labels' is left out (labels cannot be shuffled" in found.notes[0]

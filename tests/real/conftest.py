@@ -43,9 +43,13 @@ def name() -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def all_cores() -> Iterator[None]:
-    """The suite runs its tiny models on one thread; these are large enough for more."""
+    """The suite runs its tiny models on one thread; these are large enough for more.
+
+    On a machine that is busy with something else, threads wait for each other at every small product, and a token
+    takes ten times as long: METAOPT_LENS_THREADS=1 then.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(int(os.environ.get("METAOPT_LENS_THREADS", os.cpu_count() or 1)))
     yield
     torch.set_num_threads(before)
 

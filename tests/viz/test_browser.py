@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from hosts import hide_demos
 
 from metaopt_lens import Decomposition, DecompositionSet
 from metaopt_lens.experiments import ExperimentResult
@@ -140,6 +143,83 @@ def test_a_click_opens_a_head_and_switches_a_demonstration_off(
     found.locator("[data-demo='1']").click()
     assert found.locator(".ml-status").inner_text() == ""
     assert visit.problems == []
+
+
+def test_several_demonstrations_are_switched_off_at_once(result: Decomposition, visit: Visit, tmp_path: Path) -> None:
+    """Map, card and rows then hold the renormalised softmax, and the status line the run of this selection."""
+    visit.open(write_page(result, tmp_path / "page.html", predictions=[result.predict()]))
+    found, model = visit.page.locator(".ml-found"), result.required_source("runs")
+    found.locator("[data-demo='0']").click()
+    found.locator("[data-demo='2']").click()
+    tokens, said = result.tokenized, result.logits()
+    right, (wrong,) = said.token_ids[0]
+    with torch.no_grad():
+        edits = hide_demos(tokens, (0, 2), range(3))
+        logits = model.host.run_with_hooks(torch.tensor([tokens.ids]), fwd_hooks=edits)[0, -1]
+    without = float(logits[right] - logits[wrong])
+    status = found.locator(".ml-status").inner_text()
+    shown = re.match(r"Without demonstrations 1, 3 the logit is ([^:]*): ", status)
+    assert shown is not None
+    assert _number(shown[1]) == pytest.approx(without, abs=0.006)
+    # L2H1 without them: the masked softmax, its values through the head's direction.
+    pattern = result.pattern[2, 1].clone()
+    for demo in (0, 2):
+        pattern[tokens.demos[demo].slice] = 0
+    factor = 1 / float(pattern.sum())
+    kept = said.per_token[2, 1].clone()
+    for demo in (0, 2):
+        kept[tokens.demos[demo].slice] = 0
+    inside = factor * float(kept[result.demonstrations.slice].sum())
+    cell = found.locator("td[data-head=L2H1]").nth(1)
+    assert _number(cell.get_attribute("title").split()[1]) == pytest.approx(inside, abs=0.006)
+    cell.click()
+    totals = [_number(text) for text in found.locator(".ml-line:visible .ml-total").all_inner_texts()]
+    assert sum(totals) == pytest.approx(factor * float(kept.sum()), abs=0.05)
+    assert found.locator(".ml-line.ml-off").count() == 2
+    found.get_by_role("button", name="all off").click()
+    assert "Without demonstrations 1, 2, 3, 4" in found.locator(".ml-status").inner_text()
+    assert cell.get_attribute("title") == "L2H1 0.00"
+    found.get_by_role("button", name="all on").click()
+    assert found.locator(".ml-status").inner_text() == ""
+    assert _number(cell.get_attribute("title").split()[1]) == pytest.approx(float(said.meta_gradient[2, 1]), abs=0.006)
+    assert visit.problems == []
+
+
+def test_another_token_of_the_query_or_of_the_answer_is_chosen(
+    result: Decomposition, visit: Visit, tmp_path: Path
+) -> None:
+    """Logit, sums, maps, rows and table change with where the answer is read; the answer's token appears when fed."""
+    right, (wrong,) = result.logits().token_ids[0]
+    visit.open(write_page(result, tmp_path / "page.html", answer=[right, wrong], versus=()))
+    found, n = visit.page.locator(".ml-found"), result.tokenized.n_tokens
+    with torch.no_grad():
+        ids = torch.tensor([[*result.tokenized.ids, right]])
+        logits = result.required_source("logits").host(ids)[0]
+    options = found.locator(".ml-view option").all_inner_texts()
+    assert len(options) == len(result.tokenized.query) + 1
+    assert "answer token 2" in options[-1]
+    assert not found.locator(".ml-line.ml-answer").is_visible()
+    for index, (position, token) in enumerate([(n - 2, right), (n - 1, right), (n, wrong)]):
+        found.locator(".ml-view").select_option(str(index + len(options) - 3))
+        value = float(logits[position, token])
+        assert _number(found.locator(".ml-asked b").inner_text()) == pytest.approx(value, abs=0.006)
+        sums = found.locator(".ml-sums > span:nth-child(3n)").all_inner_texts()
+        assert sum(map(_number, sums)) == pytest.approx(value, abs=0.05)
+        cells = found.locator("td[data-head]").evaluate_all("(all) => all.map((el) => el.title.split(' ')[1])")
+        rows = found.locator(".ml-line:visible .ml-total").all_inner_texts()
+        assert sum(map(_number, cells)) == pytest.approx(sum(map(_number, rows)), abs=0.15)
+        assert found.locator(".ml-here").get_attribute("data-token") == str(position)
+        assert found.locator(".ml-strong tbody tr").count() == 12
+        found.locator("[data-demo='3']").click()
+        assert "Without demonstration 4 the logit is" in found.locator(".ml-status").inner_text()
+        found.locator("[data-demo='3']").click()
+    assert found.locator(".ml-line.ml-answer").is_visible()
+    assert visit.problems == []
+    assert len(visit.requests) == 1
+
+
+def _number(text: str) -> float:
+    return float(text.replace("−", "-"))
 
 
 def test_a_request_would_have_been_noticed(visit: Visit, tmp_path: Path) -> None:

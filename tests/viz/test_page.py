@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
@@ -10,11 +11,14 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from hosts import hide_demos, host_values
 from rich.console import Console
 from shown import cards, prompt
 
-from metaopt_lens import Decomposition, DecompositionSet, ICLPrompt, decompose, head_effects
+from metaopt_lens import Decomposition, DecompositionSet, ICLPrompt, decompose, head_effects, load_tiny, wrap
 from metaopt_lens._errors import HeadError, OptionError, PromptError
 from metaopt_lens.runs import Runs, predict_labels
 from metaopt_lens.viz import labels_text, write_page
@@ -190,6 +194,19 @@ def _found(markup: str) -> dict[str, Any]:
     return found
 
 
+def _default(markup: str) -> dict[str, Any]:
+    """What is read at the prompt's end."""
+    stored = _found(markup)
+    view: dict[str, Any] = stored["views"][stored["default"]]
+    return view
+
+
+def _numbers(packed: dict[str, Any], n_heads: int) -> torch.Tensor:
+    """Half-precision numbers of a view, ``[head, src]``, heads counted through the model."""
+    halves = np.frombuffer(base64.b64decode(packed["data"]), dtype="<f2").astype(np.float64)
+    return torch.from_numpy(halves * packed["unit"]).reshape(n_heads, -1)  # (head src) -> head src
+
+
 def test_the_page_leads_with_what_was_found(result: Decomposition, tmp_path: Path) -> None:
     """The model's own first choices, the answer's logit and its parts, before maps and norms."""
     answer = result.predict()
@@ -208,29 +225,118 @@ def test_maps_tokens_and_cards_hold_the_contributions(tiny: Any, result: Decompo
     markup = _markup(write_page(result, tmp_path / "page.html"))
     said, stored = result.logits(), _found(markup)
     effects = head_effects(tiny, result.prompt, progress=False)
-    for name, head in stored["heads"].items():
+    view, names = stored["views"][stored["default"]], stored["heads"]
+    tokens, attention = (_numbers(view[name], len(names)) for name in ("tokens", "attention"))
+    for index, name in enumerate(names):
         layer, number = int(name[1]), int(name[3])
-        assert head["zs"] == pytest.approx(float(said.zero_shot[layer, number]), rel=1e-3, abs=1e-6)
-        assert head["mg"] == pytest.approx(float(said.meta_gradient[layer, number]), rel=1e-3, abs=1e-6)
-        assert head["tokens"] == pytest.approx(said.per_token[layer, number].tolist(), rel=1e-3, abs=1e-6)
-        assert head["attention"] == pytest.approx(result.pattern[layer, number].tolist(), rel=1e-3, abs=1e-6)
-        assert head["exact"] == pytest.approx(float(effects.exact[0, layer, number]), rel=1e-3, abs=1e-3)
-        assert head["first"] == pytest.approx(float(effects.first_order[0, layer, number]), rel=1e-3, abs=1e-3)
+        assert view["zs"][index] == pytest.approx(float(said.zero_shot[layer, number]), rel=1e-3, abs=1e-6)
+        assert view["mg"][index] == pytest.approx(float(said.meta_gradient[layer, number]), rel=1e-3, abs=1e-6)
+        assert tokens[index].tolist() == pytest.approx(said.per_token[layer, number].tolist(), rel=1e-3, abs=1e-6)
+        assert attention[index].tolist() == pytest.approx(result.pattern[layer, number].tolist(), rel=1e-3, abs=1e-6)
+        assert view["exact"][name] == pytest.approx(float(effects.exact[0, layer, number]), rel=1e-3, abs=1e-3)
+        assert view["first"][index] == pytest.approx(float(effects.first_order[0, layer, number]), rel=1e-3, abs=1e-3)
         words = result.lens(name, "meta_gradient", top=6)
-        assert head["words"]["meta_gradient"][0] == [visible_token(word.token) for word in words.promoted]
+        assert view["words"][name]["meta_gradient"][0] == [visible_token(word.token) for word in words.promoted]
         cell = f'<td data-head="{name}" style="background:[^"]*" title="{name} '
         assert len(re.findall(cell, markup)) == 2
     without = effects.in_context[0] - effects.demo_exact[0]
-    assert stored["without"] == pytest.approx(without.tolist(), rel=1e-3)
+    assert [view["without"][str(demo)] for demo in range(4)] == pytest.approx(without.tolist(), rel=1e-3)
     # Both maps have one scale: the strongest cell of either is the only one in full colour.
     assert len(re.findall(r'<td data-head="[^"]*" style="background:rgba\([^)]*, 1\.000\)"', markup)) == 1
 
 
+def test_demonstrations_switched_off_together_are_runs_with_them_masked(
+    tiny: Any, result: Decomposition, tmp_path: Path
+) -> None:
+    """Every selection of four, against the host's own run with its scores from query to demonstrations masked."""
+    view = _default(_markup(write_page(result, tmp_path / "page.html")))
+    assert len(view["without"]) == 15
+    tokens, host = result.tokenized, tiny.host
+    right, (wrong,) = result.logits().token_ids[0]
+    for off in ((1,), (0, 2), (1, 2, 3), (0, 1, 2, 3)):
+        with torch.no_grad():
+            logits = host.run_with_hooks(
+                torch.tensor([tokens.ids]), fwd_hooks=hide_demos(tokens, off, range(tiny.info.n_layers))
+            )[0, -1]
+        expected = float(logits[right] - logits[wrong])
+        assert view["without"][",".join(map(str, off))] == pytest.approx(expected, rel=1e-3, abs=2e-3)
+
+
+def test_what_heads_write_without_some_demonstrations_is_a_masked_softmax(
+    tiny: Any, result: Decomposition, tmp_path: Path
+) -> None:
+    """The closed form of the page's script, from the stored numbers, against the host's z with one layer masked.
+
+    That z goes through W_O, the final norm's gain and the unembedding by hand. In the masked layer queries, keys and
+    values are those of the in-context run, so that this is exact.
+    """
+    stored = _found(_markup(write_page(result, tmp_path / "page.html")))
+    view, n_heads = stored["views"][stored["default"]], stored["n_heads"]
+    tokens, host, said = result.tokenized, tiny.host, result.logits()
+    right, (wrong,) = said.token_ids[0]
+    w_u = host.unembed.W_U.detach()
+    direction = (w_u[:, right] - w_u[:, wrong]) * host.ln_final.w.detach() / said.scale
+    numbers = _numbers(view["tokens"], len(stored["heads"]))
+    for off in ((2,), (0, 3), (0, 1, 2, 3)):
+        for layer in range(tiny.info.n_layers):
+            z = host_values(host, tokens.ids, "attn.hook_z", edits=hide_demos(tokens, off, [layer]))[layer][-1]
+            w_o = host.blocks[layer].attn.W_O.detach()
+            for head in range(n_heads):
+                expected = float(z[head] @ w_o[head] @ direction)
+                at = layer * n_heads + head
+                masses, rest = view["masses"][at], view["rest"][at]
+                seen = rest + sum(mass for demo, mass in enumerate(masses) if demo not in off)
+                left = numbers[at].clone()
+                for demo in off:
+                    left[slice(*stored["demos"][demo])] = 0
+                assert float(left.sum()) * (rest + sum(masses)) / seen == pytest.approx(expected, rel=2e-3, abs=2e-3)
+
+
+def test_every_token_of_the_query_and_of_the_answer_has_its_view(tiny: Any, tmp_path: Path) -> None:
+    """Logits at each of them are those of one plain run of the host over prompt and answer."""
+    item = decompose(tiny, ICLPrompt(prompt().demos, "plum", label="dax"))
+    right, wrong = (tiny.tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in ("dax", "wug"))
+    ids = (right, wrong)  # an answer of two tokens
+    markup = _markup(write_page(item, tmp_path / "page.html", answer=ids, versus=()))
+    stored, n = _found(markup), item.tokenized.n_tokens
+    with torch.no_grad():
+        logits = tiny.host(torch.tensor([[*item.tokenized.ids, right]]))[0]
+    query = range(item.tokenized.query.start, n)
+    assert [view["at"] for view in stored["views"]] == [*query, n]
+    assert stored["views"][stored["default"]]["at"] == n - 1
+    assert len(re.findall(r'<option value="\d+"', markup)) == len(query) + 1
+    for view in stored["views"]:
+        token = right if view["at"] < n else wrong
+        assert view["logit"] == pytest.approx(float(logits[view["at"], token]), rel=1e-3, abs=1e-3)
+        assert view["run"] == pytest.approx(view["logit"], rel=1e-3, abs=1e-3)
+        assert sum(view["sums"]) == pytest.approx(view["logit"], rel=2e-3, abs=2e-3)
+        own = logits[view["at"]].softmax(-1)
+        assert view["top"][1] == pytest.approx(float(own.max()), rel=1e-3)
+        assert len(view["strong"]) == 12
+    assert stored["views"][-1]["answer"] == "wug"
+
+
+def test_with_many_demonstrations_each_and_all_are_switched_off_in_runs(tiny: Any, tmp_path: Path) -> None:
+    demos = [pair for pair in prompt().demos for _ in range(2)]
+    view = _default(_markup(write_page(decompose(tiny, ICLPrompt(demos, "plum", label="dax")), tmp_path / "page.html")))
+    assert list(view["without"]) == [*map(str, range(8)), "0,1,2,3,4,5,6,7"]
+
+
+def test_a_model_that_has_changed_since_gets_no_knock_outs(tmp_path: Path) -> None:
+    model = wrap(load_tiny())
+    item = decompose(model, prompt())
+    with torch.no_grad():
+        model.host.blocks[0].attn.W_Q.mul_(1.5)
+    markup = _markup(write_page(item, tmp_path / "page.html"))
+    assert "No knock-outs: the model computes something else now" in markup
+    assert "data-demo=" not in markup
+
+
 def test_heads_are_in_the_order_of_what_was_measured(result: Decomposition, tmp_path: Path) -> None:
     markup = _markup(write_page(result, tmp_path / "page.html"))
-    said, stored = result.logits(), _found(markup)["heads"]
+    said, view = result.logits(), _default(markup)
     names = re.findall(r'<tr data-head="(L\dH\d)"', markup)
-    sizes = [max(abs(float(said.head_total[int(name[1]), int(name[3])])), abs(stored[name]["exact"])) for name in names]
+    sizes = [max(abs(float(said.head_total[int(name[1]), int(name[3])])), abs(view["exact"][name])) for name in names]
     assert len(names) == 12
     assert sizes == sorted(sizes, reverse=True)
 

@@ -80,6 +80,7 @@ def test_the_strongest_heads_are_shown_by_default(result: Decomposition) -> None
     assert [card.head for card in cards(attention_view(result).html)] == expected
     assert [card.head for card in cards(token_view(result).html)] == expected
     assert result.attention_view(["L0H0"]) == attention_view(result, ["L0H0"])
+    assert result.token_view(["L0H0"], "linear") == token_view(result, ["L0H0"], form="linear")
 
 
 def test_wrong_heads_are_refused(result: Decomposition) -> None:
