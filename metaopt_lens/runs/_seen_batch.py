@@ -82,7 +82,7 @@ class SeenBatch:
         """Copies of what is one row's, so that no run keeps the whole batch's tensors alive."""
         item = self._rows[row]
         n_dst, n_src = len(item.destinations), item.tokens.n_tokens
-        found: dict[str, Tensor] = {}
+        found: dict[str, Any] = {}
         for name, tensor in layered.items():
             if name == "own_stream" and not self._matched[row]:
                 continue
