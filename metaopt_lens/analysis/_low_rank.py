@@ -160,11 +160,10 @@ def read_with_keys(icl: Sequence[Run], memory: MemoryBatch) -> tuple[Tensor, Ten
     """
     group = icl[0].model.n_heads // icl[0].model.n_kv_heads
     first, second = [], []
-    for layer in range(len(icl[0].own_k)):
-        keys = [run.own_k[layer, -1].repeat_interleave(group, dim=0) for run in icl]
-        pairs = list(zip(icl, memory.matrices(layer), keys, strict=True))
-        first.append(_kept(torch.stack([_applied(delta_w_icl(run, layer), key) for run, _, key in pairs])))
-        second.append(_kept(torch.stack([_applied(matrix, key) for _, matrix, key in pairs])))
+    for layer, in_context in enumerate(icl_factors(icl)):
+        keys = torch.stack([run.own_k[layer, -1].repeat_interleave(group, dim=0) for run in icl])
+        first.append(_kept(_applied(in_context, keys)))
+        second.append(_kept(_applied(memory.factors(layer), keys)))
     changed = memory.changed.repeat_interleave(group, dim=-1)[..., None]
     return torch.stack(first, dim=1), torch.where(changed, torch.stack(second, dim=1), torch.nan)
 
@@ -191,6 +190,15 @@ def rotated_overlaps(icl: Sequence[Run], memory: MemoryBatch) -> tuple[Tensor, T
 
 
 def icl_spectra(icl: Sequence[Run]) -> Iterator[Spectrum]:
+    """Singular value decomposition of dW_ICL of every layer; see `icl_factors`.
+
+    Args:
+        icl: in-context runs of queries behind the same demonstrations.
+    """
+    return map(spectrum, icl_factors(icl))
+
+
+def icl_factors(icl: Sequence[Run]) -> Iterator[Factors]:
     """dW_ICL of every layer; one matrix for all queries where they see the same demonstration tokens.
 
     Args:
@@ -200,7 +208,7 @@ def icl_spectra(icl: Sequence[Run]) -> Iterator[Spectrum]:
     visible = [run.visible[:, -1, demos] for run in icl]  # each [layer, src]
     for layer in range(len(icl[0].own_k)):
         same = all(torch.equal(row[layer], visible[0][layer]) for row in visible)
-        yield spectrum(stack_factors([delta_w_icl(run, layer) for run in (icl[:1] if same else icl)]))
+        yield stack_factors([delta_w_icl(run, layer) for run in (icl[:1] if same else icl)])
 
 
 def stack_factors(matrices: Sequence[FactoredMatrix]) -> Factors:
@@ -226,9 +234,9 @@ def _changed(
 
 
 def _applied(memory: Factors, q: Float[Tensor, "query head d_head"]) -> Float[Tensor, "query head d_head"]:
-    """A memory of every key-value head, applied to the queries of the heads that read it."""
+    """A memory of every key-value head, one for all queries or for each, applied to those of the heads that read it."""
     values, keys = (at_least_float32(t) for t in (memory.left, memory.right))  # [query kv d src], [query kv src d]
-    grouped = at_least_float32(q).reshape(*keys.shape[:2], -1, q.shape[-1])  # [query kv group d]
+    grouped = at_least_float32(q).reshape(len(q), keys.shape[1], -1, q.shape[-1])  # [query kv group d]
     return torch.einsum("qkds,qksc,qkgc->qkgd", values, keys, grouped).flatten(1, 2)
 
 
