@@ -65,7 +65,7 @@ class Variant:
         Args:
             asked: token ids whose logits are kept, if this variant is answered.
         """
-        keep = Keep(raw_q=True, logits=asked if self.answered else ())
+        keep = Keep(raw_q=True, own_stream=True, logits=asked if self.answered else ())
         return prepare(self.space.model, self.tokenized[0], Wanted(self.settings, self.update, keep=keep))
 
 
@@ -219,7 +219,7 @@ def _batch(
 ) -> QueryBatch:
     if memory is None:
         icl = [r.icl for r in runs]
-        memories = updated_memory(variant.space.model, variant.update, icl)
+        memories = updated_memory(variant.space.model, variant.update, [r.zs_matched for r in runs])
         memory = MemoryBatch.of(memories, icl, subspace_dim=context.subspace_dim)
     return QueryBatch(variant.space, variant.update, tuple(runs), memory, context)
 
