@@ -160,7 +160,7 @@ def make_prompts(config: RunConfig, task: Task, rows: TaskRows, model: LensModel
     return dataclasses.replace(
         natural,
         prompts=tuple(relabelled(prompt, shown_as) for prompt in natural.prompts),
-        held_out=tuple(Demo(demo.input, shown_as[demo.label]) for demo in natural.held_out),
+        held_out=tuple(Demo(demo.input, shown_as.get(demo.label, demo.label)) for demo in natural.held_out),
         shown_as=shown_as,
     )
 
