@@ -14,6 +14,7 @@ from metaopt_lens.analysis._controls import flip_labels as flip_labels
 from metaopt_lens.analysis._controls import randomized_copy as randomized_copy
 from metaopt_lens.analysis._controls import shuffle_labels as shuffle_labels
 from metaopt_lens.analysis._controls import unrelated_update as unrelated_update
+from metaopt_lens.analysis._controls import uphill_update as uphill_update
 from metaopt_lens.analysis._convention import Convention as Convention
 from metaopt_lens.analysis._further import Further as Further
 from metaopt_lens.analysis._further import join_further as join_further
@@ -156,4 +157,5 @@ __all__ = [
     "sim_aou_null",
     "topk_recall",
     "unrelated_update",
+    "uphill_update",
 ]

@@ -124,6 +124,27 @@ def compare_matrices(icl: Sequence[Run], memory: MemoryBatch) -> MatrixReadings:
     return MatrixReadings(**found)
 
 
+def read_with_keys(icl: Sequence[Run], memory: MemoryBatch) -> tuple[Tensor, Tensor]:
+    """dW_ICL and dW_FT applied to the last token's own key instead of its query (after arXiv:2602.21204).
+
+    Args:
+        icl: in-context runs of queries behind the same demonstrations.
+        memory: of the same queries.
+
+    Returns:
+        Two tensors ``[query, layer, head, d_head]``, the second NaN where finetuning changed no more than rounding.
+    """
+    group = icl[0].model.n_heads // icl[0].model.n_kv_heads
+    first, second = [], []
+    for layer in range(len(icl[0].own_k)):
+        keys = [run.own_k[layer, -1].repeat_interleave(group, dim=0) for run in icl]
+        pairs = list(zip(icl, memory.matrices(layer), keys, strict=True))
+        first.append(_kept(torch.stack([_applied(delta_w_icl(run, layer), key) for run, _, key in pairs])))
+        second.append(_kept(torch.stack([_applied(matrix, key) for _, matrix, key in pairs])))
+    changed = memory.changed.repeat_interleave(group, dim=-1)[..., None]
+    return torch.stack(first, dim=1), torch.where(changed, torch.stack(second, dim=1), torch.nan)
+
+
 def rotated_overlaps(icl: Sequence[Run], memory: MemoryBatch) -> tuple[Tensor, Tensor]:
     """`left` and `right` of `MatrixReadings` after a random rotation of what finetuning changed.
 

@@ -104,6 +104,8 @@ def findings(comparison: Comparison, statistic: str = "z total") -> tuple[Findin
     ]
     for name, null in chosen.nulls.items():
         asked = null_of(name)
+        if not asked.question:
+            continue
         questions.append((f"{_CONTROL}{name}", asked.question, asked.what, (chosen.values - null).nanmean((1, 2))))
     aou = comparison["SimAOU"]
     excess = (aou.values - aou.nulls[ANALYTIC]).nanmean((1, 2))
