@@ -49,6 +49,15 @@ def part_name(statistic: str, part: Part) -> str:
 AFTER_W_O = ", after W_O"
 
 
+def is_part(name: str) -> bool:
+    """Whether a statistic is a part of another one.
+
+    Args:
+        name: of the statistic.
+    """
+    return name.rpartition(": ")[2] in PARTS
+
+
 def head_parts(name: str) -> list[Statistic]:
     """Rows for the three parts of a pair of `PAIRS`, after W_O.
 
