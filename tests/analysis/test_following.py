@@ -94,9 +94,9 @@ def test_the_figure_has_a_panel_for_each_kind_of_words() -> None:
 
 
 def test_a_rate_that_diverges_is_left_out_by_name() -> None:
-    steep = follow_labels(load_tiny(), prompts(), labels=("flipped",), rates=(0.01, 1e45))
-    assert "SGD finetuning on flipped labels diverges at learning rate 1e+45: left out" in steep.notes
-    assert {row.lr for row in steep.rows} == {0.0, 0.01}
+    steep = follow_labels(load_tiny(), prompts(), labels=("flipped",), rates=(0.01, 3e38))
+    assert "SGD finetuning on flipped labels diverges at learning rate 3e+38: left out" in steep.notes
+    assert {row.lr for row in steep.rows if row.learner == "SGD"} == {0.01}
 
 
 def test_what_cannot_be_relabelled_is_refused() -> None:
