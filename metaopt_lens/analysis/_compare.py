@@ -17,7 +17,8 @@ from metaopt_lens.analysis._demo_sets import Updates, check_names, choose_top_k,
 from metaopt_lens.analysis._further import run_further
 from metaopt_lens.analysis._joining import join_sets
 from metaopt_lens.analysis._label_answers import Choices, Words, label_words
-from metaopt_lens.analysis._measuring import Context
+from metaopt_lens.analysis._measuring import Context, timed
+from metaopt_lens.analysis._null_names import UPHILL
 from metaopt_lens.analysis._output_parts import check_labels
 from metaopt_lens.analysis._output_space import OutputSpace
 from metaopt_lens.analysis._own_updates import OwnUpdates, finetune_sets, text_updates, uphill_updates
@@ -104,9 +105,11 @@ def compare(
     if asked.random_weights:
         for group in sets:
             finetune_arguments(group.update)  # an update that cannot be made again is refused before any run
-    made, notes = text_updates(wrapped, firsts, own.updates, asked)
+    seconds: dict[str, float] = {}
+    made, notes = text_updates(wrapped, firsts, own.updates, asked, seconds)
     if asked.uphill:
-        uphill, more = uphill_updates(wrapped, firsts, own.updates, prepend_bos=prepend_bos)
+        with timed(seconds, UPHILL):
+            uphill, more = uphill_updates(wrapped, firsts, own.updates, prepend_bos=prepend_bos)
         made, notes = {**made, **uphill}, [*notes, *more]
     without_parts = _why_not_in_parts(choices, wrapped.info.d_model)
     notes += [] if without_parts is None else [without_parts]
@@ -117,6 +120,7 @@ def compare(
         top_k=top_k,
         d_model=wrapped.info.d_model,
         subspace_dim=measures.subspace_dim,
+        seconds=seconds,
     )
     run = SetControls(
         controls=asked,
@@ -140,7 +144,8 @@ def compare(
             "allow_processed": allow_processed,
             "batch_size": batch_size,
         }
-        further, more = run_further(wrapped, prompts, sets, own.updates, seed=seed, **options)
+        with timed(seconds, "further questions"):
+            further, more = run_further(wrapped, prompts, sets, own.updates, seed=seed, **options)
         notes = [*notes, *more]
     return dataclasses.replace(
         joined,
@@ -148,6 +153,7 @@ def compare(
         learning_rate=own.choice,
         further=further,
         notes=tuple(dict.fromkeys([*notes, *joined.notes])),
+        seconds=seconds,
     )
 
 
