@@ -18,6 +18,7 @@ from metaopt_lens.analysis._controls import uphill_update as uphill_update
 from metaopt_lens.analysis._convention import Convention as Convention
 from metaopt_lens.analysis._following import LabelFollowing as LabelFollowing
 from metaopt_lens.analysis._following import follow_labels as follow_labels
+from metaopt_lens.analysis._following import join_following as join_following
 from metaopt_lens.analysis._further import Further as Further
 from metaopt_lens.analysis._further import join_further as join_further
 from metaopt_lens.analysis._head_profile import HeadProfile as HeadProfile
