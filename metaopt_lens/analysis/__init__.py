@@ -15,6 +15,8 @@ from metaopt_lens.analysis._controls import randomized_copy as randomized_copy
 from metaopt_lens.analysis._controls import shuffle_labels as shuffle_labels
 from metaopt_lens.analysis._controls import unrelated_update as unrelated_update
 from metaopt_lens.analysis._convention import Convention as Convention
+from metaopt_lens.analysis._function_vector_heads import FunctionVectorHeads as FunctionVectorHeads
+from metaopt_lens.analysis._function_vector_heads import function_vector_heads as function_vector_heads
 from metaopt_lens.analysis._head_profile import HeadProfile as HeadProfile
 from metaopt_lens.analysis._head_profile import head_profile as head_profile
 from metaopt_lens.analysis._head_profile import spearman_rho as spearman_rho
