@@ -17,6 +17,8 @@ from metaopt_lens.analysis._controls import unrelated_update as unrelated_update
 from metaopt_lens.analysis._convention import Convention as Convention
 from metaopt_lens.analysis._function_vector_heads import FunctionVectorHeads as FunctionVectorHeads
 from metaopt_lens.analysis._function_vector_heads import function_vector_heads as function_vector_heads
+from metaopt_lens.analysis._further import Further as Further
+from metaopt_lens.analysis._further import join_further as join_further
 from metaopt_lens.analysis._head_profile import HeadProfile as HeadProfile
 from metaopt_lens.analysis._head_profile import head_profile as head_profile
 from metaopt_lens.analysis._head_profile import spearman_rho as spearman_rho
@@ -115,6 +117,8 @@ __all__ = [
     "Factors",
     "Finding",
     "Finetuning",
+    "FunctionVectorHeads",
+    "Further",
     "HeadProfile",
     "Interval",
     "Measures",
@@ -140,6 +144,7 @@ __all__ = [
     "finetuning_words",
     "flip_labels",
     "frobenius_cosine",
+    "function_vector_heads",
     "head_profile",
     "headline",
     "kendall_tau",

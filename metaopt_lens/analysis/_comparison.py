@@ -15,6 +15,7 @@ from metaopt_lens._codec import NOT_IN_0_1, NOT_STORED, Stored
 from metaopt_lens._errors import OptionError, UndefinedMetricError
 from metaopt_lens._plots import draw
 from metaopt_lens.analysis._comparison_tables import accuracy_table, head_frame, query_frame, summary_table
+from metaopt_lens.analysis._further import Further
 from metaopt_lens.analysis._interval import Interval, mean_interval, scope, set_means, t_test
 from metaopt_lens.analysis._label_answers import Answers
 from metaopt_lens.analysis._measured import Measured
@@ -51,6 +52,7 @@ class Comparison(Stored):
         provenance: versions and time.
         notes: controls that were left out, and why.
         learning_rate: how it was chosen; None where it was given.
+        further: what else was asked of the same prompts (docs/theory.md, section 12); None where it was not.
         updates: what was compared, one per set; not stored in files.
     """
 
@@ -72,6 +74,7 @@ class Comparison(Stored):
     answers: dict[str, Answers] = field(default_factory=dict, metadata=NOT_IN_0_1)
     notes: tuple[str, ...] = field(default=(), metadata=NOT_IN_0_1)
     learning_rate: LearningRateChoice | None = field(default=None, metadata=NOT_IN_0_1)
+    further: Further | None = field(default=None, metadata=NOT_IN_0_1)
     updates: tuple[WeightUpdate, ...] = field(default=(), metadata=NOT_STORED)
 
     def __getitem__(self, name: str) -> Measured:

@@ -126,12 +126,13 @@ def join_explained(parts: Iterable[Explained]) -> Explained:
     """Those of successive groups of queries.
 
     Args:
-        parts: one for each group, with the same predictors.
+        parts: one for each group; predictors that not every one has are left out.
     """
     found = list(parts)
 
     def joined(which: str) -> dict[str, Tensor]:
-        return {name: torch.cat([getattr(part, which)[name] for part in found]) for name in found[0].errors}
+        shared = [name for name in found[0].errors if all(name in part.errors for part in found)]
+        return {name: torch.cat([getattr(part, which)[name] for part in found]) for name in shared}
 
     return Explained(torch.cat([part.sizes for part in found]), joined("errors"), joined("cosines"))
 

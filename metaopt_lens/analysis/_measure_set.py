@@ -21,7 +21,18 @@ from metaopt_lens.analysis._statistic import Readings, Statistic, join_readings
 from metaopt_lens.analysis._statistics import STATISTICS
 from metaopt_lens.finetuning import WeightUpdate, updated_memory
 from metaopt_lens.prompts import TokenizedPrompt
-from metaopt_lens.runs import CHANGED, SETTINGS, Keep, Recorder, Runs, Setting, batches, prepare, queries_together
+from metaopt_lens.runs import (
+    CHANGED,
+    SETTINGS,
+    Keep,
+    Recorder,
+    Runs,
+    Setting,
+    Wanted,
+    batches,
+    prepare,
+    queries_together,
+)
 
 _ANSWERED: dict[str, Setting] = {"ZS": "zs", "ICL": "icl", "FT": "ft"}
 
@@ -53,8 +64,7 @@ class Variant:
             asked: token ids whose logits are kept, if this variant is answered.
         """
         keep = Keep(raw_q=True, logits=asked if self.answered else ())
-        settings = self.settings
-        return prepare(self.space.model, self.tokenized[0], settings=settings, update=self.update, keep=keep)
+        return prepare(self.space.model, self.tokenized[0], Wanted(self.settings, self.update, keep=keep))
 
 
 @dataclass(frozen=True, eq=False)

@@ -53,7 +53,7 @@ class OrderSpread(Stored):
         changed: share of pairs of orders that answer with different label words.
         sets: the demonstration set of each query.
         orders: of every set, as indices of the demonstrations; the first is the given one.
-        lr: learning rate of the one-pass steps; full-batch descent takes one step of that times the demonstrations.
+        rates: learning rates of the one-pass steps, by set; the full-batch step has that times the demonstrations.
         provenance: versions and time.
     """
 
@@ -65,7 +65,7 @@ class OrderSpread(Stored):
     changed: Mapping[str, Float[Tensor, " query"]]
     sets: Int[Tensor, " query"]
     orders: tuple[tuple[tuple[int, ...], ...], ...]
-    lr: float
+    rates: tuple[float, ...]
     provenance: dict[str, Any] = field(default_factory=provenance)
 
     @property
@@ -191,11 +191,7 @@ def order_spread(
     groups = group_sets(wrapped, parsed, prepend_bos=prepend_bos)
     orders = tuple(draw_orders(len(g.prompts[0].demos), n_orders, seed=seed + i) for i, g in enumerate(groups))
     how = finetuning or Finetuning()
-    own = finetune_sets(
-        wrapped, [g.prompts[0] for g in groups[:1]], how, prepend_bos=prepend_bos, allow_processed=allow_processed
-    )
-    settings = own.updates[0].settings
-    assert settings is not None  # it was made just now
+    rate = _rate(wrapped, groups[0], how, prepend_bos=prepend_bos, allow_processed=allow_processed)
     sets = torch.zeros(len(parsed), dtype=torch.int64)
     rows: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {learner: [] for learner in LEARNERS}
     for number, (group, drawn) in enumerate(zip(groups, orders, strict=True)):
@@ -208,7 +204,7 @@ def order_spread(
                 options: dict[str, Any] = {
                     **how.arguments, "prepend_bos": prepend_bos, "allow_processed": allow_processed, "order": order
                 }  # fmt: skip
-                runs = _learned(wrapped, group, learner, options, settings.lr, words, batch_size)
+                runs = _learned(wrapped, group, learner, options, rate, words, batch_size)
                 z.append(last_z(runs))
                 answers.append(torch.stack([_answer(run) for run in runs]))
             spread = update_spread(torch.stack(z), zero_shot, eps=_eps(wrapped))
@@ -218,7 +214,18 @@ def order_spread(
         learner: [torch.cat(column)[back] for column in zip(*found, strict=True)] for learner, found in rows.items()
     }
     updates, distances, changed = ({name: found[i] for name, found in joined.items()} for i in range(3))
-    return OrderSpread(wrapped.info, updates, distances, changed, sets, orders, settings.lr)
+    return OrderSpread(wrapped.info, updates, distances, changed, sets, orders, (rate,) * len(groups))
+
+
+def _rate(
+    model: LensModel, group: DemoSet, how: Finetuning, *, prepend_bos: bool | None, allow_processed: bool
+) -> float:
+    """The learning rate given, or the one that does best on held-out demonstrations of the first set."""
+    if not isinstance(how.lr, str):
+        return float(how.lr)
+    own = finetune_sets(model, group.prompts[:1], how, prepend_bos=prepend_bos, allow_processed=allow_processed)
+    assert own.choice is not None
+    return own.choice.lr
 
 
 def draw_orders(n: int, n_orders: int, *, seed: int) -> tuple[tuple[int, ...], ...]:
@@ -299,10 +306,9 @@ def _learned(
             moved = prompt.with_demos([prompt.demos[i] for i in order])
             tokens.append(tokenize_for(model, moved, prepend_bos=options["prepend_bos"], require_demos=True))
         return [r.icl for r in record(model, tokens, settings=("icl",), keep=keep, batch_size=batch_size)]
-    if learner == FULL_BATCH:
-        options = {**options, "batch_size": None}
-        lr = lr * len(order)
-    update = finetune(model, group.prompts[0], lr=lr, **{**options, "keep_factors": False, "progress": False})
+    whole = learner == FULL_BATCH
+    options = {**options, "batch_size": None if whole else 1, "keep_factors": False, "progress": False}
+    update = finetune(model, group.prompts[0], lr=lr * len(order) if whole else lr, **options)
     found = record(model, group.tokenized, settings=("ft",), update=update, keep=keep, batch_size=batch_size)
     return [r.ft for r in found]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metaopt_lens._errors import ModelMismatchError, OptionError
-from metaopt_lens.analysis import Comparison, join_answers, join_measured
+from metaopt_lens.analysis import Comparison, join_answers, join_further, join_measured
 
 
 def join_comparisons(parts: Sequence[Comparison]) -> Comparison:
@@ -60,5 +60,6 @@ def join_comparisons(parts: Sequence[Comparison]) -> Comparison:
         settings=settings,
         notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
         learning_rate=None,
+        further=join_further([part.further for part in parts]),
         updates=tuple(update for part in parts for update in part.updates),
     )

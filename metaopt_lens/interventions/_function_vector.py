@@ -20,6 +20,7 @@ from metaopt_lens.interventions._heads import Heads, head_mask
 from metaopt_lens.models import PASS, Hook, HostPass, LensModel, ModelInfo, Readout, wrap
 from metaopt_lens.prompts import Demo, ICLPrompt, PromptLike, Template, as_prompts, tokenize_label
 from metaopt_lens.runs import (
+    Wanted,
     choose_batch_size,
     map_batches,
     record_batches,
@@ -107,7 +108,7 @@ def function_vector(
     tokens = [tokenize_for(wrapped, p, prepend_bos=prepend_bos, require_demos=True) for p in as_prompts(prompts)]
     shape = (wrapped.info.n_layers, wrapped.info.n_heads, wrapped.info.d_head)
     total = torch.zeros(shape, dtype=torch.float64)
-    for _, batch in record_batches(wrapped, tokens, settings=("icl",), batch_size=batch_size):
+    for _, batch in record_batches(wrapped, tokens, Wanted(("icl",)), batch_size=batch_size):
         for runs in batch:
             total += runs.icl.z[-1].detach().double().cpu()
     written = through_w_o(wrapped, total / len(tokens))  # [layer, head, d_model]

@@ -21,6 +21,7 @@ from metaopt_lens.records._query_record import DemoRecord, QueryRecord, write_re
 from metaopt_lens.runs import (
     Keep,
     Run,
+    Wanted,
     attention_output,
     demo_scores,
     own_scores,
@@ -79,14 +80,8 @@ def write_run_records(
     if len(prompt_groups(tokenized)) > 1:
         raise OptionError("a recording holds one demonstration set: write each set to a folder of its own.")
     kinds: dict[str, list[QueryRecord | None]] = {kind: [None] * len(prompts) for kind in ("zs", "icl", "ft")}
-    for indices, batch in record_batches(
-        wrapped,
-        tokenized,
-        settings=("icl", "zs", "ft"),
-        update=update,
-        keep=Keep(raw_q=True),
-        batch_size=batch_size,
-    ):
+    wanted = Wanted(("icl", "zs", "ft"), update, keep=Keep(raw_q=True))
+    for indices, batch in record_batches(wrapped, tokenized, wanted, batch_size=batch_size):
         for index, runs in zip(indices, batch, strict=True):
             for kind, run in runs.items():
                 gold, predicted = labels["gold"][index], labels[kind][index]

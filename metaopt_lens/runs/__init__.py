@@ -61,6 +61,7 @@ from metaopt_lens.runs._scoring import read_queries as read_queries
 from metaopt_lens.runs._scoring import read_run as read_run
 from metaopt_lens.runs._scoring import score_candidates as score_candidates
 from metaopt_lens.runs._scoring import scored_tokens as scored_tokens
+from metaopt_lens.runs._wanted import Wanted as Wanted
 
 __all__ = [
     "Keep",

@@ -12,12 +12,11 @@ from metaopt_lens._errors import OptionError, PromptError
 from metaopt_lens._types import TokenSpan
 from metaopt_lens.models import AttentionCall, LensModel, active_momentum
 from metaopt_lens.prompts import TokenizedPrompt
-from metaopt_lens.runs._batching import batches
 from metaopt_lens.runs._destinations import prompt_groups
 from metaopt_lens.runs._forward import run_shared_prefix
-from metaopt_lens.runs._keep import ATTENTION
 from metaopt_lens.runs._prompt_run import Run
-from metaopt_lens.runs._recording import Prefixes, Recorder, queries_together
+from metaopt_lens.runs._recording import Prefixes, Recorder
+from metaopt_lens.runs._wanted import Wanted
 
 
 def record_apart(model: LensModel, prompts: Sequence[TokenizedPrompt], *, batch_size: int | None = None) -> list[Run]:
@@ -56,14 +55,9 @@ def record_apart(model: LensModel, prompts: Sequence[TokenizedPrompt], *, batch_
             for hook in model.attention_hooks(layer, partial(_alone, first.demos))
         ]
         prefix = run_shared_prefix(model, first.ids[: first.query.start], hooks=hooks)
-        recorder = Recorder(model, Prefixes(prefix, None), ("icl",), None, ATTENTION, grad=False)
-
-        def run(batch: list[int], recorder: Recorder = recorder) -> list[Run]:
-            return [runs.icl for runs in recorder.runs([prompts[i] for i in batch])]
-
-        size = queries_together(model, members, ("icl",)) if batch_size is None else batch_size
-        for chosen, runs in batches(group, lambda i: len(prompts[i].query), run, batch_size=size):
-            found.update(zip((group[i] for i in chosen), runs, strict=True))
+        recorder = Recorder(model, Prefixes(prefix, None), Wanted(("icl",)))
+        for chosen, batch in recorder.batches(members, batch_size=batch_size):
+            found.update((group[i], runs.icl) for i, runs in zip(chosen, batch, strict=True))
     return [found[index] for index in range(len(prompts))]
 
 

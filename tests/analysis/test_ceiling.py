@@ -13,7 +13,7 @@ from torch import Tensor
 
 from metaopt_lens import ICLPrompt, finetune, load_tiny, wrap
 from metaopt_lens._errors import OptionError, PromptError, UnsupportedModelError
-from metaopt_lens.analysis import Ceiling, ceiling
+from metaopt_lens.analysis import Ceiling, ceiling, mean_interval
 from metaopt_lens.analysis._ceiling import (
     CEILING,
     CONSTANT,
@@ -24,7 +24,7 @@ from metaopt_lens.analysis._ceiling import (
     attended_inputs,
     value_ceiling,
 )
-from metaopt_lens.analysis._held_out import RIDGES, held_out_mean, held_out_predictions, held_out_scale
+from metaopt_lens.analysis._held_out import RIDGES, held_out_mean, held_out_predictions, held_out_scale, ratio_values
 from metaopt_lens.finetuning import WeightUpdate
 from metaopt_lens.runs import record, tokenize_for
 
@@ -119,6 +119,27 @@ def test_one_scale_and_one_constant() -> None:
     constant = normal(1, 1, 6, seed=1).expand(10, 1, 6)
     torch.testing.assert_close(held_out_mean(constant, folds), constant, rtol=1e-9, atol=1e-9)
     assert held_out_predictions(torch.zeros(10, 1, 3), t[:, None], folds).abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("n_sets", "n", "between"), [(1, 24, 0.0), (3, 8, 0.0), (3, 8, 0.3), (5, 8, 0.3), (25, 12, 0.3)]
+)
+def test_intervals_of_r_squared_cover(n_sets: int, n: int, between: float) -> None:
+    """Predictions that leave a known share unexplained, which differs between sets: 95 % intervals hold the truth."""
+    n_draws, d = 1000, 16
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    sets = torch.arange(n_sets).repeat_interleave(n)
+    scale = (between * draw(n_sets, n_draws)).exp()[sets]
+    explained_part, rest = draw(n_sets * n, n_draws, d), scale[..., None] * draw(n_sets * n, n_draws, d)
+    values = 1 - ratio_values(rest.square().sum(-1), (explained_part + rest).square().sum(-1), sets)
+    found = mean_interval(values, sets=sets)
+    truth = 0.5  # 1 / (1 + e^2z) is 1/2 on average over a symmetric z
+    covered = float(((found.low <= truth) & (truth <= found.high)).double().mean())
+    assert 0.93 <= covered <= 0.97
 
 
 # ---- the ceiling of values -------------------------------------------------------------------------------------------

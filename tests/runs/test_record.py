@@ -19,6 +19,7 @@ from metaopt_lens.models import Hook, LensModel
 from metaopt_lens.prompts import TokenizedPrompt
 from metaopt_lens.runs import (
     Keep,
+    Wanted,
     read_queries,
     read_run,
     record,
@@ -108,7 +109,7 @@ def test_batches_make_no_difference_and_never_span_two_sets(name: str, batch_siz
             for field in TENSORS:
                 assert_agree(getattr(run, field), getattr(alone[setting], field), PASS)
     seen = []
-    for indices, runs in record_batches(model, prompts, batch_size=batch_size):
+    for indices, runs in record_batches(model, prompts, Wanted(BASE), batch_size=batch_size):
         assert len(indices) == len(runs) <= batch_size
         assert len({prompts[i].demonstrations for i in indices}) == 1
         seen += indices
