@@ -143,7 +143,7 @@ def head_profile(
     the head's meta-gradient on that difference; ``function_vector``, ``induction``, ``previous_token``,
     ``task_recognition`` and ``task_learning``; with a comparison or an update ``cosine`` of in-context and finetuning
     update and its ``excess`` over another query's. Function vectors are made from one half of the prompts and scored on
-    the other (docs/theory.md, section 13), from the prompt itself only where there is a single one.
+    the other, from the prompt itself only where there is a single one.
 
     Args:
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model. It is not modified.
