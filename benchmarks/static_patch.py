@@ -50,9 +50,11 @@ def one_set(model: Any, rows: list[Pair], seed: int, arguments: argparse.Namespa
         ]
 
     fitted, held_out = asked(drawn[n_demos : n_demos + n_fit]), asked(drawn[n_demos + n_fit :])
-    patches = exact_patches(model, fitted)
+    patches = exact_patches(model, fitted, prepend_bos=arguments.bos)
     return {
-        ridge: static_curve(model, fitted, held_out, n_fit=arguments.fit, ridge=ridge, patches=patches)
+        ridge: static_curve(
+            model, fitted, held_out, n_fit=arguments.fit, ridge=ridge, patches=patches, prepend_bos=arguments.bos
+        )
         for ridge in arguments.ridge
     }
 
@@ -67,6 +69,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--sets", type=int, default=5)
     parser.add_argument("--demos", type=int, default=10)
+    parser.add_argument("--bos", action="store_true", default=None, help="put BOS first, whatever the model's default")
     parser.add_argument("--held-out", type=int, default=40)
     parser.add_argument("--fit", type=lambda text: [int(k) for k in text.split(",")], default=[2, 8, 32])
     parser.add_argument("--ridge", type=lambda text: [float(r) for r in text.split(",")], default=[0.01, 0.1, 1.0])

@@ -67,6 +67,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "stablelm": {"model_type": "stablelm", "partial_rotary_factor": 0.5, **_GROUPED},
     "phi": {"model_type": "phi", "partial_rotary_factor": 0.5},
     "gpt_neox": {"model_type": "gpt_neox", "rotary_pct": 0.5},
+    "gpt_neox_sequential": {"model_type": "gpt_neox", "rotary_pct": 0.5, "use_parallel_residual": False},
     "gptj": {"model_type": "gptj", "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": N_CTX, "rotary_dim": 4},
     "bloom": {"model_type": "bloom", "n_layer": 3, "n_head": 4},
     "mpt": {"model_type": "mpt", "d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": N_CTX},

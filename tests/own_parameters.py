@@ -20,6 +20,7 @@ _FUSED = {
     "gpt_bigcode": "multi-query",
     "falcon": "multi-query",
     "gpt_neox": "interleaved",
+    "gpt_neox_sequential": "interleaved",
     "bloom": "interleaved",
 }
 

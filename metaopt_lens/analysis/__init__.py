@@ -14,7 +14,10 @@ from metaopt_lens.analysis._controls import flip_labels as flip_labels
 from metaopt_lens.analysis._controls import randomized_copy as randomized_copy
 from metaopt_lens.analysis._controls import shuffle_labels as shuffle_labels
 from metaopt_lens.analysis._controls import unrelated_update as unrelated_update
+from metaopt_lens.analysis._controls import uphill_update as uphill_update
 from metaopt_lens.analysis._convention import Convention as Convention
+from metaopt_lens.analysis._following import LabelFollowing as LabelFollowing
+from metaopt_lens.analysis._following import follow_labels as follow_labels
 from metaopt_lens.analysis._function_vector_heads import FunctionVectorHeads as FunctionVectorHeads
 from metaopt_lens.analysis._function_vector_heads import function_vector_heads as function_vector_heads
 from metaopt_lens.analysis._further import Further as Further
@@ -60,6 +63,9 @@ from metaopt_lens.analysis._nulls import random_like as random_like
 from metaopt_lens.analysis._nulls import random_null as random_null
 from metaopt_lens.analysis._order import OrderSpread as OrderSpread
 from metaopt_lens.analysis._order import order_spread as order_spread
+from metaopt_lens.analysis._output_parts import PARTS as PARTS
+from metaopt_lens.analysis._pairs import is_part as is_part
+from metaopt_lens.analysis._pairs import part_name as part_name
 from metaopt_lens.analysis._patch_against_finetuning import PatchAgainstFinetuning as PatchAgainstFinetuning
 from metaopt_lens.analysis._patch_against_finetuning import change_cosines as change_cosines
 from metaopt_lens.analysis._patch_against_finetuning import patch_against_finetuning as patch_against_finetuning
@@ -70,6 +76,9 @@ from metaopt_lens.analysis._recall import TopKRecall as TopKRecall
 from metaopt_lens.analysis._recall import exact_interval as exact_interval
 from metaopt_lens.analysis._recall import rec2ftp as rec2ftp
 from metaopt_lens.analysis._recall import topk_recall as topk_recall
+from metaopt_lens.analysis._relabel import LabelWords as LabelWords
+from metaopt_lens.analysis._relabel import label_map as label_map
+from metaopt_lens.analysis._relabel import relabelled as relabelled
 from metaopt_lens.analysis._similarity import SimAM as SimAM
 from metaopt_lens.analysis._similarity import SimAOU as SimAOU
 from metaopt_lens.analysis._similarity import am_maps as am_maps
@@ -121,6 +130,7 @@ __all__ = [
     "Further",
     "HeadProfile",
     "Interval",
+    "LabelFollowing",
     "Measures",
     "OptimiserLadder",
     "OrderSpread",
@@ -143,6 +153,7 @@ __all__ = [
     "findings",
     "finetuning_words",
     "flip_labels",
+    "follow_labels",
     "frobenius_cosine",
     "function_vector_heads",
     "head_profile",
@@ -160,4 +171,5 @@ __all__ = [
     "sim_aou_null",
     "topk_recall",
     "unrelated_update",
+    "uphill_update",
 ]

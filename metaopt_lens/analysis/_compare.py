@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from metaopt_lens._errors import PromptError
 from metaopt_lens.analysis._compare_options import Controls, Finetuning, Measures
 from metaopt_lens.analysis._comparison import Comparison
 from metaopt_lens.analysis._controls import finetune_arguments
@@ -16,8 +17,9 @@ from metaopt_lens.analysis._demo_sets import Updates, check_names, choose_top_k,
 from metaopt_lens.analysis._joining import join_sets
 from metaopt_lens.analysis._label_answers import Choices, Words, label_words
 from metaopt_lens.analysis._measuring import Context
+from metaopt_lens.analysis._output_parts import check_labels
 from metaopt_lens.analysis._output_space import OutputSpace
-from metaopt_lens.analysis._own_updates import OwnUpdates, finetune_sets, text_updates
+from metaopt_lens.analysis._own_updates import OwnUpdates, finetune_sets, text_updates, uphill_updates
 from metaopt_lens.analysis._set_controls import SetControls, measure_with_controls, random_twins
 from metaopt_lens.finetuning import WeightUpdate, require_raw_weights
 from metaopt_lens.models import wrap
@@ -46,9 +48,9 @@ def compare(
     Without `update`, a learning rate is chosen on held-out demonstrations and the model is finetuned on every
     demonstration set first. `STATISTICS` is the table of what is measured, each with its nulls (docs/theory.md,
     section 4): random directions, another query's update, and, as `controls` say, the same with shuffled or flipped
-    labels, other updates, finetuning on unrelated text, and permuted weights. What is answered behind shuffled and
-    flipped labels is recorded too, in context and finetuned on them. A control that cannot be made is left out, with a
-    note.
+    labels, other updates, finetuning on unrelated text and uphill, and permuted weights. What is answered behind
+    shuffled and flipped labels is recorded too, in context and finetuned on them. Similarities of updates are also
+    split by where in output space they lie (section 13). A control that cannot be made is left out, with a note.
 
     Args:
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model; never modified.
@@ -101,7 +103,12 @@ def compare(
     if asked.random_weights:
         for group in sets:
             finetune_arguments(group.update)  # an update that cannot be made again is refused before any run
-    texts, notes = text_updates(wrapped, firsts, own.updates, asked)
+    made, notes = text_updates(wrapped, firsts, own.updates, asked)
+    if asked.uphill:
+        uphill, more = uphill_updates(wrapped, firsts, own.updates, prepend_bos=prepend_bos)
+        made, notes = {**made, **uphill}, [*notes, *more]
+    without_parts = _why_not_in_parts(choices, wrapped.info.d_model)
+    notes += [] if without_parts is None else [without_parts]
     context = Context(
         convention=measures.convention,
         generator=torch.Generator().manual_seed(seed),
@@ -116,17 +123,29 @@ def compare(
         twins=random_twins(wrapped, seed=seed) if asked.random_weights else {},
         prepend_bos=prepend_bos,
         batch_size=batch_size,
+        in_parts=without_parts is None,
     )
     found = []
     for number, group in enumerate(tqdm(sets, desc="comparing", unit="set", disable=None if progress else True)):
-        made = {**group.controls, **{name: updates[number] for name, updates in texts.items()}}
+        of_set = {**group.controls, **{name: updates[number] for name, updates in made.items()}}
         seeds = [seed + number + draw * len(sets) for draw in range(max(1, asked.shuffled_labels))]
         chosen = choices[number]
-        found.append(measure_with_controls(dataclasses.replace(group, controls=made), run, chosen, context, seeds))
+        found.append(measure_with_controls(dataclasses.replace(group, controls=of_set), run, chosen, context, seeds))
     joined = join_sets(wrapped.info, prompts, sets, words, found, _settings(seed, words, measures, asked, own.updates))
     return dataclasses.replace(
         joined, updates=own.updates, learning_rate=own.choice, notes=tuple(dict.fromkeys([*notes, *joined.notes]))
     )
+
+
+def _why_not_in_parts(choices: Sequence[Choices | None], d_model: int) -> str | None:
+    """Why updates cannot be split by the label words of every query; None where they can."""
+    try:
+        for own in choices:
+            for labels in [()] if own is None else dict.fromkeys(own.first_tokens):
+                check_labels(labels, d_model)
+    except PromptError as error:
+        return f"the parts of output space are left out ({error})"
+    return None
 
 
 def _settings(

@@ -18,15 +18,16 @@ class Controls:
     """What the similarity of in-context and finetuning updates is compared with.
 
     ``"quick"`` runs nothing further: random directions and other queries only. ``"standard"``, the default, adds one
-    draw of shuffled labels, flipped labels and finetuning on unrelated text: about one more in-context pass and two
-    more finetunings a set. One draw is enough, as each set has one of its own and the sets are what is averaged over.
-    ``"sceptic"`` takes four draws and two copies of the model with permuted weights, which triples the time and the
-    memory.
+    draw of shuffled labels, flipped labels, and finetuning on unrelated text and uphill: about one more in-context pass
+    and four more finetunings a set. One draw is enough, as each set has one of its own and sets are what is averaged
+    over. ``"sceptic"`` takes four draws and two copies of the model with permuted weights, which triples the time and
+    the memory.
 
     Attributes:
         shuffled_labels: draws of shuffled labels per set, averaged (see `shuffle_labels`); 0 for none.
         flipped_labels: also run the demonstrations with flipped labels (see `flip_labels`).
         unrelated_text: also finetune on sentences that have nothing to do with the task (see `unrelated_update`).
+        uphill: also finetune in the same way up the gradient (see `uphill_update`).
         random_weights: also run everything on copies of the model with permuted weights, finetuned in the same way.
         texts: further texts to finetune on, by the name of the control; one list for all sets, or one for each. The
             name ``"unrelated text"`` replaces our own sentences.
@@ -37,6 +38,7 @@ class Controls:
     shuffled_labels: int = 1
     flipped_labels: bool = True
     unrelated_text: bool = True
+    uphill: bool = True
     random_weights: bool = False
     texts: Mapping[str, Sequence[str] | Sequence[Sequence[str]]] = field(default_factory=dict)
     updates: Mapping[str, Updates] = field(default_factory=dict)
@@ -65,7 +67,7 @@ class Controls:
 
 
 _PRESETS: dict[str, Controls] = {
-    "quick": Controls(shuffled_labels=0, flipped_labels=False, unrelated_text=False),
+    "quick": Controls(shuffled_labels=0, flipped_labels=False, unrelated_text=False, uphill=False),
     "standard": Controls(),
     "sceptic": Controls(shuffled_labels=4, random_weights=True),
 }

@@ -92,6 +92,26 @@ def unrelated_update(model: Any, texts: Sequence[str], *, like: WeightUpdate, pr
     return like.norm() / size * update
 
 
+def uphill_update(
+    model: Any, prompt: ICLPrompt, *, like: WeightUpdate, prepend_bos: bool | None = None
+) -> WeightUpdate:
+    """The same finetuning up the gradient, ``-lr`` in place of ``lr`` (null g; docs/theory.md, section 14).
+
+    Args:
+        model: `HookedTransformer`, `TransformerBridge` or a wrapped model. It is not modified.
+        prompt: whose demonstrations are learned.
+        like: the update whose settings are used.
+        prepend_bos: put BOS first; None for the model's default.
+
+    Raises:
+        OptionError: `like` does not say how it was made.
+        NonFiniteError: uphill the learning rate diverges.
+    """
+    settings = finetune_arguments(like)
+    settings["optimizer_options"] = {**settings["optimizer_options"], "maximize": True}
+    return finetune(model, prompt, prepend_bos=prepend_bos, allow_processed=True, progress=False, **settings)
+
+
 def finetune_arguments(update: WeightUpdate) -> dict[str, Any]:
     """The settings of an update as arguments of `finetune`, to make another one in the same way.
 

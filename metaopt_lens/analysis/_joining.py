@@ -40,12 +40,13 @@ def join_sets(
     order = torch.tensor([index for group in sets for index in group.indices]).argsort()
     measures = [f.measures for f in found]
     answers = {name: join_answers([m.answers[name] for m in measures])[order] for name in measures[0].answers}
+    shared = [name for name in measures[0].norms if all(name in m.norms for m in measures)]
     best = {name: answers[name].best if name in answers else None for name in ("ZS", "ICL", "FT")}
     return Comparison(
         model=model,
         statistics=join_measured([m.statistics for m in measures], order),
         sets=torch.cat([torch.full((len(group.prompts),), i) for i, group in enumerate(sets)])[order],
-        norms={name: torch.cat([m.norms[name] for m in measures])[order] for name in measures[0].norms},
+        norms={name: torch.cat([m.norms[name] for m in measures])[order] for name in shared},
         gold=None if words is None else torch.tensor([gold_of(p, words.names) for p in prompts]),
         zs=best["ZS"],
         icl=best["ICL"],

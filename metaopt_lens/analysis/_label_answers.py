@@ -147,6 +147,11 @@ class Choices:
         return self._chosen(rows, scores, log_probs, ranks)
 
     @property
+    def first_tokens(self) -> list[tuple[int, ...]]:
+        """Of every query: the different first tokens of its candidates, in order."""
+        return [tuple(sorted({self.labels[i][0] for i in own})) for own in self.own]
+
+    @property
     def asked(self) -> tuple[int, ...]:
         """The labels' tokens where each has one: then recorded runs say all (`recorded`). Empty otherwise."""
         return tuple(label[0] for label in self.labels) if all(len(label) == 1 for label in self.labels) else ()

@@ -15,7 +15,8 @@ from metaopt_lens.analysis._label_answers import Answers, Choices, join_answers
 from metaopt_lens.analysis._low_rank import MemoryBatch
 from metaopt_lens.analysis._measured import Measured
 from metaopt_lens.analysis._measuring import Context
-from metaopt_lens.analysis._output_space import OutputSpace
+from metaopt_lens.analysis._null_names import UPHILL, UPHILL_EVEN, UPHILL_ODD
+from metaopt_lens.analysis._output_space import Labels, OutputSpace
 from metaopt_lens.analysis._query_batch import QueryBatch, join_norms, norms_of
 from metaopt_lens.analysis._statistic import Readings, Statistic, join_readings
 from metaopt_lens.analysis._statistics import STATISTICS
@@ -34,6 +35,7 @@ from metaopt_lens.runs import (
     queries_together,
 )
 
+_PLAIN: dict[Setting, Setting] = {"ft": "zs", "ft_matched": "zs_matched"}
 _ANSWERED: dict[str, Setting] = {"ZS": "zs", "ICL": "icl", "FT": "ft"}
 
 
@@ -63,7 +65,7 @@ class Variant:
         Args:
             asked: token ids whose logits are kept, if this variant is answered.
         """
-        keep = Keep(raw_q=True, logits=asked if self.answered else ())
+        keep = Keep(raw_q=True, own_stream=True, logits=asked if self.answered else ())
         return prepare(self.space.model, self.tokenized[0], Wanted(self.settings, self.update, keep=keep))
 
 
@@ -94,6 +96,11 @@ class _Found:
     values: dict[str, list[dict[str, Tensor]]] = field(default_factory=dict)
     controlled: dict[str, list[Tensor]] = field(default_factory=dict)
 
+    def add(self, null: str, batch: QueryBatch, statistics: Sequence[Statistic], context: Context) -> None:
+        """Take the statistics of a variant as one draw of a null."""
+        values = {s.name: s.value(s.read(batch), context).float() for s in statistics}
+        self.values.setdefault(null, []).append(values)
+
 
 def measure_set(
     own: Variant,
@@ -103,6 +110,7 @@ def measure_set(
     trained: Sequence[Float[Tensor, "_ layer d_q"]] | None,
     choices: Choices | None,
     batch_size: int | None,
+    labels: Sequence[Labels] | None = None,
 ) -> SetMeasures:
     """Run a set's queries in all settings and every variant, and measure them.
 
@@ -113,6 +121,7 @@ def measure_set(
         trained: see `QueryBatch`.
         choices: what the queries choose among; None for no answers.
         batch_size: queries run together; by default as many as memory allows.
+        labels: of every query, the first tokens of its label words, to split updates by; None to split none.
 
     Raises:
         NonFiniteError: NaN or infinity in the activations.
@@ -124,11 +133,16 @@ def measure_set(
     parts: list[_Found] = []
     rows: list[int] = []
     known = None if trained is None else tuple(trained)
+
+    def measure(row_numbers: list[int]) -> list[_Found]:
+        own_labels = None if labels is None else tuple(labels[row] for row in row_numbers)
+        return [_measure_batch(recorders, row_numbers, context, own_labels, known, asked)]
+
     asked = None if choices is None else _Asked(choices, batch_size)
     for chosen, found in batches(
         range(len(tokens)),
         lambda row: len(tokens[row].query),
-        lambda row_numbers: [_measure_batch(recorders, row_numbers, context, known, asked)],
+        measure,
         batch_size=size,
     ):
         rows += chosen
@@ -145,13 +159,14 @@ def _measure_batch(
     recorders: Sequence[tuple[Variant, Recorder]],
     rows: list[int],
     context: Context,
+    labels: tuple[Labels, ...] | None,
     trained: tuple[Tensor, ...] | None,
     asked: _Asked | None,
 ) -> _Found:
     found = _Found()
     (own, recorder), *others = recorders
     runs = recorder.runs([own.tokenized[row] for row in rows])
-    batch = _batch(own, runs, context, trained)
+    batch = dataclasses.replace(_batch(own, runs, context), labels=labels, trained=trained)
     context = dataclasses.replace(context, eps=batch.eps)
     for statistic in _readable(batch):
         found.readings[statistic.name] = (*statistic.read(batch), *statistic.read_for_nulls(batch))
@@ -162,31 +177,59 @@ def _measure_batch(
         made = recorder.runs([variant.tokenized[row] for row in rows])
         mixed = [Runs({**a.by_setting, **b.by_setting}) for a, b in zip(runs, made, strict=True)]
         same_memory = batch.memory if variant.settings == ("icl",) else None
-        other = dataclasses.replace(_batch(variant, mixed, context, None, same_memory), base=batch)
-        values = {s.name: s.value(s.read(other), context).float() for s in _readable(other)}
-        found.values.setdefault(variant.null, []).append(values)
+        other = dataclasses.replace(_batch(variant, mixed, context, same_memory), labels=labels, base=batch)
+        found.add(variant.null, other, _readable(other), context)
+        if variant.null == UPHILL:
+            _add_halves(found, batch, runs, made, context)
         if asked is not None and variant.answered:
             best = asked.behind(made, "icl", rows, variant).best
             found.controlled.setdefault(variant.null, []).append(best)
     return found
 
 
+def _add_halves(
+    found: _Found, batch: QueryBatch, downhill: Sequence[Runs], uphill: Sequence[Runs], context: Context
+) -> None:
+    """Odd and even part of finetuning's update in the learning rate, of everything that reads head outputs."""
+    statistics = [s for s in _readable(batch) if s.from_outputs]
+    for null, sign in ((UPHILL_ODD, -1), (UPHILL_EVEN, 1)):
+        runs = tuple(_half(down, up, sign) for down, up in zip(downhill, uphill, strict=True))
+        half = dataclasses.replace(batch, runs=runs, trained=None, base=batch)
+        found.add(null, half, statistics, context)
+        if null == UPHILL_EVEN:
+            sizes = half.change("ft", "zs").norm(dim=-1) / batch.change("ft", "zs").norm(dim=-1)
+            found.norms["ft_even_share"] = sizes.float()
+
+
+def _half(downhill: Runs, uphill: Runs, sign: int) -> Runs:
+    """Runs with ``z^ZS + (u(lr) + sign u(-lr)) / 2`` in the finetuned settings, u the change of z."""
+    halves = {}
+    for setting, plain in _PLAIN.items():
+        down, up, zs = downhill[setting].z.double(), uphill[setting].z.double(), downhill[plain].z.double()
+        z = zs + ((down - zs) + sign * (up - zs)) / 2
+        halves[setting] = dataclasses.replace(downhill[setting], z=z.to(downhill[setting].z.dtype))
+    return Runs({**downhill.by_setting, **halves})
+
+
 def _batch(
     variant: Variant,
     runs: Sequence[Runs],
     context: Context,
-    trained: tuple[Tensor, ...] | None,
     memory: MemoryBatch | None = None,
 ) -> QueryBatch:
     if memory is None:
         icl = [r.icl for r in runs]
-        memories = updated_memory(variant.space.model, variant.update, icl)
+        memories = updated_memory(variant.space.model, variant.update, [r.zs_matched for r in runs])
         memory = MemoryBatch.of(memories, icl, subspace_dim=context.subspace_dim)
-    return QueryBatch(variant.space, variant.update, tuple(runs), memory, context, trained)
+    return QueryBatch(variant.space, variant.update, tuple(runs), memory, context)
 
 
 def _readable(batch: QueryBatch) -> list[Statistic]:
-    return [row for row in STATISTICS if batch.trained is not None or not row.needs_factors]
+    return [
+        row
+        for row in STATISTICS
+        if (batch.trained is not None or not row.needs_factors) and (batch.labels is not None or row.part is None)
+    ]
 
 
 @dataclass(frozen=True, eq=False)

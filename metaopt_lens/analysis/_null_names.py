@@ -12,6 +12,7 @@ CHANCE = "chance"
 SHUFFLED_LABELS = "shuffled labels"
 FLIPPED_LABELS = "flipped labels"
 UNRELATED_TEXT = "unrelated text"
+UPHILL, UPHILL_ODD, UPHILL_EVEN = "uphill", "uphill, odd part", "uphill, even part"
 RANDOM_WEIGHTS = ("random weights", "random weights, trained embeddings")
 
 
@@ -20,7 +21,7 @@ class Null:
     """What the excess of a similarity over a null answers.
 
     Attributes:
-        question: in words.
+        question: in words; empty for what is shown next to the nulls and is none.
         what: the excess, as it is called in a sentence.
     """
 
@@ -36,6 +37,11 @@ NULLS: dict[str, Null] = {
     CHANCE: Null("Is it more than a random order gives?", "its excess over that"),
     SHUFFLED_LABELS: Null("Does it depend on the demonstrations' labels?", "its excess over randomly shuffled labels"),
     FLIPPED_LABELS: Null("Does it depend on which label word stands for what?", "its excess over flipped labels"),
+    UPHILL: Null("Is it about descending at all?", "its excess over the same finetuning uphill"),
+    UPHILL_EVEN: Null(
+        "Is it more than what going downhill and uphill have in common?", "its excess over their even part"
+    ),
+    UPHILL_ODD: Null("", "its excess over the part that changes sign with the direction"),
     **{
         name: Null(f"Is it more than a model with {name} shows?", "its excess over that model's")
         for name in RANDOM_WEIGHTS

@@ -9,8 +9,8 @@ from typing import Any
 
 from metaopt_lens._errors import NonFiniteError, OptionError, PromptError
 from metaopt_lens.analysis._compare_options import Controls, Finetuning
-from metaopt_lens.analysis._controls import unrelated_update
-from metaopt_lens.analysis._null_names import UNRELATED_TEXT
+from metaopt_lens.analysis._controls import unrelated_update, uphill_update
+from metaopt_lens.analysis._null_names import UNRELATED_TEXT, UPHILL
 from metaopt_lens.finetuning import LearningRateChoice, WeightUpdate, choose_learning_rate, finetune
 from metaopt_lens.models import LensModel
 from metaopt_lens.prompts import ICLPrompt
@@ -108,6 +108,27 @@ def text_updates(
         except (PromptError, OptionError, NonFiniteError) as error:
             notes.append(f"the control {name!r} is left out ({error})")
     return found, notes
+
+
+def uphill_updates(
+    model: LensModel, firsts: Sequence[ICLPrompt], updates: Sequence[WeightUpdate], *, prepend_bos: bool | None
+) -> tuple[dict[str, list[WeightUpdate]], list[str]]:
+    """The sets' finetunings uphill, by the control's name; nothing, and a note, where that is not possible.
+
+    Args:
+        model: never modified.
+        firsts: a prompt of every set.
+        updates: of every set.
+        prepend_bos: put BOS first; None for the model's default.
+    """
+    pairs = zip(firsts, updates, strict=True)
+    try:
+        return {UPHILL: [uphill_update(model, p, like=u, prepend_bos=prepend_bos) for p, u in pairs]}, []
+    except NonFiniteError as error:
+        rates = sorted({f"{u.settings.lr:g}" for u in updates if u.settings is not None})
+        return {}, [f"the control {UPHILL!r} is left out: uphill, learning rate {', '.join(rates)} diverges ({error})"]
+    except OptionError as error:
+        return {}, [f"the control {UPHILL!r} is left out ({error})"]
 
 
 def _per_set(lines: Sequence[str] | Sequence[Sequence[str]], n_sets: int, name: str) -> list[list[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from metaopt_lens._errors import NonFiniteError, OptionError, PromptError
-from metaopt_lens.analysis._compare_options import Controls, Finetuning
-from metaopt_lens.analysis._controls import finetune_arguments, shuffle_labels
+from metaopt_lens.analysis._compare_options import Finetuning
+from metaopt_lens.analysis._controls import finetune_arguments, shuffle_labels, unrelated_update
 from metaopt_lens.analysis._interval import CONDITIONAL, mean_interval
 from metaopt_lens.analysis._matrices import Factors, dense_cosine
-from metaopt_lens.analysis._null_names import SHUFFLED_LABELS
-from metaopt_lens.analysis._own_updates import finetune_sets, text_updates
+from metaopt_lens.analysis._null_names import SHUFFLED_LABELS, UNRELATED_TEXT
+from metaopt_lens.analysis._own_updates import default_unrelated_texts, finetune_sets
 from metaopt_lens.analysis._recall import exact_interval
 from metaopt_lens.analysis._static_curve import StaticCurve, answered_right, first_tokens, zero_shot_answers
 from metaopt_lens.finetuning import MLP, WeightUpdate, demonstration_ids, finetune
@@ -128,7 +128,8 @@ def patch_against_finetuning(
 
     Raises:
         ModelMismatchError: patch or update of another model.
-        OptionError: an update that changes none of the patch's matrices, or does not say how it was made.
+        OptionError: an update that changes none of the patch's matrices, or does not say how it was made; others that
+            change other matrices.
         PromptError: an update trained on other data than the demonstrations, or another `prepend_bos` than the curve's.
     """
     wrapped, patch, asked = wrap(model), curve.patch, curve.asked
@@ -145,33 +146,46 @@ def patch_against_finetuning(
         raise PromptError(
             "the update was not trained on the patch's demonstrations: give finetune one of the curve's prompts."
         )
-    nulls, notes = _null_updates(wrapped, asked[0], update, arguments, seeds)
     for other in others:
         wrapped.check_same(other.model, "this weight update")
-    if others:
-        nulls[OTHER_DEMOS] = [*others]
-    else:
-        notes.append(f"the control {OTHER_DEMOS!r} is left out (it needs a second demonstration set)")
+        if common_matrices(patch, other) != matrices:
+            raise OptionError(
+                f"updates on other demonstrations must change {' and '.join(matrices)}, as the one on the patch's own "
+                f"does; this one changes {' and '.join(_changed(other))}: make it with the same projections."
+            )
+    labels = [first_tokens(wrapped, prompt) for prompt in asked]
+    notes: list[str] = []
     only = [name for name in _changed(update) if name not in matrices]
     if only:
         notes.append(f"The update also changes {' and '.join(only)}, which the patch of this model leaves as it is.")
-    labels = [first_tokens(wrapped, prompt) for prompt in asked]
 
     def right(made: WeightUpdate) -> Bool[Tensor, " query"]:
         with made.applied(wrapped):
             return answered_right(zero_shot_answers(wrapped, tokens), labels)
 
+    # One after the other: an update of all matrices is as large as they are.
+    nulls: dict[str, Float[Tensor, "draw layer matrix"]] = {}
+    null_correct: dict[str, Bool[Tensor, "draw query"]] = {}
+    for name, draws in _null_updates(wrapped, asked[0], update, others, arguments, seeds):
+        try:
+            found = [(change_cosines(patch, made), right(made)) for made in draws]
+        except (PromptError, OptionError, NonFiniteError) as error:
+            notes.append(f"the control {name!r} is left out ({error})")
+            continue
+        nulls[name], null_correct[name] = (torch.stack(list(values)) for values in zip(*found, strict=True))
+    if not others:
+        notes.append(f"the control {OTHER_DEMOS!r} is left out (it needs a second demonstration set)")
     return PatchAgainstFinetuning(
         matrices=matrices,
         cosine=change_cosines(patch, update),
-        nulls={name: torch.stack([change_cosines(patch, made) for made in draws]) for name, draws in nulls.items()},
+        nulls=nulls,
         correct={
             "in context": curve.correct[0],
             "zero-shot": curve.correct[1],
             "static patch": curve.correct[-1],
             FINETUNED: right(update),
         },
-        null_correct={name: torch.stack([right(made) for made in draws]) for name, draws in nulls.items()},
+        null_correct=null_correct,
         finetuned=update,
         notes=tuple(notes),
     )
@@ -255,19 +269,18 @@ def _projections(patch: StaticPatch) -> list[str]:
 
 
 def _null_updates(
-    model: LensModel, prompt: ICLPrompt, update: WeightUpdate, arguments: dict[str, Any], seeds: Sequence[int]
-) -> tuple[dict[str, list[WeightUpdate]], list[str]]:
-    """Updates of every null, and a note for each that could not be made."""
+    model: LensModel,
+    prompt: ICLPrompt,
+    update: WeightUpdate,
+    others: Sequence[WeightUpdate],
+    arguments: dict[str, Any],
+    seeds: Sequence[int],
+) -> Iterator[tuple[str, Iterator[WeightUpdate]]]:
+    """Updates of every null, each made when it is asked for; raises where one cannot be made."""
     options = arguments["optimizer_options"] | {"maximize": True}
-    makers: dict[str, Callable[[], list[WeightUpdate]]] = {
-        SHUFFLED_LABELS: lambda: [finetune(model, shuffle_labels(prompt, seed=seed), **arguments) for seed in seeds],
-        UPHILL: lambda: [finetune(model, prompt, **{**arguments, "optimizer_options": options})],
-    }
-    found, notes = {}, []
-    for name, make in makers.items():
-        try:
-            found[name] = make()
-        except (PromptError, NonFiniteError) as error:
-            notes.append(f"the control {name!r} is left out ({error})")
-    texts, more = text_updates(model, [prompt], [update], Controls(unrelated_text=True))
-    return {**found, **texts}, [*notes, *more]
+    yield SHUFFLED_LABELS, (finetune(model, shuffle_labels(prompt, seed=seed), **arguments) for seed in seeds)
+    yield UPHILL, (finetune(model, prompt, **{**arguments, "optimizer_options": options}) for _ in range(1))
+    texts = default_unrelated_texts(model, prompt)
+    yield UNRELATED_TEXT, (unrelated_update(model, texts, like=update) for _ in range(1))
+    if others:
+        yield OTHER_DEMOS, iter(others)

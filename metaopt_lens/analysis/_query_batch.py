@@ -10,9 +10,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from metaopt_lens.analysis._low_rank import MatrixReadings, MemoryBatch, compare_matrices, rotated_overlaps
+from metaopt_lens.analysis._low_rank import (
+    MatrixReadings,
+    MemoryBatch,
+    compare_matrices,
+    read_with_keys,
+    rotated_overlaps,
+)
 from metaopt_lens.analysis._measuring import Context
-from metaopt_lens.analysis._output_space import OutputSpace
+from metaopt_lens.analysis._output_parts import PARTS, Part
+from metaopt_lens.analysis._output_space import Labels, OutputSpace
 from metaopt_lens.analysis._similarity import difference
 from metaopt_lens.analysis._training_attention import TrainingAttention, ranked_maps
 from metaopt_lens.dual import SoftmaxParts, at_least_float32
@@ -40,6 +47,7 @@ class QueryBatch:
         runs: of every query, in all five settings.
         memory: of every query, its keys and values with and without the update.
         context: of the comparison.
+        labels: of every query, the first tokens of its label words; None where updates are not split by them.
         trained: query vectors of each demonstration's tokens in its own finetuning step (see `demonstration_queries`);
             None where they were not kept, or are those of other demonstrations.
         base: another batch, with which this one shares the runs of some settings; what is read of those is read once.
@@ -50,6 +58,7 @@ class QueryBatch:
     runs: tuple[Runs, ...]
     memory: MemoryBatch
     context: Context
+    labels: tuple[Labels, ...] | None = None
     trained: tuple[Float[Tensor, "_ layer d_q"], ...] | None = None
     base: QueryBatch | None = None
 
@@ -70,6 +79,17 @@ class QueryBatch:
     def change(self, first: Setting, second: Setting) -> Float[Tensor, "query layer head d_head"]:
         """Head outputs of one setting minus those of another; NaN where no more than rounding is left."""
         return difference(self.z(first), self.z(second), eps=self.eps)
+
+    def part(self, vectors: Float[Tensor, "query layer head d_head"], part: Part) -> Tensor:
+        """A part of head outputs after W_O (see `OutputSpace.part`); needs `labels`."""
+        assert self.labels is not None
+        return self.space.part(vectors, self.labels, part)
+
+    def hidden_part(self, setting: Setting, part: Part) -> Tensor:
+        """The same of `hidden`."""
+        labels = self.labels
+        assert labels is not None
+        return self._once(part, setting, lambda: self.space.stream_part(self.hidden(setting), labels, part))
 
     def hidden(self, setting: Setting) -> Float[Tensor, "query layer 1 d_model"]:
         """Attention outputs after W_O and b_O, as those of a layer's only head."""
@@ -107,6 +127,11 @@ class QueryBatch:
     def matrices(self) -> MatrixReadings:
         """``dW_FT q``, and the matrices dW_ICL and dW_FT compared."""
         return compare_matrices([runs.icl for runs in self.runs], self.memory)
+
+    @property
+    def read_with_keys(self) -> tuple[Tensor, Tensor]:
+        """``dW_ICL k`` and ``dW_FT k`` with k the last token's own key in the in-context run."""
+        return read_with_keys([runs.icl for runs in self.runs], self.memory)
 
     @cached_property
     def rotated_overlaps(self) -> tuple[Float[Tensor, "query layer head"], Float[Tensor, "query layer head"]]:
@@ -161,7 +186,31 @@ def norms_of(batch: QueryBatch) -> dict[str, Float[Tensor, "query layer head"]]:
     Args:
         batch: some queries of one demonstration set.
     """
-    return {name: read(batch).float() for name, read in NORMS.items()}
+    found = {name: read(batch).float() for name, read in NORMS.items()}
+    return found if batch.labels is None else found | _shares(batch)
+
+
+def _shares(batch: QueryBatch) -> dict[str, Tensor]:
+    """Of the squared norm of both updates after W_O, by part."""
+    shares: dict[str, Tensor] = {}
+    for name, setting in SHARED.items():
+        squares = {part: batch.part(batch.change(setting, "zs"), part).square().sum(-1) for part in PARTS}
+        whole = torch.stack(list(squares.values())).sum(0)
+        shares |= {share_name(name, part): (square / whole).float() for part, square in squares.items()}
+    return shares
+
+
+SHARED: dict[str, Setting] = {"icl": "icl", "ft": "ft"}
+
+
+def share_name(update: str, part: Part) -> str:
+    """What `Comparison.norms` calls the share of a part in the squared norm of an update.
+
+    Args:
+        update: ``"icl"`` or ``"ft"``.
+        part: which.
+    """
+    return f"{update}_{part}_share"
 
 
 def join_norms(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

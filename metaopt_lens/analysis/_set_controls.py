@@ -19,7 +19,7 @@ from metaopt_lens.analysis._label_answers import Choices
 from metaopt_lens.analysis._label_controls import finetuned_answers, moved_labels
 from metaopt_lens.analysis._measure_set import SetMeasures, Variant, measure_set
 from metaopt_lens.analysis._measuring import Context
-from metaopt_lens.analysis._null_names import FLIPPED_LABELS, RANDOM_WEIGHTS
+from metaopt_lens.analysis._null_names import FLIPPED_LABELS, RANDOM_WEIGHTS, UPHILL
 from metaopt_lens.analysis._output_space import OutputSpace
 from metaopt_lens.analysis._training_attention import demonstration_queries, usable_factors
 from metaopt_lens.finetuning import finetune
@@ -38,6 +38,7 @@ class SetControls:
         twins: copies of the model with permuted weights, by null.
         prepend_bos: put BOS first; None for the model's default.
         batch_size: queries run together; None for as many as memory allows.
+        in_parts: also split updates by the label words.
     """
 
     controls: Controls
@@ -45,6 +46,7 @@ class SetControls:
     twins: Mapping[str, OutputSpace]
     prepend_bos: bool | None
     batch_size: int | None
+    in_parts: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,14 +106,16 @@ def measure_with_controls(
     bos = len(group.tokenized[0].bos or ())
     trained = None if factors is None else [q[bos:] for q in demonstration_queries(model, factors)]
     options: dict[str, Any] = {"trained": trained, "choices": choices, "batch_size": run.batch_size}
+    options["labels"] = choices.first_tokens if choices is not None and run.in_parts else None
     notes: tuple[str, ...] = ()
+    sturdy = [variant for variant in controls if variant.null != UPHILL]
     try:
         found = measure_set(own, [*controls, *_on_twins(group, run)], context, **options)
     except NonFiniteError as error:
-        if not run.twins:
+        if not run.twins and len(sturdy) == len(controls):
             raise
-        notes = (f"the runs on permuted weights are left out ({error})",)
-        found = measure_set(own, controls, context, **options)
+        notes = (f"the runs on permuted weights, and those finetuned uphill, are left out ({error})",)
+        found = measure_set(own, sturdy, context, **options)
     controlled = {f"ICL, {name}": best for name, best in found.controlled.items()}
     controlled |= {f"FT, {name}": best for name, best in _learned(group, run, moved, choices).items()}
     flipped = moved.get(FLIPPED_LABELS)

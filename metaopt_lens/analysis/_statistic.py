@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metaopt_lens.analysis._measured import Level, Measured, Unit
 from metaopt_lens.analysis._measuring import Context
+from metaopt_lens.analysis._output_parts import Part
 from metaopt_lens.analysis._query_batch import QueryBatch
 
 Values = Float[Tensor, "query layer head"]
@@ -33,6 +34,8 @@ class Statistic:
             such null. Further runs (with other labels, updates or weights) are nulls by `value` of their readings.
         read_for_nulls: what only `nulls` need, behind the readings.
         needs_factors: whether the update must have kept its steps' factors.
+        from_outputs: whether it reads nothing of the finetuned runs but head outputs.
+        part: of output space that is compared; None for all of it. Parts need label words.
     """
 
     name: str
@@ -45,6 +48,8 @@ class Statistic:
     nulls: Mapping[str, Callable[[Readings, Context], Values | None]]
     read_for_nulls: Callable[[QueryBatch], Readings] = lambda batch: ()  # noqa: ARG005
     needs_factors: bool = False
+    from_outputs: bool = False
+    part: Part | None = None
 
     def called(self, context: Context) -> str:
         """Its name, filled in.

@@ -15,6 +15,7 @@ from torch import Tensor
 from metaopt_lens.analysis._measuring import Context
 from metaopt_lens.analysis._null_names import ANALYTIC, CHANCE, OTHER_QUERY, RANDOM, RANDOM_ROTATION
 from metaopt_lens.analysis._null_values import other_query_cosines, other_query_values, random_cosines
+from metaopt_lens.analysis._pairs import PAIRS, head_parts, layer_parts
 from metaopt_lens.analysis._query_batch import QueryBatch
 from metaopt_lens.analysis._rank import kendall_tau
 from metaopt_lens.analysis._recall import topk_recall
@@ -50,12 +51,12 @@ def _of_heads(
         return other_query_cosines(*pair)
 
     nulls = {OTHER_QUERY: other_query, RANDOM: random}
-    return Statistic(name, description, "head", "query", ZERO_UPDATE, pair, value, nulls)
+    outputs = not name.startswith("linear")
+    return Statistic(name, description, "head", "query", ZERO_UPDATE, pair, value, nulls, from_outputs=outputs)
 
 
 def _in_the_stream(batch: QueryBatch) -> Readings:
-    pair = batch.change("icl", "zs"), batch.change("ft", "zs")
-    return tuple(batch.space.coordinates(z) for z in pair)
+    return tuple(batch.space.coordinates(z) for z in PAIRS["z total"](batch))
 
 
 # ---- the matrices ---------------------------------------------------------------------------------------------------
@@ -220,7 +221,7 @@ STATISTICS: tuple[Statistic, ...] = (
     _of_heads(
         "z total",
         "z^ICL - z^ZS against z^FT - z^ZS, in d_head",
-        lambda batch: (batch.change("icl", "zs"), batch.change("ft", "zs")),
+        PAIRS["z total"],
     ),
     _of_heads(
         "z total, after W_O", "the same in the residual stream", _in_the_stream, lambda context, _: context.d_model
@@ -228,22 +229,27 @@ STATISTICS: tuple[Statistic, ...] = (
     _of_heads(
         "z total, position-matched",
         "z^ICL - z^ZSm against z^FTm - z^ZSm (zero-shot runs at in-context positions), in d_head",
-        lambda batch: (batch.change("icl", "zs_matched"), batch.change("ft_matched", "zs_matched")),
+        PAIRS["z total, position-matched"],
     ),
     _of_heads(
         "z direct",
         "z^ICL - z_without against z^FT - z^ZS, in d_head",
-        lambda batch: (batch.parts.update, batch.change("ft", "zs")),
+        PAIRS["z direct"],
     ),
     _of_heads(
         "z meta-gradient",
         "sum_D a v against z^FT - z^ZS, in d_head",
-        lambda batch: (batch.parts.meta_gradient, batch.change("ft", "zs")),
+        PAIRS["z meta-gradient"],
     ),
     _of_heads(
         "linear",
         "dW_ICL q against dW_FT q (first-order in depth), in d_head",
-        lambda batch: (batch.linear, batch.matrices.linear_ft),
+        PAIRS["linear"],
+    ),
+    _of_heads(
+        "linear, keys for queries",
+        "the same with the query token's key in the place of its query: dW_ICL k against dW_FT k (arXiv:2602.21204)",
+        lambda batch: batch.read_with_keys,
     ),
     Statistic(
         "matrices",
@@ -266,6 +272,7 @@ STATISTICS: tuple[Statistic, ...] = (
         _outputs,
         _sim_aou,
         {ANALYTIC: lambda states, _: sim_aou_null(*states), OTHER_QUERY: _sim_aou_other_query},
+        from_outputs=True,
     ),
     Statistic(
         "SimAOU unnormalised",
@@ -276,10 +283,14 @@ STATISTICS: tuple[Statistic, ...] = (
         _outputs,
         _plain,
         {OTHER_QUERY: _plain_other_query, RANDOM: _plain_random},
+        from_outputs=True,
     ),
     _sim_am("SimAM ICL-FT", f"{_MAPS}, maps, mean over heads", "ft"),
     _sim_am("SimAM ICL-ZS", f"{_MAPS}, maps, mean over heads", "zs"),
     _sim_am("SimAM difference", f"{_MAPS}, difference mode (both minus zero-shot), mean over heads", "ft", "zs"),
+    *(row for name in PAIRS for row in head_parts(name)),
+    *layer_parts("SimAOU", normalised=True),
+    *layer_parts("SimAOU unnormalised", normalised=False),
     _kendall("token"),
     _top_k("token"),
     _kendall("example"),

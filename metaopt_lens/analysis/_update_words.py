@@ -8,6 +8,7 @@ from metaopt_lens._errors import OptionError
 from metaopt_lens._types import HeadRef
 from metaopt_lens.decomposition import Decomposition, LensMaps, LensWords, read_words, written
 from metaopt_lens.finetuning import WeightUpdate, delta_w_ft, updated_memory
+from metaopt_lens.runs import Keep, record
 
 
 def finetuning_words(
@@ -35,7 +36,8 @@ def finetuning_words(
     model.check_same(update.model, "this update")
     ref = HeadRef.of(head).check(model.info.n_layers, model.info.n_heads)
     run = result.runs.icl
-    (memory,) = updated_memory(model, update, [run])
+    (base,) = record(model, [run.tokens], settings=("zs_matched",), keep=Keep(own_stream=True))
+    (memory,) = updated_memory(model, update, [base.zs_matched])
     seen = run.visible[ref.layer, -1, ~run.in_demos]
     kv_head = ref.head // (model.info.n_heads // model.info.n_kv_heads)
     change = delta_w_ft(memory, ref.layer, seen)[kv_head]

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from metaopt_lens._errors import UndefinedMetricError
 from metaopt_lens.analysis._interval import MIN_SETS_TO_DECIDE, scope
-from metaopt_lens.analysis._null_names import ANALYTIC, null_of
+from metaopt_lens.analysis._measured import Measured
+from metaopt_lens.analysis._null_names import ANALYTIC, FLIPPED_LABELS, SHUFFLED_LABELS, null_of
+from metaopt_lens.analysis._pairs import part_name
 
 if TYPE_CHECKING:
     from metaopt_lens.analysis._comparison import Comparison
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 Answer = Literal["yes", "no", "unclear", "undecided"]
 
 LEARNING, FINETUNING, DIRECTION, PUBLISHED = "in_context_learning", "finetuning", "direction", "sim_aou"
+PRIOR = "prior"
 _CONTROL = "control:"
 _LEVEL = 0.05
 
@@ -29,7 +32,8 @@ class Finding:
     """One question with its answer.
 
     Attributes:
-        key: ``in_context_learning``, ``finetuning``, ``direction``, ``control:NAME`` for each null, ``sim_aou``.
+        key: ``in_context_learning``, ``finetuning``, ``prior`` (with flipped labels), ``direction``, ``control:NAME``
+            for each null, ``sim_aou``.
         question: in words.
         answer: ``yes`` if the 95 % interval lies above 0, ``no`` if below, ``unclear`` if it holds 0; ``undecided``
             where the data cannot say: see `because`.
@@ -87,7 +91,8 @@ def findings(comparison: Comparison, statistic: str = "z total") -> tuple[Findin
 
     Args:
         comparison: means over layers and heads, t intervals over demonstration sets.
-        statistic: whose similarity is asked about; each of its nulls has a question.
+        statistic: whose similarity is asked about; each of its nulls has a question. That about shuffled labels is
+            answered on the contrast part of output space, where updates were split.
     """
     learning = _learning(comparison)
     failed = [name for f, name in zip(learning, _WORKS, strict=True) if f.answer != "yes"]
@@ -104,12 +109,28 @@ def findings(comparison: Comparison, statistic: str = "z total") -> tuple[Findin
     ]
     for name, null in chosen.nulls.items():
         asked = null_of(name)
-        questions.append((f"{_CONTROL}{name}", asked.question, asked.what, (chosen.values - null).nanmean((1, 2))))
+        if not asked.question:
+            continue
+        asked_of, what = _where_labels_show(comparison, chosen, name), asked.what
+        if asked_of is not chosen:
+            what, null = f"{what} in the contrast part", asked_of.nulls[name]
+        questions.append((f"{_CONTROL}{name}", asked.question, what, (asked_of.values - null).nanmean((1, 2))))
     aou = comparison["SimAOU"]
     excess = (aou.values - aou.nulls[ANALYTIC]).nanmean((1, 2))
     question = "Is the published SimAOU above what its normalisation alone gives?"
     questions.append((PUBLISHED, question, "its excess", excess))
-    return (*learning, *(_finding(comparison, *row, because=why) for row in questions))
+    rest = (_finding(comparison, *row, because=why) for row in questions)
+    return (*learning, *_against_the_prior(comparison), *rest)
+
+
+def _where_labels_show(comparison: Comparison, whole: Measured, null: str) -> Measured:
+    """For the labels' own control the contrast part: what says which label. Otherwise, and without parts, the whole."""
+    name = part_name(whole.name, "contrast")
+    if null != SHUFFLED_LABELS or all(s.name != name for s in comparison.statistics):
+        return whole
+    part = comparison[name]
+    known = null in part.nulls and bool((part.values - part.nulls[null]).isfinite().any())
+    return part if known else whole
 
 
 _WORKS = ("the model learns in context", "finetuning helps")
@@ -131,10 +152,33 @@ def _learning(comparison: Comparison) -> tuple[Finding, Finding]:
     return first, second
 
 
-def _gain(comparison: Comparison, key: str, question: str, gain: Float[Tensor, " query"], why: str) -> Finding:
+def _against_the_prior(comparison: Comparison) -> tuple[Finding, ...]:
+    """Behind flipped labels: more answers as the demonstrations show than as the words are usually used."""
+    answers, gold, flipped = (
+        comparison.controlled.get(f"ICL, {FLIPPED_LABELS}"),
+        comparison.gold,
+        comparison.flipped_gold,
+    )
+    if answers is None or gold is None or flipped is None:
+        return ()
+    more = ((answers == flipped).double() - (answers == gold).double()).mean(0)
+    more = torch.where((flipped >= 0) & (gold >= 0), more, torch.nan)
+    what = "behind flipped labels, the accuracy against the flipped minus that against the natural labels"
+    question = "Does it follow the demonstrations against its prior?"
+    return (_gain(comparison, PRIOR, question, more, "", what),)
+
+
+def _gain(
+    comparison: Comparison,
+    key: str,
+    question: str,
+    gain: Float[Tensor, " query"],
+    why: str,
+    what: str = "the gain in accuracy over zero-shot",
+) -> Finding:
     """A gain in accuracy. Sets that agree exactly (a model that is always right) give no interval: then the queries
     decide, by an exact sign test on those of one set, as other sets may ask the same ones."""
-    found = _finding(comparison, key, question, "the gain in accuracy over zero-shot", gain, why)
+    found = _finding(comparison, key, question, what, gain, why)
     means = [gain[comparison.sets == index] for index in sorted(set(comparison.sets.tolist()))]
     equal = len({float(values.nanmean()) for values in means}) == 1
     if why or comparison.n_sets < MIN_SETS_TO_DECIDE or not equal or found.estimate != found.estimate:

@@ -56,7 +56,7 @@ def split_linear(
     q: Float[Tensor, "*batch dst head d_head"],
     k: Float[Tensor, "*batch src kv_head d_head"],
     v: Float[Tensor, "*batch src kv_head d_head"],
-    visible: Bool[Tensor, "dst src"],
+    visible: Bool[Tensor, "*rows dst src"],
     demos: TokenSpan,
 ) -> LinearParts:
     """Apply W_ZSL and dW_ICL of every head to its query vector, without forming the matrices.

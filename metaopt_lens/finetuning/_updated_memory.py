@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from metaopt_lens._errors import OptionError
 from metaopt_lens.finetuning._update import WeightUpdate
-from metaopt_lens.models import AttentionCall, Hook, LensModel, Prefix
+from metaopt_lens.models import LensModel, Prefix, Start
 from metaopt_lens.runs import Run, memory_of
 
 if TYPE_CHECKING:
@@ -39,29 +41,33 @@ class UpdatedMemory:
 def updated_memory(model: LensModel, update: WeightUpdate, runs: Sequence[Run]) -> list[UpdatedMemory]:
     """Keys and values of the position-matched zero-shot run, with and without a weight update.
 
-    Each query runs twice in one batch, as itself and as a twin whose keys and values get the update but whose head
-    outputs are replaced by the first's: both then see the base model's residual stream.
+    Computed layer by layer from the residual stream that entered the layer in the base model's run; nothing else of the
+    layer is run.
 
     Args:
         model: a wrapped model.
         update: what finetuning did.
-        runs: of the base model, of queries behind the same demonstrations, in context or position-matched.
+        runs: position-matched runs of the base model, of queries behind the same demonstrations, recorded with
+            ``Keep(own_stream=True)``.
+
+    Raises:
+        OptionError: runs recorded without their residual stream.
     """
-    tokens, demos = runs[0].tokens, runs[0].tokens.demonstrations
+    tokens = runs[0].tokens
+    streams: list[Tensor] = []
+    for run in runs:
+        if run.own_stream is None:
+            raise OptionError("these runs kept no residual stream: record 'zs_matched' with Keep(own_stream=True).")
+        streams.append(run.own_stream)
     queries = [run.tokens.ids[run.tokens.query.start :] for run in runs]
-
-    def without_demos(call: AttentionCall, n: int) -> Tensor:
-        return call.rows(slice(n)).attend(call.inside(demos))[0]
-
-    own = _twins(model, update, runs[0].prefix, queries, without_demos)
-    before: list[UpdatedMemory] = []
-    if demos.start:
-        before = _twins(model, update, None, [tokens.ids[: demos.start]], lambda call, n: call.z[:n])
-    if not before:
+    own = _both(model, update, queries, streams, runs[0].prefix)
+    ids = tokens.ids[: tokens.demonstrations.start]
+    if not ids:
         return own
-    fields = ("k", "v", "k_updated", "v_updated")
+    (before,) = _both(model, update, [ids], [_stream_of(model, ids)], None)
+    names = [field.name for field in fields(UpdatedMemory)]
     return [
-        UpdatedMemory(**{name: torch.cat([getattr(before[0], name), getattr(memory, name)], dim=1) for name in fields})
+        UpdatedMemory(**{name: torch.cat([getattr(before, name), getattr(memory, name)], dim=1) for name in names})
         for memory in own
     ]
 
@@ -81,39 +87,37 @@ def delta_w_ft(memory: UpdatedMemory, layer: int, seen: Bool[Tensor, " src"]) ->
     return memory_of(keys, values, torch.ones(len(keys), dtype=torch.bool, device=keys.device))
 
 
-def _twins(
+def _both(
     model: LensModel,
     update: WeightUpdate,
-    prefix: Prefix | None,
     sequences: Sequence[Sequence[int]],
-    base_z: Callable[[AttentionCall, int], Tensor],
+    streams: Sequence[Float[Tensor, "layer _ d_model"]],
+    prefix: Prefix | None,
 ) -> list[UpdatedMemory]:
+    """Sequences behind a prefix, given what enters every layer; each stands twice in the batch, once updated."""
     n = len(sequences)
-    tokens = torch.zeros(2 * n, max(len(s) for s in sequences), dtype=torch.long)
-    for row, ids in enumerate(sequences):
-        tokens[row, : len(ids)] = tokens[n + row, : len(ids)] = torch.tensor(ids)
-    offset = 0 if prefix is None else prefix.n_tokens
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
-
-    def keep(call: AttentionCall) -> Tensor:
-        keys.append(call.k[:, offset:])
-        values.append(call.v[:, offset:])
-        z = base_z(call, n)
-        return torch.cat([z, z])
-
-    hooks: list[Hook] = []
+    tokens = pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True)
+    found = []
     for layer in range(model.info.n_layers):
-        hooks += update.layer_hooks(model, layer, rows=slice(n, None), projections=("k", "v"))
-        hooks += model.attention_hooks(layer, keep, prefix=prefix)
-    model.run(tokens, hooks=hooks, prefix=prefix, stop_after_attention=True)
-    k, v = (torch.stack([t.to(tensors[0].device) for t in tensors]) for tensors in (keys, values))
+        entering = pad_sequence([stream[layer] for stream in streams], batch_first=True)
+        start = Start(layer, torch.cat([entering, entering]))
+        hooks = update.layer_hooks(model, layer, rows=slice(n, None), projections=("k", "v"))
+        found.append(model.keys_and_values(torch.cat([tokens, tokens]), start=start, prefix=prefix, hooks=hooks))
+    k, v = (torch.stack([t.to(found[0][0].device) for t in layers], 1) for layers in zip(*found, strict=True))
     return [
         UpdatedMemory(
-            k=k[:, row, : len(ids)],
-            v=v[:, row, : len(ids)],
-            k_updated=k[:, n + row, : len(ids)],
-            v_updated=v[:, n + row, : len(ids)],
+            k=k[row, :, : len(ids)],
+            v=v[row, :, : len(ids)],
+            k_updated=k[n + row, :, : len(ids)],
+            v_updated=v[n + row, :, : len(ids)],
         )
         for row, ids in enumerate(sequences)
     ]
+
+
+def _stream_of(model: LensModel, ids: Sequence[int]) -> Float[Tensor, "layer pos d_model"]:
+    """The residual stream before every block."""
+    streams: list[Tensor] = []
+    hooks = [(model.residual_hook("pre", layer), streams.append) for layer in range(model.info.n_layers)]
+    model.run(torch.tensor(ids)[None], hooks=hooks, stop_after_attention=True)
+    return torch.stack([t[0].to(streams[0].device) for t in streams])

@@ -104,6 +104,22 @@ class AttentionCall:
         z, pattern, sink = attend(self.scores(), self.v, sinks=self.rule.sinks, hidden=hidden)
         return z.to(self.z.dtype), pattern, sink
 
+    def without(self, hidden: Bool[Tensor, " src"]) -> AttentionCall:
+        """The call with some sources left out, as if they were not there; its scores are those of the others.
+
+        Args:
+            hidden: which; none of this pass's own tokens.
+        """
+        kept = ~hidden
+        return replace(
+            self,
+            k=self.k[:, kept],
+            v=self.v[:, kept],
+            src_positions=self.src_positions[..., kept],
+            padded=None if self.padded is None else self.padded[:, kept],
+            host_pattern=None,
+        )
+
     def rows(self, batch: slice | Int[Tensor, " row"]) -> AttentionCall:
         """Some sequences of the batch.
 

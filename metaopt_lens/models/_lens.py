@@ -25,7 +25,7 @@ from metaopt_lens.models._output_head import OutputHead
 from metaopt_lens.models._partial_passes import Readout, Start
 from metaopt_lens.models._passes import HostPass
 from metaopt_lens.models._prefix import Prefix
-from metaopt_lens.models._running import hooked, run, run_prefix, try_exit
+from metaopt_lens.models._running import hooked, keys_and_values, run, run_prefix, try_exit
 
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
@@ -296,6 +296,28 @@ class LensModel:
             grad: keep the graph.
         """
         return run_prefix(self, tokens, hooks=hooks, grad=grad)
+
+    def keys_and_values(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        *,
+        start: Start,
+        prefix: Prefix | None = None,
+        hooks: Sequence[Hook] = (),
+    ) -> tuple[Float[Tensor, "batch pos kv_head d_head"], Float[Tensor, "batch pos kv_head d_head"]]:
+        """One layer's keys (as the scores see them) and values, from the residual stream that enters it.
+
+        Args:
+            tokens: ids, padded on the right.
+            start: the layer, and what enters it.
+            prefix: where the tokens stand: behind this.
+            hooks: what to attach for this pass.
+
+        Raises:
+            OptionError: `start` does not fit the tokens.
+            UnsupportedModelError: the host cannot start at a block.
+        """
+        return keys_and_values(self, tokens, start=start, prefix=prefix, hooks=hooks)
 
     def check_window(self, n_tokens: int, what: str = "the prompt") -> None:
         """Raise `ContextWindowError` if `n_tokens` do not fit the context window.

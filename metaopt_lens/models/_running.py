@@ -13,7 +13,7 @@ from metaopt_lens._errors import OptionError, UnsupportedModelError
 from metaopt_lens.models._hooks import Hook, Late, StopForward, attached, check_hook_names, inference_state
 from metaopt_lens.models._host import Host
 from metaopt_lens.models._partial_passes import Readout, Start, recording_widths, skipping
-from metaopt_lens.models._passes import PASS, HostPass
+from metaopt_lens.models._passes import PASS, HostPass, Standing
 from metaopt_lens.models._prefix import Prefix
 
 if TYPE_CHECKING:
@@ -112,6 +112,30 @@ def run_prefix(model: LensModel, tokens: Tensor, *, hooks: Sequence[Hook], grad:
         read_cache = model.adapter.fill(tokens[None].to(model.device))
     k, v = (tuple(store[layer] for layer in range(last + 1)) for store in (keys, values))
     return Prefix(k=k, v=v, host_k=read_cache() or k)
+
+
+def keys_and_values(
+    model: LensModel, tokens: Tensor, *, start: Start, prefix: Prefix | None, hooks: Sequence[Hook]
+) -> tuple[Tensor, Tensor]:
+    """See `LensModel.keys_and_values`."""
+    seen: dict[str, Tensor] = {}
+    n_new = tokens.shape[1]
+
+    def keep(name: str) -> Callable[[Tensor], None]:
+        def use(tensor: Tensor) -> None:
+            seen[name] = tensor[:, -n_new:]  # a host may show the prefix's too
+            if len(seen) == 2:
+                raise StopForward
+
+        return use
+
+    def positions(tensor: Tensor) -> Tensor:
+        return Standing.behind(prefix, n_new, tensor.device).new_positions
+
+    block = model.adapter.blocks[start.layer]
+    own = [*block.query_key_hooks(lambda _: None, keep("k"), positions), (block.hook_name("v"), keep("v"))]
+    model.run(tokens, hooks=[*hooks, *own], prefix=prefix, start=start, stop_after_attention=True)
+    return seen["k"], seen["v"]
 
 
 def try_exit(model: LensModel) -> bool:

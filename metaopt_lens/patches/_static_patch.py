@@ -245,8 +245,9 @@ def fit_static(patches: Sequence[WeightPatch], *, ridge: float = RIDGE) -> Stati
     first = patches[0]
     if first.experts is not None:
         raise UnsupportedModelError(
-            f"{first.model.name} is a mixture of experts: every token changes experts of its own, and there is no one "
-            "change for all. Use the exact patch (compile_context)."
+            f"{first.model.name} is a mixture of experts: every token changes experts of its own, and the exact "
+            "patches keep what one of them is applied to, not what all are: too little to fit one change for all "
+            "tokens. Use the exact patch (compile_context)."
         )
     left = {name: torch.cat([patch.left[name] for patch in patches], dim=1) for name in first.left}
     right = {}

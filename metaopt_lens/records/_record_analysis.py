@@ -126,7 +126,7 @@ class RecordAnalysis:
             "convention": self.convention.name,
             "shapes": asdict(self.shapes),
             **blocks,
-            "beside": self._beside(undefined),
+            "supplementary": self._supplementary(undefined),
             "undefined": undefined,
             "notes": list(self.notes),
         }
@@ -174,18 +174,18 @@ class RecordAnalysis:
             block[name] = self.metrics[name].layers(queries) or None
         return {**block, "overall": {name: _overall(block[name]) for name in names}}
 
-    def _beside(self, undefined: dict[str, str]) -> dict[str, Any]:
+    def _supplementary(self, undefined: dict[str, str]) -> dict[str, Any]:
         """What the published files lack and no reading can do without: base rate, nulls, intervals."""
         if self.rec2ftp.base_rate is None:
-            undefined["beside.base_rate"] = "no query is wrong zero-shot"
+            undefined["supplementary.base_rate"] = "no query is wrong zero-shot"
         published = {name for names in _BY_SUBSET.values() for name in names} | set(_TRAINING)
         others = [name for name in self.metrics if name not in published]
         return {
             "base_rate": self.rec2ftp.base_rate,
             "zs_wrong": self.rec2ftp.zs_wrong,
             "Recall2FTP interval": self.rec2ftp.interval(),
-            "all": self._block(others, "all", "beside.all", undefined),
-            "f2t": self._block(others, "f2t", "beside.f2t", undefined),
+            "all": self._block(others, "all", "supplementary.all", undefined),
+            "f2t": self._block(others, "f2t", "supplementary.f2t", undefined),
             "null": {name: list(m.null) for name, m in self.metrics.items() if m.null is not None},
             "interval": {
                 name: {

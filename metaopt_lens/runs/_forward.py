@@ -69,7 +69,7 @@ def run_rows(
         stop_after_blocks=keep.whole_pass and not keep.logits,
         grad=grad,
     )
-    return [batch.run(row, logits) for row in range(len(rows))]
+    return batch.runs(logits)
 
 
 def _own(tensor: Tensor) -> Tensor:

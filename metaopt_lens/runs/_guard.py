@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from metaopt_lens._errors import OptionError, UnsupportedModelError
@@ -76,9 +76,8 @@ def refuse_acting(model: LensModel, what: str) -> None:
 
 def excess_over_parts(
     call: AttentionCall,
-    row: int,
-    at: Tensor,
-    pattern: Float[Tensor, "head dst src"],
+    at: Int[Tensor, "row dst"],
+    pattern: Float[Tensor, "row head dst src"],
     eta: Float[Tensor, " head"] | None,
     *,
     with_pattern: bool,
@@ -89,35 +88,36 @@ def excess_over_parts(
 
     Args:
         call: one layer of a running pass.
-        row: which sequence of the batch.
-        at: the destinations, as indices into the pass.
-        pattern: attention probabilities of this sequence at the destinations.
+        at: the destinations of every row, as indices into the pass.
+        pattern: attention probabilities at the destinations.
         eta: of the layer's momentum attention, if it is on.
         with_pattern: also require that the pattern the host shows is that of its q and k.
 
     Returns:
-        The largest ratio of every head, over destinations and dimensions.
+        The largest ratio of every head, over rows, destinations and dimensions.
     """
-    n_dst, n_src = pattern.shape[1:]
+    rows = torch.arange(len(at), device=at.device)[:, None]
     with torch.no_grad():
         dtype, n_d = call.z.dtype, call.z.shape[-1]
         fine = torch.finfo(torch.float32).eps
         coarse = max(torch.finfo(dtype).eps, fine)
-        v = call.v[row, :n_src]
-        parts = weighted_values(pattern, v)
+        v = call.v
+        parts = weighted_values(pattern, v)  # row dst head d_head
         size = weighted_values(pattern, v.abs()).amax(-1)
         if eta is not None:
-            momentum = momentum_values(v, eta.to(v.device))[call.offset :][at]
-            size = size + momentum_values(v.abs(), eta.to(v.device))[call.offset :][at].amax(-1)
+            momentum = momentum_values(v, eta.to(v.device))[:, call.offset :][rows, at]
+            size = size + momentum_values(v.abs(), eta.to(v.device))[:, call.offset :][rows, at].amax(-1)
             parts = parts + momentum.to(parts)
-        allowed = torch.full((len(pattern), n_dst), _ROUNDINGS * coarse + n_src * fine, device=v.device)
+        dst, src = call.dst_positions.expand(len(at), -1)[rows, at], call.src_positions.expand(len(at), -1)
+        n_seen = (src[:, None] <= dst[..., None]).sum(-1)[:, None]
+        allowed = (_ROUNDINGS * coarse + n_seen * fine).expand(pattern.shape[:-1])  # row head dst
         rebuilt = dtype == torch.float16 or call.host_pattern is None
-        worst_pattern = torch.zeros(len(pattern), device=v.device)
+        worst_pattern = torch.zeros(pattern.shape[1], device=v.device)
         if rebuilt or with_pattern:
-            q, k = call.q[row, at], call.k[row, :n_src]
-            dst, src = call.dst_positions[at], call.src_positions[:n_src]
+            q, k = call.q[rows, at], call.k
             scores = attention_scores(call.rule, q, k, dst_positions=dst, src_positions=src)
-            terms = call.rule.scale * linear_weights(q.abs(), k.abs(), visible_sources(call.rule, dst, src))
+            visible = visible_sources(call.rule, dst, src)
+            terms = call.rule.scale * linear_weights(q.abs(), k.abs(), visible)
             largest = scores.masked_fill(torch.isneginf(scores), 0.0).abs().amax(-1)
             of_scores = _ROUNDINGS * coarse * largest + n_d * fine * terms.amax(-1)
             if rebuilt:
@@ -125,10 +125,10 @@ def excess_over_parts(
             else:
                 own, _ = softmax_with_sink(scores, call.rule.sinks)
                 off = (pattern - own).abs().amax(-1)
-                worst_pattern = (off / (allowed + of_scores)).amax(-1)
-        off = (call.z[row, at].to(parts) - parts).abs().amax(-1)
-        ratio = off.mT / (allowed * size.mT).clamp_min(torch.finfo(torch.float32).tiny)  # head dst
-        return torch.maximum(ratio.amax(-1), worst_pattern.to(ratio)).float()
+                worst_pattern = (off / (allowed + of_scores)).amax((0, 2))
+        off = (call.z[rows, at].to(parts) - parts).abs().amax(-1)  # row dst head
+        ratio = off.mT / (allowed * size.mT).clamp_min(torch.finfo(torch.float32).tiny)  # row head dst
+        return torch.maximum(ratio.amax((0, 2)), worst_pattern.to(ratio)).float()
 
 
 def require_parts(model: LensModel, layer: int, excess: Float[Tensor, " head"]) -> None:

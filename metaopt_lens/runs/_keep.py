@@ -16,6 +16,7 @@ class Keep:
         residual: residual stream before every block and after the last.
         attention_input: what the projections read.
         raw_q: queries before rotary and QK-norm.
+        own_stream: residual stream before every block at all tokens of the query, of the run ``"zs_matched"`` only.
         stream: the residual stream's ends and what the MLPs write.
         logits: token ids whose logits at the destinations are wanted, with the log-normaliser and their ranks.
         n_top: how many of the most probable next tokens are wanted too, where logits are.
@@ -24,6 +25,7 @@ class Keep:
     residual: bool = False
     attention_input: bool = False
     raw_q: bool = False
+    own_stream: bool = False
     stream: bool = False
     logits: tuple[int, ...] = ()
     n_top: int = 0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import groupby
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from metaopt_lens.dual import attention_scores
+from metaopt_lens.dual import ScoreRule, attention_scores
 from metaopt_lens.models import LensModel
 from metaopt_lens.runs._prompt_run import WITH_DEMOS, Run
 
@@ -94,8 +95,20 @@ def own_scores(run: Run) -> Float[Tensor, "dst layer head pos"]:
         run: any run.
     """
     query = run.tokens.query
+    dst = torch.tensor(run.destinations, device=run.z.device)
     src = torch.arange(query.start, query.stop, device=run.z.device)
-    return torch.stack([_scores(run, layer, run.own_k[layer], src) for layer in range(len(run.own_k))], dim=1)
+    found: list[Tensor] = []
+    for _, alike in groupby(range(len(run.own_k)), key=lambda layer: _scoring(run.rules[layer])):
+        layers = list(alike)  # one product for all layers that score alike
+        rule = replace(run.rules[layers[0]], window=None)
+        q, k = run.q[:, layers].transpose(0, 1), run.own_k[layers]
+        found += attention_scores(rule, q, k, dst_positions=dst, src_positions=src).unbind()
+    return torch.stack(found).permute(2, 0, 1, 3)  # [layer head dst pos] -> [dst layer head pos]
+
+
+def _scoring(rule: ScoreRule) -> tuple[float, float | None, tuple[float, ...] | None]:
+    """What a rule makes of ``q . k``."""
+    return rule.scale, rule.softcap, None if rule.alibi_slopes is None else tuple(rule.alibi_slopes.tolist())
 
 
 def demo_scores(run: Run) -> Float[Tensor, "dst layer head src"]:

@@ -27,6 +27,8 @@ from metaopt_lens.runs._prompt_run import Run
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
 
+_TOGETHER = 8  # layers
+
 
 def softmax_parts(run: Run) -> SoftmaxParts:
     """The exact split: ``zero_shot + meta_gradient = z`` (less the moving average), ``[dst, layer, head, d_head]``.
@@ -36,12 +38,13 @@ def softmax_parts(run: Run) -> SoftmaxParts:
     Args:
         run: an in-context run; in a run without D the meta-gradient is 0.
     """
-    demos, layers = run.tokens.demonstrations, range(len(run.own_k))
+    pattern, sink = run.pattern.permute(1, 2, 0, 3), run.sink.permute(1, 2, 0)  # layer head dst src
     parts = [
-        split_softmax(softmax_weights(run, i), run.v_of(i), demos, sink=run.sink[:, i].mT) for i in layers
-    ]  # each [dst, head, d_head]
+        split_softmax(pattern[some], _stacked(run.v_of, some), run.tokens.demonstrations, sink=sink[some])
+        for some in _chunks(run)
+    ]  # each [layer, dst, head, d_head]
     names = [f.name for f in dataclasses.fields(SoftmaxParts)]
-    return SoftmaxParts(**{name: torch.stack([getattr(p, name) for p in parts], dim=1) for name in names})
+    return SoftmaxParts(**{name: torch.cat([getattr(p, name) for p in parts]).transpose(0, 1) for name in names})
 
 
 def linear_parts(run: Run) -> LinearParts:
@@ -50,14 +53,26 @@ def linear_parts(run: Run) -> LinearParts:
     Args:
         run: an in-context run.
     """
+    q, visible, demos = run.q.transpose(0, 1), run.visible, run.tokens.demonstrations
     parts = [
-        split_linear(run.q[:, i], run.k_of(i), run.v_of(i), visible, run.tokens.demonstrations)
-        for i, visible in enumerate(run.visible)
+        split_linear(q[some], _stacked(run.k_of, some), _stacked(run.v_of, some), visible[some], demos)
+        for some in _chunks(run)
     ]
     return LinearParts(
-        zero_shot=torch.stack([p.zero_shot for p in parts], dim=1),
-        meta_gradient=torch.stack([p.meta_gradient for p in parts], dim=1),
+        zero_shot=torch.cat([p.zero_shot for p in parts]).transpose(0, 1),
+        meta_gradient=torch.cat([p.meta_gradient for p in parts]).transpose(0, 1),
     )
+
+
+def _chunks(run: Run) -> list[slice]:
+    """A few layers at a time: fewer steps than one by one, and little memory."""
+    return [slice(i, min(i + _TOGETHER, len(run.own_k))) for i in range(0, len(run.own_k), _TOGETHER)]
+
+
+def _stacked(of: Callable[[int], Tensor], layers: slice) -> Float[Tensor, "layer src kv_head d_head"]:
+    """Keys or values of some layers, on the first one's device."""
+    found = [of(layer) for layer in range(layers.start, layers.stop)]
+    return torch.stack([t.to(found[0].device) for t in found])
 
 
 def softmax_weights(run: Run, layer: int) -> Float[Tensor, "head dst src"]:

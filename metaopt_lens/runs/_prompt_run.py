@@ -64,6 +64,7 @@ class Run:
         residual: residual stream before every block and after the last, if kept.
         attention_input: what the projections read, if kept.
         raw_q: queries before rotary and QK-norm, if kept.
+        own_stream: residual stream before every block at the query's tokens, if kept.
         stream: the residual stream's ends and what the MLPs write, if kept.
         asked: token ids whose logits were kept.
         logits: theirs, in float32 at least.
@@ -88,6 +89,7 @@ class Run:
     residual: Float[Tensor, "dst layer_and_end d_model"] | None = None
     attention_input: Float[Tensor, "dst layer d_model"] | None = None
     raw_q: Float[Tensor, "dst layer head d_head"] | None = None
+    own_stream: Float[Tensor, "layer pos d_model"] | None = None
     stream: Stream | None = None
     asked: tuple[int, ...] = ()
     logits: Float[Tensor, "dst asked"] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ _STREAM = ("start", "end", "mlp")
 
 
 class SeenBatch:
-    """What is seen of the rows while a pass runs: for every row, quantities by name and layer."""
+    """What is seen of the rows while a pass runs: quantities by name and layer, at every row's destinations."""
 
     def __init__(self, model: LensModel, prefix: Prefix | None, rows: Sequence[Row], keep: Keep) -> None:
         self._model, self._prefix, self._rows, self._keep = model, prefix, rows, keep
@@ -30,8 +31,10 @@ class SeenBatch:
         self._n_seeing = sum(row.setting not in MATCHED for row in rows)
         self._eta = active_momentum(model)
         self._rules: list[ScoreRule] = []
-        self._seen: list[dict[str, dict[int, Tensor]]] = [{} for _ in rows]
-        self._excess: list[list[Tensor]] = [[] for _ in rows]  # per layer: how far heads are from their parts
+        self._seen: dict[str, dict[int, Tensor]] = {}
+        self._excess: list[Tensor] = []  # per layer: how far heads are from their parts
+        self._destinations = _destinations(rows, self._offset)
+        self._matched = [row.setting == "zs_matched" for row in rows]
 
     @property
     def ids(self) -> Int[Tensor, "batch pos"]:
@@ -41,8 +44,7 @@ class SeenBatch:
     @property
     def readout(self) -> Readout:
         """The destinations, whose logits are read."""
-        at = [self._at(row, torch.device("cpu")) for row in range(len(self._rows))]
-        return Readout(pad_sequence(at, batch_first=True))
+        return Readout(self._destinations)
 
     def hooks(self, layer: int) -> list[Hook]:
         """Hooks that keep what a layer shows."""
@@ -54,6 +56,8 @@ class SeenBatch:
             hooks.append(model.attention_input_hook(layer, self._keeper("attention_input", layer)))
         if keep.residual:
             hooks.append((model.residual_hook("pre", layer), self._keeper("residual", layer)))
+        if keep.own_stream and any(self._matched):
+            hooks.append((model.residual_hook("pre", layer), partial(self._keep_own_stream, layer)))
         if keep.stream:
             hooks.append((model.hook_name("mlp_out", layer), self._keeper("mlp", layer)))
             if layer == 0:
@@ -64,20 +68,30 @@ class SeenBatch:
             hooks += [(end, self._keeper("end", layer))] if keep.stream else []
         return hooks
 
-    def run(self, row: int, logits: Tensor | None) -> Run:
-        """The finished run of one row."""
-        item, found = self._rows[row], self._seen[row]
-        for layer in range(self._model.info.n_layers):
-            named = {"queries": "q", "keys": "own_k", "values": "own_v", "outputs": "z"}
-            require_finite(self._model, layer, **{what: found[key][layer] for what, key in named.items()})
-            if self._excess[row]:
-                require_parts(self._model, layer, self._excess[row][layer])
-        stream = self._stream(found) if self._keep.stream else None
-        tensors: dict[str, Any] = {
-            name: _stack([layers[i] for i in sorted(layers)], 0 if name.startswith("own") else 1)
-            for name, layers in found.items()
-            if name not in _STREAM
-        }
+    def runs(self, logits: Tensor | None) -> list[Run]:
+        """The finished run of every row.
+
+        Args:
+            logits: at the destinations of every row, if they are kept.
+        """
+        self._require_sound()
+        layered = {name: _stack([at[i] for i in sorted(at)], 1) for name, at in self._seen.items()}
+        return [self._run(row, layered, logits) for row in range(len(self._rows))]
+
+    def _run(self, row: int, layered: Mapping[str, Tensor], logits: Tensor | None) -> Run:
+        """Copies of what is one row's, so that no run keeps the whole batch's tensors alive."""
+        item = self._rows[row]
+        n_dst, n_src = len(item.destinations), item.tokens.n_tokens
+        found: dict[str, Any] = {}
+        for name, tensor in layered.items():
+            if name == "own_stream" and not self._matched[row]:
+                continue
+            if name.startswith("own"):
+                number = sum(self._matched[:row]) if name == "own_stream" else row
+                found[name] = tensor[number, :, : n_src - self._offset].clone()
+            else:
+                here = tensor[row, :, :n_dst, ..., :n_src] if name == "pattern" else tensor[row, :, :n_dst]
+                found[name] = here.transpose(0, 1).clone(memory_format=torch.contiguous_format)
         return Run(
             setting=item.setting,
             model=self._model.info,
@@ -85,53 +99,73 @@ class SeenBatch:
             destinations=item.destinations,
             prefix=self._prefix,
             rules=tuple(self._rules),
-            eta=self._eta if self._eta is None or tensors["z"].requires_grad else self._eta.detach(),
-            stream=stream,
-            **tensors,
+            eta=self._eta if self._eta is None or found["z"].requires_grad else self._eta.detach(),
+            stream=self._stream(found) if self._keep.stream else None,
+            **{name: tensor for name, tensor in found.items() if name not in _STREAM},
             **self._asked(row, logits),
         )
 
-    def _stream(self, found: Mapping[str, Mapping[int, Tensor]]) -> Stream:
-        (start,), (end,), mlp = found["start"].values(), found["end"].values(), found.get("mlp", {})
-        none = torch.zeros_like(end)  # attention-only blocks
-        return Stream(start, end, _stack([mlp.get(i, none) for i in range(self._model.info.n_layers)], 1))
+    def _stream(self, found: Mapping[str, Tensor]) -> Stream:
+        start, end = (found[name][:, 0] for name in ("start", "end"))
+        mlp = end.new_zeros(len(end), self._model.info.n_layers, end.shape[-1])  # 0 in attention-only blocks
+        if "mlp" in found:
+            mlp = mlp.index_copy(1, torch.tensor(sorted(self._seen["mlp"]), device=end.device), found["mlp"])
+        return Stream(start, end, mlp)
+
+    def _require_sound(self) -> None:
+        """Every layer is finite, and z is the sum of its parts."""
+        names = {"queries": "q", "keys": "own_k", "values": "own_v", "outputs": "z"}
+        for layer in range(self._model.info.n_layers):
+            require_finite(self._model, layer, **{what: self._seen[key][layer] for what, key in names.items()})
+            if self._excess:
+                require_parts(self._model, layer, self._excess[layer])
 
     def _attention(self, call: AttentionCall) -> Tensor | None:
         """Keep a layer's attention; hide D from the position-matched rows, whose z is replaced."""
         self._rules.append(call.rule)
-        n = self._n_seeing
+        n, at = self._n_seeing, self._destinations.to(call.z.device)
         (pattern, sink), z = _pattern(call, slice(n)), call.z
+        weights = _chosen(pattern.transpose(1, 2), at[:n])  # row dst head src
+        if n:
+            self._excess.append(self._off_its_parts(call, at[:n], weights))
+        to_sink = _chosen(sink.mT, at[:n])  # row dst head
         if n < len(self._rows):
             hidden = self._without_demos(call)
             z = torch.cat([z[:n], hidden.z])
-        for row, item in enumerate(self._rows):
-            n_src = item.tokens.n_tokens
-            at, own = self._at(row, z.device), slice(self._offset, n_src)
-            weights, to_sink = (pattern[row], sink[row]) if row < n else (hidden.pattern[row - n], hidden.sink[row - n])
-            if row < n:
-                self._excess[row].append(self._off_its_parts(call, row, at, weights[:, at, :n_src]))
-            # Copies (indexing with `at` makes one), so that nothing keeps the whole batch's tensors alive.
-            self._seen_at(row, "q", call.layer, call.q[row, at])
-            self._seen_at(row, "z", call.layer, z[row, at])
-            self._seen_at(row, "pattern", call.layer, weights[:, at, :n_src].transpose(0, 1))
-            self._seen_at(row, "sink", call.layer, to_sink[:, at].T)
-            self._seen_at(row, "own_k", call.layer, call.k[row, own].clone())
-            self._seen_at(row, "own_v", call.layer, call.v[row, own].clone())
+            weights = torch.cat([weights, _chosen(hidden.pattern.transpose(1, 2), at[n:])])
+            to_sink = torch.cat([to_sink, _chosen(hidden.sink.mT, at[n:])])
+        # Copies, so that nothing keeps the pass's own tensors alive.
+        for name, tensor in {
+            "q": _chosen(call.q, at),
+            "z": _chosen(z, at),
+            "pattern": weights,
+            "sink": to_sink,
+            "own_k": call.k[:, self._offset :].clone(),
+            "own_v": call.v[:, self._offset :].clone(),
+        }.items():
+            self._seen.setdefault(name, {})[call.layer] = tensor
         return None if n == len(self._rows) else z
 
     def _off_its_parts(
-        self, call: AttentionCall, row: int, at: Int[Tensor, " dst"], pattern: Float[Tensor, "head dst src"]
+        self, call: AttentionCall, at: Int[Tensor, "row dst"], pattern: Float[Tensor, "row dst head src"]
     ) -> Float[Tensor, " head"]:
         """How far z is from its parts. Position-matched rows are made of scores: then the pattern is checked too."""
         eta = None if self._eta is None else self._eta[call.layer]
         matched = self._n_seeing < len(self._rows)
-        return excess_over_parts(call, row, at, pattern, eta, with_pattern=matched)
+        seeing = call if not matched else call.rows(slice(self._n_seeing))
+        return excess_over_parts(seeing, at, pattern.transpose(1, 2), eta, with_pattern=matched)
+
+    def _keep_own_stream(self, layer: int, stream: Tensor) -> None:
+        self._seen.setdefault("own_stream", {})[layer] = stream[torch.tensor(self._matched, device=stream.device)]
 
     def _without_demos(self, call: AttentionCall) -> _Hidden:
         """Attention of the position-matched rows."""
         rows = slice(self._n_seeing, None)
-        hidden = call.inside(self._rows[-1].tokens.demonstrations)
-        z, pattern, sink = call.rows(rows).attend(hidden)
+        demos = self._rows[-1].tokens.demonstrations
+        hidden = call.inside(demos)
+        z, seen, sink = call.rows(rows).without(hidden).attend()
+        none = seen.new_zeros(*seen.shape[:-1], len(demos))
+        pattern = torch.cat([seen[..., : demos.start], none, seen[..., demos.start :]], dim=-1)
         if self._eta is not None:  # D still takes its places in the moving average
             v = call.v[rows].masked_fill(hidden[:, None, None], 0.0)
             z = z + momentum_values(v, self._eta[call.layer])[:, call.offset :].to(z.dtype)
@@ -152,19 +186,11 @@ class SeenBatch:
             "top_logits": top.values,
         }
 
-    def _at(self, row: int, device: torch.device) -> Int[Tensor, " dst"]:
-        """Destinations of a row, counted from its first new token."""
-        return torch.tensor([d - self._offset for d in self._rows[row].destinations], device=device)
-
     def _keeper(self, name: str, layer: int) -> Callable[[Tensor], None]:
         def use(tensor: Tensor) -> None:
-            for row in range(len(self._rows)):
-                self._seen_at(row, name, layer, tensor[row, self._at(row, tensor.device)])
+            self._seen.setdefault(name, {})[layer] = _chosen(tensor, self._destinations.to(tensor.device))
 
         return use
-
-    def _seen_at(self, row: int, name: str, layer: int, tensor: Tensor) -> None:
-        self._seen[row].setdefault(name, {})[layer] = tensor
 
 
 @dataclass(frozen=True)
@@ -174,6 +200,18 @@ class _Hidden:
     z: Float[Tensor, "rows dst head d_head"]
     pattern: Float[Tensor, "rows head dst src"]
     sink: Float[Tensor, "rows head dst"]
+
+
+def _destinations(rows: Sequence[Row], offset: int) -> Int[Tensor, "row dst"]:
+    """Counted from a row's first new token; a row with fewer than others repeats its last."""
+    longest = max(len(row.destinations) for row in rows)
+    filled = [[*row.destinations, *[row.destinations[-1]] * (longest - len(row.destinations))] for row in rows]
+    return torch.tensor(filled) - offset
+
+
+def _chosen(tensor: Float[Tensor, "row pos *rest"], at: Int[Tensor, "row dst"]) -> Float[Tensor, "row dst *rest"]:
+    """A copy of the chosen positions of every row."""
+    return tensor[torch.arange(len(at), device=at.device)[:, None], at]
 
 
 def _pattern(call: AttentionCall, rows: slice) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from metaopt_lens.viz._compiled_page import compiled_data as compiled_data
 from metaopt_lens.viz._compiled_page import compiled_texts as compiled_texts
 from metaopt_lens.viz._compiled_page import write_compiled_outputs as write_compiled_outputs
 from metaopt_lens.viz._effects_map import effects_map as effects_map
+from metaopt_lens.viz._following_figure import following_figure as following_figure
 from metaopt_lens.viz._maps import head_map as head_map
 from metaopt_lens.viz._output import write_outputs as write_outputs
 from metaopt_lens.viz._page import write_page as write_page

@@ -11,14 +11,20 @@ import pandas as pd
 
 from metaopt_lens._errors import UndefinedMetricError
 from metaopt_lens._storage import atomic_path, write_text
-from metaopt_lens.analysis import Comparison
+from metaopt_lens.analysis import PARTS, Comparison, part_name
 from metaopt_lens.viz._answers import comparison_sentences
 from metaopt_lens.viz._comparison_figures import comparison_map
 from metaopt_lens.viz._comparison_text import comparison_data
 from metaopt_lens.viz._render import Measured, render
 
-_MAPS = ("z total", "z total, position-matched", "z direct", "linear", "matrices")
-_CURVES = ("SimAOU", "SimAOU unnormalised", "SimAM ICL-FT", "SimAM difference")
+_MAPS = (
+    *("z total", "z total, position-matched", "z direct", "linear", "matrices"),
+    *(part_name("z total", part) for part in PARTS),
+)
+_CURVES = (
+    *("SimAOU", "SimAOU unnormalised", "SimAM ICL-FT", "SimAM difference"),
+    *(part_name("SimAOU", part) for part in PARTS),
+)
 
 
 def write_comparison_page(comparison: Comparison, path: str | os.PathLike[str], title: str | None = None) -> Path:

@@ -12,7 +12,9 @@ from rich import box
 from rich.table import Table
 
 from metaopt_lens._errors import UndefinedMetricError
-from metaopt_lens.analysis import Comparison, findings
+from metaopt_lens.analysis import Comparison, findings, is_part
+
+_IN_PARTS = "z total: "
 
 
 def comparison_text(comparison: Comparison) -> Table:
@@ -28,8 +30,11 @@ def comparison_text(comparison: Comparison) -> Table:
     for name in ("value", "interval", "null", "clear"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in comparison.summary().to_dict("records"):
+        name = str(row["statistic"])
+        if is_part(name) and not name.startswith(_IN_PARTS):
+            continue  # a page has them all
         table.add_row(
-            str(row["statistic"]),
+            name,
             _signed(row["value"]),
             "none" if np.isnan(row["value_low"]) else f"{row['value_low']:+.2f}..{row['value_high']:+.2f}",
             f"{row['main_null']} {_signed(row['null: ' + row['main_null']])}",

@@ -162,7 +162,7 @@ def _answers(found: CompiledPrompt) -> pd.DataFrame:
         name: [f"{visible_token(token.text)} {token.probability:.1%}" for token in tops]
         for name, tops in found.top.items()
     }
-    return pd.DataFrame({"rank": range(1, 1 + max(map(len, columns.values()))), **columns})
+    return pd.DataFrame(columns)
 
 
 def _by_matrix(found: CompiledPrompt) -> pd.DataFrame:

@@ -61,7 +61,8 @@ def test_presets_run_what_they_say() -> None:
     rate = Finetuning(lr=0.05)
     nulls = {name: set(own(controls=name, finetuning=rate)["z total"].nulls) for name in ("quick", "standard")}
     assert nulls["quick"] == {"other query", "random"}
-    assert nulls["standard"] - nulls["quick"] == {"shuffled labels", "flipped labels", "unrelated text"}
+    further = {"shuffled labels", "flipped labels", "unrelated text"}
+    assert nulls["standard"] - nulls["quick"] == further | {"uphill", "uphill, odd part", "uphill, even part"}
     sceptic = Controls.of("sceptic")
     assert (sceptic.shuffled_labels, sceptic.random_weights) == (4, True)
 
@@ -72,9 +73,11 @@ def test_a_control_that_cannot_be_made_is_left_out_with_a_note() -> None:
     silent = dataclasses.replace(update, settings=None)
     found = compare(model, group, silent, progress=False)
     assert "unrelated text" not in found["z total"].nulls
-    assert len(found.notes) == 1
-    assert found.notes[0].startswith("the control 'unrelated text' is left out (this update does not say how it was")
-    assert f"note: {found.notes[0]}" in repr(found)
+    assert "uphill" not in found["z total"].nulls
+    assert len(found.notes) == 2
+    for name, note in zip(("unrelated text", "uphill"), found.notes, strict=True):
+        assert note.startswith(f"the control {name!r} is left out (this update does not say how it was")
+        assert f"note: {note}" in repr(found)
 
 
 def test_texts_are_one_list_or_one_for_each_set() -> None:

@@ -104,6 +104,24 @@ def test_overlap_and_cosine_of_spectra_are_those_of_the_matrices() -> None:
         torch.testing.assert_close(side, expected)
 
 
+@pytest.mark.parametrize("n_src", [3, 5, 40])
+def test_float32_factors_have_the_spectrum_of_the_same_numbers_in_float64(n_src: int) -> None:
+    """Eigenvalues in float64 lose half the digits, of which float32 has fewer; ranks and subspaces are the same."""
+    # singular values over four orders of magnitude
+    scales = torch.logspace(0, -4, n_src, dtype=F64)
+    coarse = Factors((randn(7, 2, 16, n_src) * scales).float(), randn(7, 2, n_src, 12, seed=1).float())
+    fine = Factors(coarse.left.double(), coarse.right.double())
+    found, expected = spectrum(coarse), spectrum(fine)
+    bound = 4 * torch.finfo(F64).eps ** 0.5 * expected.values[..., :1]
+    assert ((found.values - expected.values).abs() <= bound).all()
+    torch.testing.assert_close(found.effective_rank, expected.effective_rank, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.norm, expected.norm)
+    other = spectrum(Factors(randn(7, 2, 16, 4, seed=2), randn(7, 2, 4, 12, seed=3)))
+    for side, exact in zip(overlap(found, other, k=2), overlap(expected, other, k=2), strict=True):
+        torch.testing.assert_close(side, exact, rtol=1e-6, atol=1e-9)
+    assert torch.equal(found.rank, torch.full_like(found.rank, min(n_src, 12)))
+
+
 def test_output_coordinates_have_the_lengths_and_angles_of_the_residual_stream() -> None:
     model = wrap(shared(NAME, F64))
     info = model.info

@@ -17,7 +17,7 @@ from metaopt_lens import ICLPrompt
 from metaopt_lens.finetuning import UpdatedMemory, WeightUpdate, delta_w_ft, finetune, updated_memory
 from metaopt_lens.models import wrap
 from metaopt_lens.prompts import TokenizedPrompt
-from metaopt_lens.runs import record, tokenize_for
+from metaopt_lens.runs import Keep, record, tokenize_for
 
 F64 = torch.float64
 BRIDGES = ["gpt2", "llama", "qwen3", "gemma2", "bloom", "mistral", "stablelm"]
@@ -41,7 +41,12 @@ def memory_of(name: str, text: ICLPrompt = PROMPT) -> tuple[TokenizedPrompt, Upd
     model = wrap(shared(name, F64))
     tokens = tokenized(model, text)
     others = [replace(text, query=query) for query in ("w50", "w51 w52 w53 w54")]  # in the batch, of other lengths
-    runs = record(model, [tokens, *(tokenized(model, other) for other in others)], settings=("zs_matched",))
+    runs = record(
+        model,
+        [tokens, *(tokenized(model, other) for other in others)],
+        settings=("zs_matched",),
+        keep=Keep(own_stream=True),
+    )
     return tokens, updated_memory(model, update_of(name), [r.zs_matched for r in runs])[0]
 
 
@@ -87,8 +92,8 @@ def test_without_an_update_nothing_changes(name: str) -> None:
     model = wrap(shared(name, dtype))
     tokens = tokenized(model, PROMPT)
     update = 0.0 * finetune(model, PROMPT, lr=1.0, progress=False)
-    (runs,) = record(model, [tokens], settings=("icl",))
-    memory = updated_memory(model, update, [runs.icl])[0]
+    (runs,) = record(model, [tokens], settings=("zs_matched",), keep=Keep(own_stream=True))
+    memory = updated_memory(model, update, [runs.zs_matched])[0]
     assert torch.equal(memory.k, memory.k_updated)
     assert torch.equal(memory.v, memory.v_updated)
     assert memory.k.shape[1] == len(z_rows(tokens))
@@ -112,8 +117,8 @@ def test_the_bound_is_reached_by_a_query_of_two_tokens_without_anything_before_i
     model = wrap(shared("bridge:gpt2", F64))
     tokens = [tokenize_for(model, prompt(1, query="w16 :", instruction=None), prepend_bos=False)]
     assert (len(tokens[0].prefix), len(tokens[0].query)) == (0, 2)
-    (runs,) = record(model, tokens, settings=("icl",))
-    memory = updated_memory(model, update_of("bridge:gpt2"), [runs.icl])[0]
+    (runs,) = record(model, tokens, settings=("zs_matched",), keep=Keep(own_stream=True))
+    memory = updated_memory(model, update_of("bridge:gpt2"), [runs.zs_matched])[0]
     after = memory.v_updated[1, :, 0].T @ memory.k_updated[1, :, 0]
     before = memory.v[1, :, 0].T @ memory.k[1, :, 0]
     assert int(torch.linalg.matrix_rank(after - before, rtol=1e-10)) == 4 < memory.k.shape[-1]

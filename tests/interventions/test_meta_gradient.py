@@ -24,7 +24,11 @@ QUERIES = ("w16 w17 :", "w40 :", "w31 w90 w16 w60 :")
 # transformers' mixture-of-experts kernels have no float64.
 NO_DOUBLE = {"bridge:gpt_oss", "bridge:mixtral"}
 # The other bridges drop to float32 inside transformers (norms, softmax, rotary tables) whatever the dtype.
-DOUBLE = {"bridge:gpt2", "bridge:gpt_bigcode", "bridge:gpt_neox", "bridge:falcon", *NATIVE_NAMES, *HOOKED_NAMES}
+DOUBLE = {
+    *("bridge:gpt2", "bridge:gpt_bigcode", "bridge:gpt_neox", "bridge:gpt_neox_sequential", "bridge:falcon"),
+    *NATIVE_NAMES,
+    *HOOKED_NAMES,
+}
 SOME = ["bridge:gpt2", "bridge:mistral", "bridge:bloom", "bridge:gpt_oss", *HOOKED_NAMES[1:4:2]]
 
 

@@ -150,6 +150,12 @@ def test_bad_input() -> None:
     model, found = curves()
     with pytest.raises(OptionError, match="give a static curve for each demonstration set"):
         patches_against_finetuning(model, [])
+    one_matrix = finetune(model, queries(1)[0], lr=0.05, projections=("mlp_in",), bias=False, progress=False)
+    whole = finetune(
+        model, queries(0)[0], lr=0.05, projections=("mlp_in", "mlp_gate", "mlp_out"), bias=False, progress=False
+    )
+    with pytest.raises(OptionError, match=r"must change gate and in and out.*this one changes in: make it with"):
+        patch_against_finetuning(model, found[0], whole, others=[one_matrix])
     other = static_curve(model, queries(0)[::2], queries(0)[1::2], ridge=0.5)
     with pytest.raises(OptionError, match="all have the same n_fit and ridge"):
         StaticCurves((found[0], other))

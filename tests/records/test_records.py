@@ -111,7 +111,7 @@ def test_the_published_convention_reproduces_the_golden_numbers(recording, worke
     assert analysis.rec2ftp.require() == 80
 
 
-def test_default_says_what_differs_and_stands_beside_its_nulls(recording):
+def test_default_says_what_differs_and_gives_its_nulls(recording):
     analysis = analyze_records(recording)
     default, published = analysis.to_dict(), EXPECTED
     compare(default["dai2022"]["training_attention"], published["dai2022"]["training_attention"])
@@ -119,11 +119,11 @@ def test_default_says_what_differs_and_stands_beside_its_nulls(recording):
     assert layers[0] == pytest.approx(published["dai2022"]["all"]["SimAOU"][0])
     assert layers[1] == pytest.approx(published["dai2022"]["all"]["SimAOU"][1] * 32 / 31)  # a zero update left out
     assert default["dai2022"]["all"]["SimAM"][0] != pytest.approx(published["dai2022"]["all"]["SimAM"][0], abs=1e-3)
-    beside = default["beside"]
-    assert beside["base_rate"] == pytest.approx(100 * 13 / beside["zs_wrong"])
-    assert beside["null"]["token-level recall_topk"] == [100 / 202] * 3
-    assert len(beside["all"]["SimAOU null"]) == 3
-    assert beside["interval"]["SimAOU"]["label"] == "conditional on these demonstrations"
+    supplementary = default["supplementary"]
+    assert supplementary["base_rate"] == pytest.approx(100 * 13 / supplementary["zs_wrong"])
+    assert supplementary["null"]["token-level recall_topk"] == [100 / 202] * 3
+    assert len(supplementary["all"]["SimAOU null"]) == 3
+    assert supplementary["interval"]["SimAOU"]["label"] == "conditional on these demonstrations"
     for name, metric in analysis.metrics.items():
         for low, value, high in zip(metric.interval.low, metric.require(), metric.interval.high, strict=True):
             assert low <= value <= high, name
@@ -133,7 +133,7 @@ def test_results_depend_on_nothing_but_the_seed(recording):
     first, again, other = (analyze_records(recording, seed=seed).to_dict() for seed in (1, 1, 2))
     assert first == again
     assert first["dai2022"] == other["dai2022"]
-    assert first["beside"]["all"]["SimAOU random"] != other["beside"]["all"]["SimAOU random"]
+    assert first["supplementary"]["all"]["SimAOU random"] != other["supplementary"]["all"]["SimAOU random"]
 
 
 def test_the_thread_count_is_restored(recording):
@@ -228,7 +228,7 @@ def test_single_query_has_no_other_query_null(records, tmp_path):
     root = write_records(tmp_path / "one", **{k: v if k == "ft" else v[:1] for k, v in records.items()})
     analysis = analyze_records(root)
     assert analysis.metrics["SimAOU other query"].per_query is None
-    assert analysis.to_dict()["undefined"]["beside.all.SimAOU other query"] == "there is no other query"
+    assert analysis.to_dict()["undefined"]["supplementary.all.SimAOU other query"] == "there is no other query"
 
 
 def test_a_zero_hidden_state_is_undefined_not_an_error(records, tmp_path):
