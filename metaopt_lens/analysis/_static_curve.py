@@ -179,7 +179,7 @@ def gain_sentence(gain: Interval, n_fit: int) -> str:
     low, high = float(gain.low), float(gain.high)
     text = f"{float(gain.estimate):+.1%} of {gain.n_queries} held-out queries"
     if low != low:  # all units changed alike
-        return f"The static patch changes the accuracy by {text}, the same for all of them: no interval."
+        return f"The static patch changes the accuracy by {text}, the same for every {gain.unit}: no interval."
     verdict = "beats" if low > 0 else "does worse than" if high < 0 else "is not shown to beat"
     return (
         f"The static patch fitted on {n_fit} queries {verdict} zero-shot: accuracy {text} "

@@ -24,7 +24,7 @@ def compile_(
     ],
     precision: Annotated[
         str | None,
-        typer.Option(help="Of the patch: model, float32 or float64 (default: the model's, float32 at least)."),
+        typer.Option(help="Precision: model, float32 or float64 (default: the model's, float32 at least)."),
     ] = None,
     ridge: Annotated[
         float, typer.Option(help="Penalty of the patch for all queries, relative to the mean square of an input.")

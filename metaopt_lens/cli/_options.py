@@ -44,6 +44,14 @@ class Controls(StrEnum):
     sceptic = "sceptic"
 
 
+class Labels(StrEnum):
+    """Label words of the demonstrations."""
+
+    natural = "natural"
+    flipped = "flipped"
+    neutral = "neutral"
+
+
 class Selection(StrEnum):
     """How demonstrations are chosen."""
 
@@ -73,7 +81,7 @@ MaybeRate = Annotated[str | None, LR]
 BatchSize = Annotated[
     int | None, typer.Option("--batch-size", min=1, help="Sequences run together (default: by memory).")
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Of shuffles, random draws and intervals.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of shuffles, random draws and intervals.")]
 Top = Annotated[int, typer.Option("--top", min=1, help="How many heads the table lists.")]
 Recompute = Annotated[
     bool, typer.Option("--recompute-damaged", help="Recompute damaged pieces instead of refusing them.")

@@ -75,7 +75,7 @@ def decompose(
     ] = None,
     answer: Annotated[
         str | None,
-        typer.Option(help="Take this word's logit apart; by default the prompt's label.", metavar="WORD"),
+        typer.Option(help="Decompose this word's logit; by default the prompt's label.", metavar="WORD"),
     ] = None,
     versus: Annotated[
         str | None,
@@ -171,7 +171,7 @@ def compare(
     out: Annotated[Path, typer.Option("--out", help="Folder for comparison.csv, .json and .html.")] = _OUT,
     no_cache: options.NoCache = False,
 ) -> None:
-    """Learn the demonstrations by gradient descent and compare with reading them, head by head."""
+    """Finetune on the demonstrations and compare with in-context learning, head by head."""
     rate = options.learning_rate(lr)
 
     from metaopt_lens.prompts import load_prompts

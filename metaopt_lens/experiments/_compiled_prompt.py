@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 # A static patch is fitted on every second query, two or more, and tested on the others.
 _FEWEST_QUERIES = 4
+_NOTHING_BEFORE = (
+    "Nothing stands before the demonstrations, no BOS and no instruction: the first token, which heads attend to for "
+    "want of anything else, is a demonstration's in context and the query's own without. The changes make up for that "
+    "too, and the first demonstration's share has it."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +101,8 @@ def compile_prompts(
     """
     wrapped, notes = wrap(model), []
     patch = compile_context(wrapped, prompts[0], prepend_bos=prepend_bos, precision=precision)
+    if not len(patch.tokens.prefix):
+        notes.append(_NOTHING_BEFORE)
     try:
         shares = context_shares(wrapped, patch)
     except UnsupportedModelError as error:

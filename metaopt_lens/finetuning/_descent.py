@@ -15,11 +15,12 @@ from tqdm.auto import tqdm
 
 from metaopt_lens._errors import NonFiniteError, OptionError
 from metaopt_lens.dual import is_finite
+from metaopt_lens.finetuning._added import change_hooks
 from metaopt_lens.finetuning._examples import TrainingExample
 from metaopt_lens.finetuning._losses import layer_causal_losses, ordinary_loss
 from metaopt_lens.finetuning._settings import MLP, FinetuneSettings
 from metaopt_lens.finetuning._tape import Tape
-from metaopt_lens.finetuning._update import StepFactors, WeightUpdate, change_hooks
+from metaopt_lens.finetuning._update import StepFactors, WeightUpdate
 from metaopt_lens.models import Hook, LensModel
 
 Leaves = dict[str, list[Tensor]]

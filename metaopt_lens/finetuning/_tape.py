@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from metaopt_lens.finetuning._added import SOURCE
 from metaopt_lens.finetuning._examples import TrainingExample
-from metaopt_lens.finetuning._update import SOURCE, StepFactors
+from metaopt_lens.finetuning._update import StepFactors
 from metaopt_lens.models import Hook, LensModel
 
 

@@ -26,10 +26,11 @@ from metaopt_lens.models import (
     fingerprint_of,
     wrap,
 )
+from metaopt_lens.patches._block_changes import TokenChanges
 from metaopt_lens.patches._changes import Rows, change_hooks, rows_of
 from metaopt_lens.patches._placing import PatchedRows
 from metaopt_lens.patches._site import PatchSite, patch_site
-from metaopt_lens.patches._weight_patch import ExpertChanges, TokenChanges, WeightPatch
+from metaopt_lens.patches._weight_patch import ExpertChanges, WeightPatch
 from metaopt_lens.prompts import PromptLike, TokenizedPrompt, as_prompt
 from metaopt_lens.runs import refuse_acting, run_shared_prefix, tokenize_for
 

@@ -16,10 +16,10 @@ from metaopt_lens._storage import provenance
 from metaopt_lens.dual import ridge_right_factors, ridge_scale
 from metaopt_lens.interventions import Change, DemoTokens, Staged
 from metaopt_lens.models import ExpertsSite, Fingerprint, LensModel, ModelInfo, check_made_for, wrap
-from metaopt_lens.patches._changes import Rows
+from metaopt_lens.patches._block_changes import OUT_MATRICES, StaticChanges
 from metaopt_lens.patches._compile import Compiler
 from metaopt_lens.patches._placing import PatchedRows
-from metaopt_lens.patches._weight_patch import AGAIN, COMPILED_FOR, OUT_MATRICES, WeightPatch
+from metaopt_lens.patches._weight_patch import AGAIN, COMPILED_FOR, WeightPatch
 from metaopt_lens.prompts import PromptLike, as_prompts
 from metaopt_lens.runs import tokenize_for
 
@@ -117,48 +117,6 @@ class StaticPatch(Stored, Staged):
             f"{' and '.join(self.matrices)} in {self.model.n_layers} layers, fitted on {self.n_queries} queries with "
             f"ridge {self.ridge:g}"
         )
-
-
-@dataclass(frozen=True, eq=False)
-class StaticChanges:
-    """One block's changes, the same for every token behind S; see `Changes`.
-
-    Attributes:
-        placing: says which tokens stand behind S.
-        left: left factors by matrix, one in a row.
-        right: right factors.
-        scale: change of the norm's scale.
-    """
-
-    placing: PatchedRows
-    left: dict[str, Tensor]
-    right: dict[str, Tensor]
-    scale: Tensor | None
-
-    def product(self, matrix: str, x: Rows, product: Rows) -> Rows:  # noqa: ARG002 - see `Changes`
-        return self._times(x, self.left[matrix], self.right["in"])
-
-    def output(self, hidden: Rows, out: Rows) -> Rows:  # noqa: ARG002
-        (left,) = (self.left[name] for name in OUT_MATRICES if name in self.left)
-        return self._times(hidden, left, self.right["out"])
-
-    def scaled(self, normalized: Rows, out: Rows) -> Rows:  # noqa: ARG002
-        assert self.scale is not None
-        scale = self.scale.to(normalized.device)
-        return self._own(normalized.to(scale) * scale)
-
-    def experts_input(self, x: Rows) -> Rows:  # noqa: ARG002
-        raise AssertionError("a mixture of experts has no static patch")
-
-    def experts_output(self, x: Rows, out: Rows) -> Rows:  # noqa: ARG002
-        raise AssertionError("a mixture of experts has no static patch")
-
-    def _times(self, x: Rows, left: Tensor, right: Tensor) -> Rows:
-        left, right = left.to(x.device), right.to(x.device)
-        return self._own((x.to(left) @ right.mT) @ left)
-
-    def _own(self, added: Rows) -> Rows:
-        return torch.where((self.placing.rows.to(added.device) >= 0)[:, None], added, 0.0)
 
 
 def static_patch(

@@ -15,10 +15,9 @@ from torch import Tensor
 from metaopt_lens._codec import Stored
 from metaopt_lens._errors import HeadError, OptionError
 from metaopt_lens._storage import provenance
-from metaopt_lens.dual import rank_one_product
 from metaopt_lens.interventions import Change, DemoTokens, Staged
 from metaopt_lens.models import ExpertsSite, Fingerprint, LensModel, ModelInfo, check_made_for
-from metaopt_lens.patches._changes import Rows
+from metaopt_lens.patches._block_changes import OUT_MATRICES, TokenChanges
 from metaopt_lens.patches._placing import PatchedRows
 from metaopt_lens.prompts import TokenizedPrompt
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from transformer_lens import FactoredMatrix
 
-OUT_MATRICES = ("out", "o", "expert_out")
 COMPILED_FOR, AGAIN = "this patch was compiled for", "compile_context(model, prompt)"
 
 
@@ -237,56 +235,3 @@ class WeightPatch(Stored, Staged):
             f"WeightPatch of {self.model.name}: {len(self.tokens.demos)} demonstrations as rank-one changes of "
             f"{changed} in {self.model.n_layers} layers, for {len(self.query_ids)} tokens, in {self.precision}"
         )
-
-
-@dataclass(frozen=True, eq=False)
-class TokenChanges:
-    """One block's changes, a row for every token; see `Changes`.
-
-    Attributes:
-        placing: says which row belongs to which token of the running pass.
-        left: left factors by matrix; see `WeightPatch`.
-        right: right factors.
-        other: ``"scale"``, or ``"shift"`` and ``"chosen"`` of `ExpertChanges`.
-        experts: of a mixture of experts.
-    """
-
-    placing: PatchedRows
-    left: dict[str, Tensor] = field(default_factory=dict)
-    right: dict[str, Tensor] = field(default_factory=dict)
-    other: dict[str, Tensor] = field(default_factory=dict)
-    experts: ExpertsSite | None = None
-
-    def product(self, matrix: str, x: Rows, product: Rows) -> Rows:  # noqa: ARG002 - see `Changes`
-        return self._rank_one(x, self.left[matrix], self.right["in"])
-
-    def output(self, hidden: Rows, out: Rows) -> Rows:  # noqa: ARG002
-        (left,) = (self.left[name] for name in OUT_MATRICES if name in self.left)
-        return self._rank_one(hidden, left, self.right["out"])
-
-    def scaled(self, normalized: Rows, out: Rows) -> Rows:  # noqa: ARG002
-        scale = self.other["scale"]
-        return self._own(normalized, normalized.to(scale) * self._of_tokens(scale, normalized))
-
-    def experts_input(self, x: Rows) -> Rows:
-        return self._rank_one(x, self.other["shift"], self.right["in"])
-
-    def experts_output(self, x: Rows, out: Rows) -> Rows:
-        assert self.experts is not None
-        chosen = self._of_tokens(self.other["chosen"], x)
-        hidden = self.experts.hidden(x, chosen)
-        weights, active = self.experts.route(x)
-        weight = torch.where(active == chosen[:, None], weights, 0.0).sum(-1, keepdim=True)
-        return weight.to(self.left["expert_out"]) * self.output(hidden, out)
-
-    def _rank_one(self, x: Rows, left: Tensor, right: Tensor) -> Rows:
-        product = rank_one_product(x.to(left), self._of_tokens(left, x), self._of_tokens(right, x))
-        return self._own(x, product)
-
-    def _of_tokens(self, factor: Tensor, x: Tensor) -> Tensor:
-        """The factor's row of every token; any row where a token has none."""
-        return factor.to(x.device)[self.placing.rows.to(x.device).clamp_min(0)]
-
-    def _own(self, x: Tensor, added: Rows) -> Rows:
-        """Nothing is added where a token has no row."""
-        return torch.where((self.placing.rows.to(x.device) >= 0)[:, None], added, 0.0)

@@ -83,6 +83,15 @@ def test_the_static_curve_is_what_its_definition_says() -> None:
     assert "queries" in curve.sentence
 
 
+def test_it_is_said_where_nothing_stands_before_the_demonstrations() -> None:
+    """The first token, on which heads rest, is then a demonstration's in context."""
+    model, with_bos = compiled()
+    without = compile_prompts(model, queries()[:1], prepend_bos=False)
+    assert without.patch.zero_shot_ids == without.patch.query_ids
+    assert "Nothing stands before the demonstrations" in without.notes[0]
+    assert not any("Nothing stands" in note for note in with_bos.notes)
+
+
 def test_bad_input() -> None:
     model, fitted, asked = compiled()[0], queries()[:4], queries()[4:6]
     with pytest.raises(OptionError, match=r"n_fit must be from 2 to the 4 fitting queries, got \[1\]"):
