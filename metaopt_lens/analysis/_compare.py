@@ -16,7 +16,8 @@ from metaopt_lens.analysis._controls import finetune_arguments
 from metaopt_lens.analysis._demo_sets import Updates, check_names, choose_top_k, group_sets, with_updates
 from metaopt_lens.analysis._joining import join_sets
 from metaopt_lens.analysis._label_answers import Choices, Words, label_words
-from metaopt_lens.analysis._measuring import Context
+from metaopt_lens.analysis._measuring import Context, timed
+from metaopt_lens.analysis._null_names import UPHILL
 from metaopt_lens.analysis._output_parts import check_labels
 from metaopt_lens.analysis._output_space import OutputSpace
 from metaopt_lens.analysis._own_updates import OwnUpdates, finetune_sets, text_updates, uphill_updates
@@ -103,9 +104,11 @@ def compare(
     if asked.random_weights:
         for group in sets:
             finetune_arguments(group.update)  # an update that cannot be made again is refused before any run
-    made, notes = text_updates(wrapped, firsts, own.updates, asked)
+    seconds: dict[str, float] = {}
+    made, notes = text_updates(wrapped, firsts, own.updates, asked, seconds)
     if asked.uphill:
-        uphill, more = uphill_updates(wrapped, firsts, own.updates, prepend_bos=prepend_bos)
+        with timed(seconds, UPHILL):
+            uphill, more = uphill_updates(wrapped, firsts, own.updates, prepend_bos=prepend_bos)
         made, notes = {**made, **uphill}, [*notes, *more]
     without_parts = _why_not_in_parts(choices, wrapped.info.d_model)
     notes += [] if without_parts is None else [without_parts]
@@ -116,6 +119,7 @@ def compare(
         top_k=top_k,
         d_model=wrapped.info.d_model,
         subspace_dim=measures.subspace_dim,
+        seconds=seconds,
     )
     run = SetControls(
         controls=asked,
@@ -133,7 +137,11 @@ def compare(
         found.append(measure_with_controls(dataclasses.replace(group, controls=of_set), run, chosen, context, seeds))
     joined = join_sets(wrapped.info, prompts, sets, words, found, _settings(seed, words, measures, asked, own.updates))
     return dataclasses.replace(
-        joined, updates=own.updates, learning_rate=own.choice, notes=tuple(dict.fromkeys([*notes, *joined.notes]))
+        joined,
+        updates=own.updates,
+        learning_rate=own.choice,
+        notes=tuple(dict.fromkeys([*notes, *joined.notes])),
+        seconds=seconds,
     )
 
 

@@ -54,6 +54,7 @@ class Comparison(Stored):
         learning_rate: how it was chosen; None where it was given.
         further: what else was asked of the same prompts (docs/theory.md, section 12); None where it was not.
         updates: what was compared, one per set; not stored in files.
+        seconds: what each control that needs further runs took; not stored in files.
     """
 
     kind: ClassVar[str] = "comparison"
@@ -76,6 +77,7 @@ class Comparison(Stored):
     learning_rate: LearningRateChoice | None = field(default=None, metadata=NOT_IN_0_1)
     further: Further | None = field(default=None, metadata=NOT_IN_0_1)
     updates: tuple[WeightUpdate, ...] = field(default=(), metadata=NOT_STORED)
+    seconds: dict[str, float] = field(default_factory=dict, metadata=NOT_STORED)
 
     def __getitem__(self, name: str) -> Measured:
         """The statistic of that name."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -103,6 +103,7 @@ def follow_labels(
     prompts: PromptLike | Sequence[PromptLike],
     *,
     labels: Sequence[LabelWords] = LABEL_WORDS,
+    shown_as: Mapping[str, str] | None = None,
     rates: Sequence[float] = RATES,
     epochs: int = 1,
     scoring: Scoring = "mean",
@@ -121,6 +122,7 @@ def follow_labels(
         prompts: queries with their natural labels, in the forms `decompose` takes; at least two behind each set of
             demonstrations.
         labels: which label words.
+        shown_as: which word stands for each label word, in place of a draw; for all sets and all but natural labels.
         rates: learning rates of SGD, full-batch and layer-causal finetuning; those that diverge are left out by name.
         epochs: passes over the demonstrations.
         scoring: of label words, ``"mean"`` log-probability of their tokens or the ``"first"`` token's.
@@ -145,7 +147,7 @@ def follow_labels(
     refuse_acting(wrapped, "follow_labels")
     require_raw_weights(wrapped, allow_processed=allow_processed)
     groups = group_sets(wrapped, as_prompts(prompts), prepend_bos=prepend_bos)
-    maps = [_maps(wrapped, group, labels, seed + number) for number, group in enumerate(groups)]
+    maps = [_maps(wrapped, group, labels, seed + number, shown_as) for number, group in enumerate(groups)]
     options: dict[str, Any] = {"prepend_bos": prepend_bos, "allow_processed": allow_processed}
     asked = [
         [_Asked.of(wrapped, group, own[kind], scoring, batch_size, options) for kind in labels]
@@ -167,6 +169,25 @@ def follow_labels(
     return LabelFollowing(wrapped.info, tuple(rows), sets, tuple(notes))
 
 
+def join_following(parts: Sequence[LabelFollowing]) -> LabelFollowing:
+    """All demonstration sets of several results; learning rates that not every one has are dropped.
+
+    Args:
+        parts: with the same kinds of label words.
+    """
+    by_name = [{(row.labels, row.learner, row.lr): row for row in part.rows} for part in parts]
+    rows = []
+    for name in by_name[0]:
+        found = [rows_of[name] for rows_of in by_name if name in rows_of]
+        if len(found) == len(parts):
+            shown, natural = (torch.cat([getattr(row, hits) for row in found]) for hits in ("shown", "natural"))
+            rows.append(Followed(*name, shown, natural))
+    counts = [0, *(int(part.sets.max()) + 1 for part in parts)]
+    sets = torch.cat([part.sets + sum(counts[: i + 1]) for i, part in enumerate(parts)])
+    notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
+    return LabelFollowing(parts[0].model, tuple(rows), sets, notes)
+
+
 _Hits = tuple[Bool[Tensor, " query"], Bool[Tensor, " query"]]
 
 
@@ -176,7 +197,11 @@ def _row(labels: LabelWords, learner: str, lr: float, found: Sequence[_Hits]) ->
 
 
 def _maps(
-    model: LensModel, group: DemoSet, labels: Sequence[LabelWords], seed: int
+    model: LensModel,
+    group: DemoSet,
+    labels: Sequence[LabelWords],
+    seed: int,
+    given: Mapping[str, str] | None,
 ) -> dict[LabelWords, dict[str, str]]:
     """The new word of each label word, by kind."""
     shown = {demo.label for demo in group.prompts[0].demos}
@@ -188,7 +213,10 @@ def _maps(
                 f"no demonstration shows the label {prompt.label!r} of query {prompt.query!r}, so nothing says what it "
                 "would be called: add a demonstration, or leave the query out."
             )
-    return {kind: label_map(model, group.prompts, kind, seed=seed) for kind in labels}
+    return {
+        kind: label_map(model, group.prompts, kind, seed=seed) if given is None or kind == "natural" else dict(given)
+        for kind in labels
+    }
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from torch import Tensor
 from metaopt_lens.analysis._label_answers import Answers, Choices, join_answers
 from metaopt_lens.analysis._low_rank import MemoryBatch
 from metaopt_lens.analysis._measured import Measured
-from metaopt_lens.analysis._measuring import Context
+from metaopt_lens.analysis._measuring import Context, timed
 from metaopt_lens.analysis._null_names import UPHILL, UPHILL_EVEN, UPHILL_ODD
 from metaopt_lens.analysis._output_space import Labels, OutputSpace
 from metaopt_lens.analysis._query_batch import QueryBatch, join_norms, norms_of
@@ -174,16 +174,17 @@ def _measure_batch(
     if asked is not None:
         found.answers = {name: asked.behind(runs, setting, rows, own) for name, setting in _ANSWERED.items()}
     for variant, recorder in others:
-        made = recorder.runs([variant.tokenized[row] for row in rows])
-        mixed = [Runs({**a.by_setting, **b.by_setting}) for a, b in zip(runs, made, strict=True)]
-        same_memory = batch.memory if variant.settings == ("icl",) else None
-        other = dataclasses.replace(_batch(variant, mixed, context, same_memory), labels=labels, base=batch)
-        found.add(variant.null, other, _readable(other), context)
-        if variant.null == UPHILL:
-            _add_halves(found, batch, runs, made, context)
-        if asked is not None and variant.answered:
-            best = asked.behind(made, "icl", rows, variant).best
-            found.controlled.setdefault(variant.null, []).append(best)
+        with timed(context.seconds, variant.null):
+            made = recorder.runs([variant.tokenized[row] for row in rows])
+            mixed = [Runs({**a.by_setting, **b.by_setting}) for a, b in zip(runs, made, strict=True)]
+            same_memory = batch.memory if variant.settings == ("icl",) else None
+            other = dataclasses.replace(_batch(variant, mixed, context, same_memory), labels=labels, base=batch)
+            found.add(variant.null, other, _readable(other), context)
+            if variant.null == UPHILL:
+                _add_halves(found, batch, runs, made, context)
+            if asked is not None and variant.answered:
+                best = asked.behind(made, "icl", rows, variant).best
+                found.controlled.setdefault(variant.null, []).append(best)
     return found
 
 

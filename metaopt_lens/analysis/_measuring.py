@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 
 from metaopt_lens.analysis._convention import Convention
+
+
+@contextmanager
+def timed(seconds: MutableMapping[str, float], name: str) -> Iterator[None]:
+    """Add the time that the block takes.
+
+    Args:
+        seconds: by name; changed.
+        name: what is timed.
+    """
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.monotonic() - started
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +39,7 @@ class Context:
         d_model: width of the residual stream.
         subspace_dim: dimension of the singular subspaces.
         eps: rounding unit of the readings; None for that of their dtype.
+        seconds: that each control took, filled in as they are run.
     """
 
     convention: Convention
@@ -31,6 +49,7 @@ class Context:
     d_model: int
     subspace_dim: int = 4
     eps: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def words(self) -> dict[str, int]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from metaopt_lens._errors import NonFiniteError, OptionError, PromptError
 from metaopt_lens.analysis._compare_options import Controls, Finetuning
 from metaopt_lens.analysis._controls import unrelated_update, uphill_update
+from metaopt_lens.analysis._measuring import timed
 from metaopt_lens.analysis._null_names import UNRELATED_TEXT, UPHILL
 from metaopt_lens.finetuning import LearningRateChoice, WeightUpdate, choose_learning_rate, finetune
 from metaopt_lens.models import LensModel
@@ -80,7 +81,11 @@ def _choose(model: LensModel, prompt: ICLPrompt, options: dict[str, Any]) -> Lea
 
 
 def text_updates(
-    model: LensModel, firsts: Sequence[ICLPrompt], updates: Sequence[WeightUpdate], controls: Controls
+    model: LensModel,
+    firsts: Sequence[ICLPrompt],
+    updates: Sequence[WeightUpdate],
+    controls: Controls,
+    seconds: MutableMapping[str, float],
 ) -> tuple[dict[str, list[WeightUpdate]], list[str]]:
     """Finetune on the controls' texts in the way of the sets' updates, and scale to their norms.
 
@@ -89,6 +94,7 @@ def text_updates(
         firsts: a prompt of every set.
         updates: of every set.
         controls: whose texts are used.
+        seconds: that each took, by name; filled in.
 
     Returns:
         Updates of every set by the control's name, and a note for each control that could not be made.
@@ -104,7 +110,8 @@ def text_updates(
     for name, lines in texts.items():
         pairs = zip(_per_set(lines, len(firsts), name), updates, strict=True)
         try:
-            found[name] = [unrelated_update(model, own, like=update) for own, update in pairs]
+            with timed(seconds, name):
+                found[name] = [unrelated_update(model, own, like=update) for own, update in pairs]
         except (PromptError, OptionError, NonFiniteError) as error:
             notes.append(f"the control {name!r} is left out ({error})")
     return found, notes

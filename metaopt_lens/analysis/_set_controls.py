@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from metaopt_lens.analysis._demo_sets import TrainedSet
 from metaopt_lens.analysis._label_answers import Choices
 from metaopt_lens.analysis._label_controls import finetuned_answers, moved_labels
 from metaopt_lens.analysis._measure_set import SetMeasures, Variant, measure_set
-from metaopt_lens.analysis._measuring import Context
+from metaopt_lens.analysis._measuring import Context, timed
 from metaopt_lens.analysis._null_names import FLIPPED_LABELS, RANDOM_WEIGHTS, UPHILL
 from metaopt_lens.analysis._output_space import OutputSpace
 from metaopt_lens.analysis._training_attention import demonstration_queries, usable_factors
@@ -110,14 +110,14 @@ def measure_with_controls(
     notes: tuple[str, ...] = ()
     sturdy = [variant for variant in controls if variant.null != UPHILL]
     try:
-        found = measure_set(own, [*controls, *_on_twins(group, run)], context, **options)
+        found = measure_set(own, [*controls, *_on_twins(group, run, context.seconds)], context, **options)
     except NonFiniteError as error:
         if not run.twins and len(sturdy) == len(controls):
             raise
         notes = (f"the runs on permuted weights, and those finetuned uphill, are left out ({error})",)
         found = measure_set(own, sturdy, context, **options)
     controlled = {f"ICL, {name}": best for name, best in found.controlled.items()}
-    controlled |= {f"FT, {name}": best for name, best in _learned(group, run, moved, choices).items()}
+    controlled |= {f"FT, {name}": best for name, best in _learned(group, run, moved, choices, context.seconds).items()}
     flipped = moved.get(FLIPPED_LABELS)
     return SetFound(found, controlled, None if flipped is None else flipped[0], notes)
 
@@ -131,24 +131,29 @@ def _moved(name: str, group: TrainedSet, run: SetControls, drawn: Sequence[ICLPr
     return dataclasses.replace(variant, settings=("icl",)) if in_place else variant
 
 
-def _on_twins(group: TrainedSet, run: SetControls) -> list[Variant]:
+def _on_twins(group: TrainedSet, run: SetControls, seconds: MutableMapping[str, float]) -> list[Variant]:
     """The whole pipeline on models with permuted weights."""
     variants = []
     for name, twin in run.twins.items():
-        update = finetune(
-            twin.model,
-            group.prompts[0],
-            prepend_bos=run.prepend_bos,
-            progress=False,
-            allow_processed=True,
-            **finetune_arguments(group.update),
-        )
+        with timed(seconds, name):
+            update = finetune(
+                twin.model,
+                group.prompts[0],
+                prepend_bos=run.prepend_bos,
+                progress=False,
+                allow_processed=True,
+                **finetune_arguments(group.update),
+            )
         variants.append(Variant(name, twin, group.tokenized, update))
     return variants
 
 
 def _learned(
-    group: TrainedSet, run: SetControls, moved: Mapping[str, list[list[ICLPrompt]]], choices: Choices | None
+    group: TrainedSet,
+    run: SetControls,
+    moved: Mapping[str, list[list[ICLPrompt]]],
+    choices: Choices | None,
+    seconds: MutableMapping[str, float],
 ) -> dict[str, Tensor]:
     """What is answered zero-shot after finetuning on moved labels, one row a draw."""
     if choices is None:
@@ -157,7 +162,9 @@ def _learned(
     for name, draws in moved.items():
         for drawn in draws:
             options: dict[str, Any] = {"prepend_bos": run.prepend_bos, "batch_size": run.batch_size}
-            answers = finetuned_answers(run.space.model, drawn[0], group.tokenized[0], group.update, choices, **options)
+            first = group.tokenized[0]
+            with timed(seconds, name):
+                answers = finetuned_answers(run.space.model, drawn[0], first, group.update, choices, **options)
             if answers is not None:
                 learned.setdefault(name, []).append(answers.best)
     return {name: torch.stack(rows) for name, rows in learned.items()}

@@ -38,6 +38,7 @@ def run(
     lr: options.MaybeRate = None,
     variant: of_run.TemplateVariant = None,
     selection: of_run.Chosen = None,
+    labels: of_run.LabelWords = None,
     rules: of_run.Rules = None,
     controls: of_run.ControlsPreset = None,
     n_label_draws: of_run.LabelDraws = None,

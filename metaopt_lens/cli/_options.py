@@ -44,6 +44,14 @@ class Controls(StrEnum):
     sceptic = "sceptic"
 
 
+class Labels(StrEnum):
+    """Label words of the demonstrations."""
+
+    natural = "natural"
+    flipped = "flipped"
+    neutral = "neutral"
+
+
 class Selection(StrEnum):
     """How demonstrations are chosen."""
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from metaopt_lens.cli._options import Controls, Selection, Variant
+from metaopt_lens.cli._options import Controls, Labels, Selection, Variant
 
 Out = Annotated[Path, typer.Option("--out", help="Directory of the results; an unfinished run there is resumed.")]
 Config = Annotated[
@@ -28,6 +28,14 @@ TemplateVariant = Annotated[
     Variant | None, typer.Option(help="Form of the templates: as published, or the released code's one-line form.")
 ]
 Chosen = Annotated[Selection | None, typer.Option(help="How demonstrations are chosen (default balanced).")]
+LabelWords = Annotated[
+    Labels | None,
+    typer.Option(
+        "--labels",
+        help="Label words of the demonstrations: natural (default), flipped, so that each stands for another one, or "
+        "neutral; with the last two, also who follows them, over learning rates.",
+    ),
+]
 Rules = Annotated[str | None, typer.Option(help="gd, lcgd, or gd,lcgd (default).")]
 ControlsPreset = Annotated[
     Controls | None,

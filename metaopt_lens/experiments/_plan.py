@@ -54,6 +54,7 @@ class Plan:
             for rule in config.rules:
                 found += [Piece(seed, f"lr-{rule}")] if config.lr == "auto" else []
                 found.append(Piece(seed, rule))
+            found += [Piece(seed, "labels")] if config.labels != "natural" else []
             found += [Piece(seed, "attribution")] if config.attribution else []
             found += [Piece(seed, "example")] if seed == config.seeds[0] else []
         return [*found, Piece(None, "tables")]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from metaopt_lens._errors import ContextWindowError, DataError
+from metaopt_lens._errors import ContextWindowError, DataError, OptionError
+from metaopt_lens.analysis import label_map, relabelled
 from metaopt_lens.experiments._run_config import RunConfig
 from metaopt_lens.models import LensModel
 from metaopt_lens.prompts import Demo, ICLPrompt, Template, tokenize_label
@@ -25,6 +27,7 @@ class PromptSet:
         unrelated: texts for the control run on unrelated data; empty for the usual ones.
         rows: by ``demos``, ``queries``, ``held_out``: the rows' numbers in their splits.
         notes: what differs from what was asked for.
+        shown_as: which word stands for each label word; empty for the task's own.
     """
 
     prompts: tuple[ICLPrompt, ...]
@@ -32,6 +35,13 @@ class PromptSet:
     unrelated: tuple[str, ...]
     rows: Mapping[str, tuple[int, ...]]
     notes: tuple[str, ...]
+    shown_as: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def natural_prompts(self) -> tuple[ICLPrompt, ...]:
+        """The prompts with the task's own label words."""
+        back = {shown: word for word, shown in self.shown_as.items()}
+        return tuple(relabelled(prompt, back) for prompt in self.prompts)
 
     @property
     def demos(self) -> tuple[Demo, ...]:
@@ -58,6 +68,7 @@ class PromptSet:
             "unrelated": list(self.unrelated),
             "rows": {name: list(numbers) for name, numbers in self.rows.items()},
             "notes": list(self.notes),
+            **({"shown_as": dict(self.shown_as)} if self.shown_as else {}),
         }
 
     @classmethod
@@ -82,6 +93,7 @@ class PromptSet:
             unrelated=tuple(body["unrelated"]),
             rows={name: tuple(numbers) for name, numbers in body["rows"].items()},
             notes=tuple(body["notes"]),
+            shown_as=body.get("shown_as", {}),
         )
 
 
@@ -90,9 +102,17 @@ def make_prompts(config: RunConfig, task: Task, rows: TaskRows, model: LensModel
 
     Raises:
         DataError: too few rows.
-        PromptError: label words that the tokenizer cannot tell apart or does not know.
+        PromptError: label words that the tokenizer cannot tell apart or does not know, or too few neutral ones.
+        OptionError: other than natural labels in a task of open answers.
         ContextWindowError: not even one demonstration fits.
     """
+    # Outputs of an open vocabulary are no classes that could be balanced, or flipped.
+    is_open = task.labels is None and task.make_rows is None
+    if is_open and config.labels != "natural":
+        raise OptionError(
+            f"task {task.name!r} has open answers, which cannot be {config.labels}: take a task with label words, or "
+            "labels = 'natural'."
+        )
     notes: list[str] = []
     queries = _queries(config, rows, notes)
     needed = config.shots + (1 if config.lr == "auto" else 0)
@@ -104,8 +124,6 @@ def make_prompts(config: RunConfig, task: Task, rows: TaskRows, model: LensModel
             f"{config.shots} demonstrations{held_out} are needed, but {rows.source} has only {len(rows.train)} rows to "
             f"learn task {task.name!r} from: lower the number of shots, or give more data."
         )
-    # Outputs of an open vocabulary are no classes that could be balanced.
-    is_open = task.labels is None and task.make_rows is None
     selection = "random" if config.selection == "balanced" and is_open else config.selection
     demos = select_demos(
         rows.train,
@@ -122,7 +140,7 @@ def make_prompts(config: RunConfig, task: Task, rows: TaskRows, model: LensModel
     judges = _held_out(config, rows, demos, task, model, room, seed)
     candidates = [_candidates(row, words, config, task, seed) for row in queries]
     pairs = [Demo(row.input, row.label) for row in demos]
-    return PromptSet(
+    natural = PromptSet(
         prompts=tuple(
             ICLPrompt(pairs, row.input, task.template, task.instruction, label=row.label, candidates=own)
             for row, own in zip(queries, candidates, strict=True)
@@ -135,6 +153,15 @@ def make_prompts(config: RunConfig, task: Task, rows: TaskRows, model: LensModel
             "held_out": tuple(row.index for row in judges),
         },
         notes=tuple(notes),
+    )
+    if config.labels == "natural":
+        return natural
+    shown_as = label_map(model, natural.prompts, config.labels, words=words, seed=seed)
+    return dataclasses.replace(
+        natural,
+        prompts=tuple(relabelled(prompt, shown_as) for prompt in natural.prompts),
+        held_out=tuple(Demo(demo.input, shown_as[demo.label]) for demo in natural.held_out),
+        shown_as=shown_as,
     )
 
 

@@ -18,7 +18,15 @@ from metaopt_lens.experiments._run_log import RunLog
 from metaopt_lens.experiments._run_result import ExperimentResult
 from metaopt_lens.experiments._run_store import RUN_FILE, RunStore
 from metaopt_lens.experiments._run_tables import save_tables
-from metaopt_lens.experiments._stages import Save, comparison, example, explain, learning_rate, save_prompts
+from metaopt_lens.experiments._stages import (
+    Save,
+    comparison,
+    example,
+    explain,
+    label_following,
+    learning_rate,
+    save_prompts,
+)
 from metaopt_lens.tasks import Task
 
 
@@ -89,7 +97,7 @@ def _make(
         for piece in plan.in_turn(todo, store, lambda done: shown.advance(done.share, done.name)):
             started = time.monotonic()
             try:
-                save = _compute(piece, inputs, result)
+                save = _compute(piece, inputs, result, log)
             except MetaoptLensError as error:
                 raise explain(error, f"piece {piece.name} of {store.folder}") from error
             store.write(piece.name, save)
@@ -97,7 +105,7 @@ def _make(
     log.end()
 
 
-def _compute(piece: Piece, inputs: RunInputs, result: ExperimentResult) -> Save:
+def _compute(piece: Piece, inputs: RunInputs, result: ExperimentResult, log: RunLog) -> Save:
     config, seed, stage = inputs.config, piece.seed, piece.stage
     if seed is None:
         return save_tables(result)
@@ -106,6 +114,8 @@ def _compute(piece: Piece, inputs: RunInputs, result: ExperimentResult) -> Save:
     prompts = result.prompts(seed)
     if stage == "example":
         return example(config, inputs.model, prompts)
+    if stage == "labels":
+        return label_following(config, inputs.model, prompts, seed)
     if stage == "attribution":
         return attribution(config, inputs.model, prompts)
     rule = next(rule for rule in config.rules if stage in (rule, f"lr-{rule}"))
@@ -113,4 +123,4 @@ def _compute(piece: Piece, inputs: RunInputs, result: ExperimentResult) -> Save:
         return learning_rate(config, inputs.model, prompts, rule)
     choice = result.learning_rate(rule, seed)
     lr = float(config.lr) if choice is None else choice.lr
-    return comparison(config, inputs.model, prompts, rule, lr, seed)
+    return comparison(config, inputs.model, prompts, rule, lr, seed, spent=log.spend)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from metaopt_lens._configuration import Count, Different, Flag, NonNegative, Number, Whole, read, read_file, settings
+from metaopt_lens.analysis import LabelWords
 from metaopt_lens.runs import Scoring
 from metaopt_lens.tasks import Selection
 
@@ -47,6 +48,8 @@ class RunConfig:
         queries: how many rows to ask; None for all. The same for every seed (but for tasks made by seed).
         lr: learning rate, or ``"auto"``: chosen for every seed and rule on `held_out` rows that are not demonstrations.
         variant: ``"published"`` templates, or ``"one-line"`` ones as in the released code.
+        labels: of the demonstrations: ``"natural"``, ``"flipped"`` (every word stands for another one) or ``"neutral"``
+            (words that say nothing); with the last two, who follows them is also measured (see `follow_labels`).
         selection, permutation: of demonstrations, see `select_demos`.
         rules: ``"gd"`` (ordinary finetuning) and ``"lcgd"`` (layer-causal).
         epochs: passes over the demonstrations.
@@ -81,6 +84,7 @@ class RunConfig:
     queries: _AtLeast2 | None = None
     lr: LearningRate = "auto"
     variant: Literal["published", "one-line"] = "published"
+    labels: LabelWords = "natural"
     selection: Selection = "balanced"
     permutation: Whole = 0
     rules: Annotated[tuple[Rule, ...], Different, Field(description="'gd', 'lcgd' or both")] = RULES

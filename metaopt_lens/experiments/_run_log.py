@@ -8,6 +8,7 @@ import platform
 import secrets
 import socket
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class RunLog:
     def __init__(self, store: RunStore, config: RunConfig, device: torch.device) -> None:
         now = datetime.datetime.now(datetime.UTC)
         self._store = store
+        self._controls: dict[str, float] = {}
         self._name = f"{now:%Y%m%dT%H%M%S}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}.json"
         self._body: dict[str, Any] = {
             "command": sys.argv,
@@ -45,9 +47,15 @@ class RunLog:
         }
         self._write()
 
+    def spend(self, seconds: Mapping[str, float]) -> None:
+        """What the controls of the piece that is being made took."""
+        self._controls = {name: round(took, 3) for name, took in seconds.items()}
+
     def add(self, piece: str, seconds: float) -> None:
         """A piece that was made, and what it took."""
-        self._body["pieces"][piece] = {"seconds": round(seconds, 3)}
+        controls = {"controls": self._controls} if self._controls else {}
+        self._body["pieces"][piece] = {"seconds": round(seconds, 3), **controls}
+        self._controls = {}
         self._write()
 
     def end(self) -> None:

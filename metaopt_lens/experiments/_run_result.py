@@ -9,14 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metaopt_lens._errors import FileFormatError, OptionError
-from metaopt_lens.analysis import Comparison
+from metaopt_lens.analysis import Comparison, LabelFollowing, join_following
 from metaopt_lens.decomposition import Decomposition
 from metaopt_lens.experiments._attribution_stage import attribution_notes, load_attribution
 from metaopt_lens.experiments._join import join_comparisons
 from metaopt_lens.experiments._prompt_set import PromptSet
 from metaopt_lens.experiments._run_config import Rule, RunConfig
 from metaopt_lens.experiments._run_store import RUN_FILE, RunStore
-from metaopt_lens.experiments._stages import load_comparison, load_example, load_learning_rate, read_json
+from metaopt_lens.experiments._stages import (
+    load_comparison,
+    load_example,
+    load_following,
+    load_learning_rate,
+    read_json,
+)
 from metaopt_lens.finetuning import LearningRateChoice, WeightUpdate
 from metaopt_lens.interventions import HeadEffects
 from metaopt_lens.tasks import Task
@@ -87,6 +93,12 @@ class ExperimentResult:
             seed: of the demonstration set.
         """
         return load_learning_rate(self._piece(seed, f"lr-{rule}")) if self.config.lr == "auto" else None
+
+    def label_following(self) -> LabelFollowing | None:
+        """Who follows the demonstrations' label words, over all seeds; None for natural labels."""
+        if self.config.labels == "natural":
+            return None
+        return join_following([load_following(self._piece(seed, "labels")) for seed in self.config.seeds])
 
     def finetuning(self, rule: Rule, seed: int) -> dict[str, Any]:
         """``lr``, ``losses`` (before every step) and ``notes``.

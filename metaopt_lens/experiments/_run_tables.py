@@ -39,6 +39,9 @@ def make_tables(result: ExperimentResult) -> dict[str, pd.DataFrame]:
         "predictions": _stack({rule: _predictions(result, rule, config.seeds) for rule in config.rules}),
     }
     tables |= _training(result)
+    following = result.label_following()
+    if following is not None:
+        tables["label_following"] = following.to_frame()
     if config.attribution:
         effects = {seed: e for seed in config.seeds if (e := result.attribution(seed)) is not None}
         tables |= attribution_tables(effects)

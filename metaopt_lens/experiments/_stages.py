@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from metaopt_lens.analysis import (
     Controls,
     Convention,
     Finetuning,
+    LabelFollowing,
     Measures,
     compare,
+    follow_labels,
 )
 from metaopt_lens.decomposition import Decomposition, decompose
 from metaopt_lens.experiments._prompt_set import PromptSet
@@ -26,6 +28,7 @@ from metaopt_lens.finetuning import LearningRateChoice, choose_learning_rate
 from metaopt_lens.models import LensModel
 from metaopt_lens.runs import tokenize_for
 
+Spent = Callable[[Mapping[str, float]], object]
 Save = Callable[[Path], object]  # fills the folder of a piece
 
 
@@ -74,8 +77,10 @@ def load_learning_rate(folder: Path) -> LearningRateChoice:
     return LearningRateChoice(**body)
 
 
-def comparison(config: RunConfig, model: LensModel, prompts: PromptSet, rule: Rule, lr: float, seed: int) -> Save:
-    """The piece ``RULE``: finetuning, and its comparison with the in-context runs."""
+def comparison(
+    config: RunConfig, model: LensModel, prompts: PromptSet, rule: Rule, lr: float, seed: int, *, spent: Spent
+) -> Save:
+    """The piece ``RULE``: finetuning, and its comparison with the in-context runs; `spent` gets their costs."""
     found = compare(
         model,
         prompts.prompts,
@@ -92,6 +97,7 @@ def comparison(config: RunConfig, model: LensModel, prompts: PromptSet, rule: Ru
         seed=seed,
         progress=False,
     )
+    spent(found.seconds)
     (update,) = found.updates
     found = dataclasses.replace(found, provenance=versions())
 
@@ -115,6 +121,29 @@ def _controls(config: RunConfig, prompts: PromptSet) -> Controls:
     asked = dataclasses.replace(Controls.of(config.controls), n_null_draws=config.n_null_draws, **changes)
     own = asked.unrelated_text and bool(prompts.unrelated)
     return dataclasses.replace(asked, texts={UNRELATED_TEXT: prompts.unrelated}) if own else asked
+
+
+def label_following(config: RunConfig, model: LensModel, prompts: PromptSet, seed: int) -> Save:
+    """The piece ``labels``: who follows the demonstrations' words, next to natural ones; without unseen labels."""
+    shown = {demo.label for demo in prompts.natural_prompts[0].demos}
+    found = follow_labels(
+        model,
+        [prompt for prompt in prompts.natural_prompts if prompt.label in shown],
+        labels=("natural", config.labels),
+        shown_as=prompts.shown_as,
+        epochs=config.epochs,
+        scoring=config.scoring,
+        prepend_bos=config.prepend_bos,
+        allow_processed=config.allow_processed,
+        batch_size=config.batch_size,
+        seed=seed,
+    )
+    return lambda folder: found.save(folder / "following")
+
+
+def load_following(folder: Path) -> LabelFollowing:
+    """Read a piece ``labels``."""
+    return LabelFollowing.load(folder / "following")
 
 
 def versions() -> dict[str, Any]:

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 
 from metaopt_lens._errors import OptionError
 from metaopt_lens._storage import atomic_path, write_text
-from metaopt_lens.analysis import Comparison, findings, headline
+from metaopt_lens.analysis import Comparison, findings, headline, null_of
 from metaopt_lens.experiments import ExperimentResult, published_numbers
 from metaopt_lens.viz._chosen_heads import N_STRONGEST
 from metaopt_lens.viz._comparison_figures import comparison_map
@@ -121,6 +121,7 @@ def _run(run: ExperimentResult, *, prefix: str) -> dict[str, Any]:
         "comparisons": [_comparison(run, rule) for rule in config.rules],
         "attribution": _attribution(run) if "attributions" in run.table_names else None,
         "example": _example(run),
+        "following": _following(run),
         "model": f"{Path(config.model).name} ({run.model.get('architecture', '')}, {config.dtype})",
         "task": run.task.name,
         "learning_rate": lr,
@@ -139,8 +140,30 @@ def _comparison(run: ExperimentResult, rule: Literal["gd", "lcgd"]) -> dict[str,
         "rule": _RULES[rule],
         "headline": headline(answers),
         "findings": answers,
+        "controls": _controls(run, rule, found),
         "published": _published(run, rule, found),
     }
+
+
+def _controls(run: ExperimentResult, rule: str, comparison: Comparison) -> pd.DataFrame:
+    """The controls that were run: what it would mean if one were high or low, where it is from, and what it took."""
+    took: dict[str, float] = {}
+    for log in run.provenance:
+        for piece, about in log["pieces"].items():
+            if piece.endswith(f"/{rule}"):
+                for name, seconds in about.get("controls", {}).items():
+                    took[name] = took.get(name, 0.0) + seconds
+    rows = [
+        {
+            "control": name,
+            "as high as the similarity": null_of(name).high,
+            "low": null_of(name).low,
+            "after": null_of(name).source or "–",
+            "seconds": f"{took[name]:.1f}" if name in took else "as uphill" if "uphill" in name else "no further runs",
+        }
+        for name in dict.fromkeys(null for statistic in comparison.statistics for null in statistic.nulls)
+    ]
+    return pd.DataFrame(rows)
 
 
 def _published(run: ExperimentResult, rule: str, comparison: Comparison) -> pd.DataFrame | None:
@@ -165,6 +188,11 @@ def _attribution(run: ExperimentResult) -> dict[str, Any]:
         "seeds": seeds.assign(**counts, metric=seeds["metric"].map(words)).rename(columns=_SEED_TITLES),
         "ranked": ranked.assign(metric=ranked["metric"].map(words)).rename(columns=_HEAD_TITLES),
     }
+
+
+def _following(run: ExperimentResult) -> dict[str, Any] | None:
+    found = run.label_following()
+    return None if found is None else {"plot": found.plot(), "table": found.to_frame(), "notes": found.notes}
 
 
 def _effect_map(effects: pd.DataFrame) -> go.Figure:

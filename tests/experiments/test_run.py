@@ -517,7 +517,7 @@ def test_configurations_of_0_1_are_read() -> None:
         "allow_processed": false, "data": null, "device": null, "n_devices": null, "device_map": null, "threads": null}
         """
     config = RunConfig.from_dict(json.loads(stored))
-    assert config.to_dict() == json.loads(stored) | {"controls": "sceptic", "n_label_draws": None}
+    assert config.to_dict() == json.loads(stored) | {"controls": "sceptic", "n_label_draws": None, "labels": "natural"}
     assert isinstance(config.lr, int)
     assert RunConfig.from_dict(config.to_dict()).fingerprint == config.fingerprint
 
