@@ -9,6 +9,8 @@ round's ratio, and seconds are the fastest round's:
 
 - decompose: 32 demonstrations (read: softmax, linear, effects, predictions), against its own passes: S and D, the query
   in context and position-matched together, the query alone.
+- says: `decompose` of one prompt with the lens of one head and the contributions to one answer, against `decompose`
+  alone.
 - memory: the highest resident size of `decompose` above that of the loaded model, in a fresh process.
 - compare: 48 queries behind 16 demonstrations with one draw of shuffled labels, against the passes it needs: in context
   and position-matched, zero-shot, finetuned, finetuned position-matched, and in context behind the shuffled
@@ -38,9 +40,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PARTS = ("decompose", "memory", "compare", "heads", "growth")
+PARTS = ("decompose", "says", "memory", "compare", "heads", "growth")
 WARM_MEMORY = 4  # demonstrations of the warm-up before memory is measured
-MAX = {"decompose": 1.15, "memory": 512.0, "compare": 1.5, "heads": {"smollm2": 0.4, "gemma3-270m": 0.25}}
+MAX = {"decompose": 1.15, "says": 1.10, "memory": 512.0, "compare": 1.5, "heads": {"smollm2": 0.4, "gemma3-270m": 0.25}}
 LABELS = ("positive", "negative")
 Way = Callable[[], Any]
 
@@ -147,6 +149,18 @@ def bench_decompose(model: Any, sizes: Sizes) -> dict[str, Any]:
 
     n_tokens = passes.tokens[0].n_tokens
     return compared(f"decompose, {sizes.shots} shots, {n_tokens} tokens", ours, yardstick, sizes.rounds)
+
+
+def bench_says(model: Any, sizes: Sizes) -> dict[str, Any]:
+    from metaopt_lens import decompose
+
+    (text,) = prompts(sizes.shots, 1)
+
+    def ours() -> Any:
+        result = decompose(model, text)
+        return result.logits(), result.lens((model.info.n_layers - 1, 0))
+
+    return compared("decompose with contributions and lens", ours, lambda: decompose(model, text), sizes.rounds)
 
 
 def bench_memory(model: Any, sizes: Sizes) -> dict[str, Any]:
@@ -371,6 +385,7 @@ def main() -> int:
         return 0
     kinds: dict[str, Callable[[], Any]] = {
         "decompose": lambda: bench_decompose(model, sizes),
+        "says": lambda: bench_says(model, sizes),
         "memory": lambda: fresh_memory(options),
         "compare": lambda: bench_compare(model, sizes),
         "heads": lambda: bench_heads(model, sizes),

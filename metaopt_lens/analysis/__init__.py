@@ -19,6 +19,8 @@ from metaopt_lens.analysis._convention import Convention as Convention
 from metaopt_lens.analysis._following import LabelFollowing as LabelFollowing
 from metaopt_lens.analysis._following import follow_labels as follow_labels
 from metaopt_lens.analysis._following import join_following as join_following
+from metaopt_lens.analysis._function_vector_heads import FunctionVectorHeads as FunctionVectorHeads
+from metaopt_lens.analysis._function_vector_heads import function_vector_heads as function_vector_heads
 from metaopt_lens.analysis._further import Further as Further
 from metaopt_lens.analysis._further import join_further as join_further
 from metaopt_lens.analysis._head_profile import HeadProfile as HeadProfile
@@ -125,6 +127,7 @@ __all__ = [
     "Factors",
     "Finding",
     "Finetuning",
+    "FunctionVectorHeads",
     "Further",
     "HeadProfile",
     "Interval",
@@ -153,6 +156,7 @@ __all__ = [
     "flip_labels",
     "follow_labels",
     "frobenius_cosine",
+    "function_vector_heads",
     "head_profile",
     "headline",
     "kendall_tau",

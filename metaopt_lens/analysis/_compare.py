@@ -14,6 +14,7 @@ from metaopt_lens.analysis._compare_options import Controls, Finetuning, Measure
 from metaopt_lens.analysis._comparison import Comparison
 from metaopt_lens.analysis._controls import finetune_arguments
 from metaopt_lens.analysis._demo_sets import Updates, check_names, choose_top_k, group_sets, with_updates
+from metaopt_lens.analysis._further import run_further
 from metaopt_lens.analysis._joining import join_sets
 from metaopt_lens.analysis._label_answers import Choices, Words, label_words
 from metaopt_lens.analysis._measuring import Context, timed
@@ -136,10 +137,21 @@ def compare(
         chosen = choices[number]
         found.append(measure_with_controls(dataclasses.replace(group, controls=of_set), run, chosen, context, seeds))
     joined = join_sets(wrapped.info, prompts, sets, words, found, _settings(seed, words, measures, asked, own.updates))
+    further = None
+    if asked.further:
+        options: dict[str, Any] = {
+            "prepend_bos": prepend_bos,
+            "allow_processed": allow_processed,
+            "batch_size": batch_size,
+        }
+        with timed(seconds, "further questions"):
+            further, more = run_further(wrapped, prompts, sets, own.updates, seed=seed, **options)
+        notes = [*notes, *more]
     return dataclasses.replace(
         joined,
         updates=own.updates,
         learning_rate=own.choice,
+        further=further,
         notes=tuple(dict.fromkeys([*notes, *joined.notes])),
         seconds=seconds,
     )

@@ -21,7 +21,7 @@ class Controls:
     draw of shuffled labels, flipped labels, and finetuning on unrelated text and uphill: about one more in-context pass
     and four more finetunings a set. One draw is enough, as each set has one of its own and sets are what is averaged
     over. ``"sceptic"`` takes four draws and two copies of the model with permuted weights, which triples the time and
-    the memory.
+    the memory, and asks the further questions.
 
     Attributes:
         shuffled_labels: draws of shuffled labels per set, averaged (see `shuffle_labels`); 0 for none.
@@ -29,6 +29,8 @@ class Controls:
         unrelated_text: also finetune on sentences that have nothing to do with the task (see `unrelated_update`).
         uphill: also finetune in the same way up the gradient (see `uphill_update`).
         random_weights: also run everything on copies of the model with permuted weights, finetuned in the same way.
+        further: also ask what would be possible, which optimiser it looks like, and what order and company of the
+            demonstrations do (see `Further`; docs/theory.md, section 12).
         texts: further texts to finetune on, by the name of the control; one list for all sets, or one for each. The
             name ``"unrelated text"`` replaces our own sentences.
         updates: further updates by name, one per set, whose similarity to the in-context update is a null.
@@ -40,6 +42,7 @@ class Controls:
     unrelated_text: bool = True
     uphill: bool = True
     random_weights: bool = False
+    further: bool = False
     texts: Mapping[str, Sequence[str] | Sequence[Sequence[str]]] = field(default_factory=dict)
     updates: Mapping[str, Updates] = field(default_factory=dict)
     n_null_draws: int = 20
@@ -69,7 +72,7 @@ class Controls:
 _PRESETS: dict[str, Controls] = {
     "quick": Controls(shuffled_labels=0, flipped_labels=False, unrelated_text=False, uphill=False),
     "standard": Controls(),
-    "sceptic": Controls(shuffled_labels=4, random_weights=True),
+    "sceptic": Controls(shuffled_labels=4, random_weights=True, further=True),
 }
 
 

@@ -22,7 +22,7 @@ from metaopt_lens.analysis._ladder import OptimiserLadder, optimiser_ladder
 from metaopt_lens.analysis._order import OrderSpread, order_spread
 from metaopt_lens.finetuning import WeightUpdate
 from metaopt_lens.models import LensModel
-from metaopt_lens.prompts import ICLPrompt
+from metaopt_lens.prompts import Demo, ICLPrompt
 from metaopt_lens.runs import tokenize_for
 
 _Found = TypeVar("_Found", Ceiling, OptimiserLadder, OrderSpread, DemonstrationAlgebra)
@@ -49,7 +49,8 @@ class Further:
         ceiling: of changes of values and of W_O, next to the compared finetuning.
         ladder: of optimisers.
         order: of the demonstrations.
-        algebra: of demonstrations alone and in company, with word pairs of opposite meaning as the other task.
+        algebra: of demonstrations alone and in company. The other task is word pairs of opposite meaning; where the
+            tokenizer does not know them, the demonstrations' inputs, each labelled with the next one's.
     """
 
     ceiling: Ceiling | None
@@ -117,17 +118,17 @@ def run_further(
             lambda: demonstration_algebra(model, prompts, other=other, n_folds=folds, **options),
         ),
     )
-    if found.algebra is not None and other is None:
-        notes.append("another task's demonstrations are left out (the tokenizer does not know our words)")
     return found, notes
 
 
-def _other_task(model: LensModel, prompt: ICLPrompt) -> tuple[tuple[str, str], ...] | None:
-    """Our own word pairs, where the tokenizer knows them."""
+def _other_task(model: LensModel, prompt: ICLPrompt) -> tuple[Demo | tuple[str, str], ...]:
+    """Our own word pairs; where the tokenizer does not know them, the demonstrations' inputs, each labelled with the
+    next one's."""
     try:
         tokenize_for(model, prompt.with_demos(OPPOSITES), check_window=False)
     except MetaoptLensError:
-        return None
+        inputs = [demo.input for demo in prompt.demos]
+        return tuple(zip(inputs, [*inputs[1:], inputs[0]], strict=True))
     return OPPOSITES
 
 

@@ -3,41 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from metaopt_lens._codec import Stored
 from metaopt_lens._errors import OptionError
 from metaopt_lens._plots import draw
+from metaopt_lens._storage import provenance
 from metaopt_lens._types import HeadRef
+from metaopt_lens.analysis._compare import compare
 from metaopt_lens.analysis._comparison import Comparison
+from metaopt_lens.analysis._demo_sets import Updates
 from metaopt_lens.analysis._head_scores import attention_scores_of_heads, function_vector_scores, task_scores
 from metaopt_lens.analysis._interval import Interval, mean_interval, set_means
 from metaopt_lens.decomposition import Decomposition, DecompositionSet, decompose
-from metaopt_lens.interventions import head_effects
+from metaopt_lens.interventions import head_effects, split_queries
 from metaopt_lens.models import LensModel, ModelInfo, wrap
-from metaopt_lens.prompts import PromptLike, as_prompts
+from metaopt_lens.prompts import ICLPrompt, PromptLike, as_prompts
+from metaopt_lens.runs import prompt_groups, tokenize_for
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class HeadProfile:
+class HeadProfile(Stored):
     """Scores of every head, per query: which theories of in-context learning name the same heads?
 
     Attributes:
         model: names and sizes.
         scores: by name, one value per query and head; those of the model alone are the same for all queries.
         sets: the demonstration set of each query.
+        provenance: versions and time.
     """
+
+    kind: ClassVar[str] = "head profile"
 
     model: ModelInfo
     scores: dict[str, Float[Tensor, "query layer head"]]
     sets: Int[Tensor, " query"]
+    provenance: dict[str, Any] = field(default_factory=provenance)
 
     def mean(self, score: str) -> Float[Tensor, "layer head"]:
         """Mean of a score over the demonstration sets.
@@ -122,6 +131,7 @@ def head_profile(
     prompts: Sequence[PromptLike],
     *,
     comparison: Comparison | None = None,
+    update: Updates | None = None,
     exact: bool = True,
     prepend_bos: bool | None = None,
     seed: int = 0,
@@ -131,24 +141,31 @@ def head_profile(
     Columns: ``mass`` and ``meta_gradient_share`` of the split; ``zero_shot_logit`` and ``meta_gradient_logit``, direct
     contributions to the label's logit against the other candidates'; ``knock_out`` (or ``first_order``), the effect of
     the head's meta-gradient on that difference; ``function_vector``, ``induction``, ``previous_token``,
-    ``task_recognition`` and ``task_learning``; with a comparison ``cosine`` and ``excess`` of in-context and finetuning
-    update.
+    ``task_recognition`` and ``task_learning``; with a comparison or an update ``cosine`` of in-context and finetuning
+    update and its ``excess`` over another query's. Function vectors are made from one half of the prompts and scored on
+    the other, from the prompt itself only where there is a single one.
 
     Args:
         model: `HookedTransformer`, `TransformerBridge` or a wrapped model. It is not modified.
         prompts: queries with their labels, behind one or several sets of demonstrations.
         comparison: of the same prompts with finetuning updates (see `compare`).
+        update: what finetuning did, to be compared here with the quick controls: one per demonstration set.
         exact: knock every head out; False for the first-order estimates alone.
         prepend_bos: put BOS first; None for the model's default.
         seed: of shuffled labels and of the random tokens for induction.
 
     Raises:
-        OptionError: a comparison of another number of queries.
+        OptionError: a comparison of other queries, or a comparison and an update.
+        ModelMismatchError: a comparison or an update of another model.
         PromptError: no prompts, a prompt without a label or rival candidates, or demonstrations of one label only.
     """
     wrapped, parsed = wrap(model), as_prompts(list(prompts))
-    if comparison is not None and len(comparison.sets) != len(parsed):
-        raise OptionError(f"the comparison is of {len(comparison.sets)} queries, the profile of {len(parsed)}.")
+    if comparison is not None and update is not None:
+        raise OptionError("either a comparison or an update can be given: the comparison has its own updates.")
+    if comparison is not None:
+        _check_same_queries(wrapped, parsed, comparison, prepend_bos)
+    if update is not None:
+        comparison = compare(wrapped, parsed, update, controls="quick", prepend_bos=prepend_bos, progress=False)
     split = decompose(wrapped, parsed, zero_shot_runs="none", prepend_bos=prepend_bos)
     said = split.logits()
     last = [item.at_last_position() for item in split]
@@ -169,7 +186,7 @@ def head_profile(
     if comparison is not None:
         found = comparison["z total"]
         scores["cosine"] = found.values
-        scores["excess"] = found.values - found.nulls[found.main_null]
+        scores["excess"] = found.excess
     tidy = {name: values.detach().double().cpu() for name, values in scores.items()}
     return HeadProfile(wrapped.info, tidy, said.sets)
 
@@ -194,13 +211,37 @@ def _effects(
     return torch.stack([rows[index] for index in range(len(split))])
 
 
+def _check_same_queries(
+    model: LensModel, prompts: Sequence[ICLPrompt], comparison: Comparison, prepend_bos: bool | None
+) -> None:
+    if len(comparison.sets) != len(prompts):
+        raise OptionError(f"the comparison is of {len(comparison.sets)} queries, the profile of {len(prompts)}.")
+    model.check_same(comparison.model, "this comparison")
+    own = torch.empty(len(prompts), dtype=torch.int64)
+    for number, group in enumerate(prompt_groups([tokenize_for(model, p, prepend_bos=prepend_bos) for p in prompts])):
+        own[group] = number
+    if not torch.equal(own, comparison.sets.cpu().long()):
+        raise OptionError(
+            "the queries of the comparison stand behind other demonstration sets than those of the profile: give both "
+            "the same prompts."
+        )
+
+
 def _function_vector(
     model: LensModel, split: DecompositionSet, prepend_bos: bool | None, seed: int
 ) -> Float[Tensor, "query layer head"]:
-    """Mean outputs over all prompts of the task, put into each with shuffled labels."""
-    mean_z = torch.stack([item.at_last_position().z.detach() for item in split]).mean(0)
+    """Mean outputs over one half of the prompts, put into each of the other with shuffled labels."""
+    z = torch.stack([item.at_last_position().z.detach() for item in split])
     prompts = [item.prompt for item in split]
-    return function_vector_scores(model, prompts, mean_z, prepend_bos=prepend_bos, seed=seed)
+    one, other = split_queries(len(prompts), seed)
+    pairs = ((one, other), (other, one)) if other else ((one, one),)
+    rows: dict[int, Tensor] = {}
+    for made_from, scored in pairs:
+        for index in scored:
+            rows[index] = function_vector_scores(
+                model, [prompts[index]], z[made_from].mean(0), prepend_bos=prepend_bos, seed=seed + index
+            )[0]
+    return torch.stack([rows[index] for index in range(len(prompts))])
 
 
 def spearman_rho(first: Float[Tensor, " item"], second: Float[Tensor, " item"]) -> Float[Tensor, ""]:

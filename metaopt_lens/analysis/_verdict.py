@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metaopt_lens._errors import UndefinedMetricError
+from metaopt_lens.analysis._further_questions import further_questions
 from metaopt_lens.analysis._interval import MIN_SETS_TO_DECIDE, scope
 from metaopt_lens.analysis._measured import Measured
 from metaopt_lens.analysis._null_names import ANALYTIC, FLIPPED_LABELS, SHUFFLED_LABELS, null_of
@@ -33,7 +34,7 @@ class Finding:
 
     Attributes:
         key: ``in_context_learning``, ``finetuning``, ``prior`` (with flipped labels), ``direction``, ``control:NAME``
-            for each null, ``sim_aou``.
+            for each null, ``sim_aou``; with further results ``ceiling``, ``ladder``, ``order``, ``algebra``.
         question: in words.
         answer: ``yes`` if the 95 % interval lies above 0, ``no`` if below, ``unclear`` if it holds 0; ``undecided``
             where the data cannot say: see `because`.
@@ -119,6 +120,8 @@ def findings(comparison: Comparison, statistic: str = "z total") -> tuple[Findin
     excess = (aou.values - aou.nulls[ANALYTIC]).nanmean((1, 2))
     question = "Is the published SimAOU above what its normalisation alone gives?"
     questions.append((PUBLISHED, question, "its excess", excess))
+    if comparison.further is not None:
+        questions += further_questions(comparison.further)
     rest = (_finding(comparison, *row, because=why) for row in questions)
     return (*learning, *_against_the_prior(comparison), *rest)
 

@@ -33,6 +33,7 @@ def compile_(
         bool,
         typer.Option("--finetuning", help="Compare the patch for all queries with finetuning of the same matrices."),
     ] = False,
+    prepend_bos: options.PrependBos = None,
     dtype: options.WeightsType = options.DType.float32,
     device: options.Device = None,
     form: options.Form = options.Format.table,
@@ -51,7 +52,9 @@ def compile_(
     from metaopt_lens.viz import compiled_data, write_compiled_outputs
 
     loaded = options.load(model, dtype, device, no_cache=no_cache)
-    found = compile_prompts(loaded, prompts, precision=precision, ridge=ridge, finetuning=finetuning)
+    found = compile_prompts(
+        loaded, prompts, precision=precision, ridge=ridge, finetuning=finetuning, prepend_bos=prepend_bos
+    )
     if form is options.Format.json:
         show_json(compiled_data(found))
     else:

@@ -75,6 +75,10 @@ Device = Annotated[str | None, typer.Option("--device", help="Where to run, such
 NoCache = Annotated[
     bool, typer.Option("--no-cache", help="Convert a GGUF file each time, and keep nothing in the cache.")
 ]
+PrependBos = Annotated[
+    bool | None,
+    typer.Option("--prepend-bos/--no-prepend-bos", help="Put BOS first; by default as the model does."),
+]
 Form = Annotated[Format, typer.Option("--format", help="What goes to the terminal.")]
 Rate = Annotated[str, LR]
 MaybeRate = Annotated[str | None, LR]

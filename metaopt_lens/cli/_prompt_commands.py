@@ -69,10 +69,7 @@ def decompose(
         Path | None,
         typer.Option("--out", help="Also write heads.csv, heads.json and report.html here.", metavar="DIR"),
     ] = None,
-    prepend_bos: Annotated[
-        bool | None,
-        typer.Option("--prepend-bos/--no-prepend-bos", help="Put BOS first; by default as the model does."),
-    ] = None,
+    prepend_bos: options.PrependBos = None,
     answer: Annotated[
         str | None,
         typer.Option(help="Decompose this word's logit; by default the prompt's label.", metavar="WORD"),

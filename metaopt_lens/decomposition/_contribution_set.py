@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, ClassVar, overload
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from metaopt_lens._codec import Stored
 from metaopt_lens._types import HeadRef
 from metaopt_lens.decomposition._logit_contributions import LogitContributions, part_of_contributions
 from metaopt_lens.runs import rank_heads
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LogitContributionSet(Sequence[LogitContributions]):
+class LogitContributionSet(Stored, Sequence[LogitContributions]):
     """Contributions to the answer's first token, query by query (see `LogitContributions`).
 
     `metaopt_lens.analysis.contribution_intervals` gives means with intervals over the demonstration sets.
@@ -28,6 +29,8 @@ class LogitContributionSet(Sequence[LogitContributions]):
         items: of every query.
         sets: the demonstration set that each query was asked behind.
     """
+
+    kind: ClassVar[str] = "logit contributions of several queries"
 
     items: tuple[LogitContributions, ...]
     sets: Int[Tensor, " query"]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
+from metaopt_lens._codec import Stored
 from metaopt_lens._errors import OptionError
+from metaopt_lens._storage import provenance
 from metaopt_lens._types import HeadRef
 from metaopt_lens.runs import rank_heads
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LogitContributions:
+class LogitContributions(Stored):
     """Direct contributions to the answer's logit, which sum to it (docs/theory.md, section 8).
 
     The scale of the final norm, and of norms after attention, is held where this run has it, so the logit is a sum. A
@@ -42,7 +44,10 @@ class LogitContributions:
         per_token: over all source tokens; sums to the meta-gradient's over D, to the zero-shot part's elsewhere.
         scale: of the final norm in this run; 1 where there is none.
         softcap: ``c`` of a final ``c tanh(logit / c)``, which comes after the contributions; None without one.
+        provenance: versions and time.
     """
+
+    kind: ClassVar[str] = "logit contributions"
 
     answer: tuple[str, ...]
     versus: tuple[tuple[str, ...], ...]
@@ -59,6 +64,7 @@ class LogitContributions:
     per_token: Float[Tensor, "*step layer head src"]
     scale: Float[Tensor, "*step"]
     softcap: float | None
+    provenance: dict[str, Any] = field(default_factory=provenance)
 
     @property
     def head_total(self) -> Float[Tensor, "*step layer head"]:

@@ -27,6 +27,7 @@ from metaopt_lens.interventions._pipeline import Staged as Staged
 from metaopt_lens.interventions._pipeline import pipeline as pipeline
 from metaopt_lens.interventions._recovery import Recovery as Recovery
 from metaopt_lens.interventions._recovery import recovery as recovery
+from metaopt_lens.interventions._recovery import split_queries as split_queries
 from metaopt_lens.interventions._sight import Sight as Sight
 from metaopt_lens.interventions._sight import Sources as Sources
 

@@ -13,11 +13,11 @@ from metaopt_lens._plots import draws
 from metaopt_lens._types import HeadRef
 from metaopt_lens.decomposition import Answer, Decomposition
 from metaopt_lens.runs import LabelPrediction
-from metaopt_lens.viz._found_views import View, Views, make_views, sums, view_name, views_data
+from metaopt_lens.viz._found_views import View, Views, chunk_noun, make_views, sums, view_name, views_data
 from metaopt_lens.viz._render import render
 from metaopt_lens.viz._segments import segments, visible_token
 
-_MANY_DEMOS, _SHORT_DEMO = 6, 40  # from when on rows stand side by side, if they are short
+_MANY_DEMOS, _SHORT_DEMO = 6, 40  # demonstrations, and characters in one
 _TEXT = 0.6  # the most opaque colour behind text
 _BLUE, _ORANGE = "29, 95, 191", "194, 65, 12"
 
@@ -45,22 +45,23 @@ def found_context(
     views = make_views(item, own, () if own is not answer and versus is None else versus, measure=measure)
     view = views.views[views.default]
     said = view.said
-    longest = max(len("".join(item.tokenized.tokens[demo.slice])) for demo in item.tokenized.demos)
     bound = max(float(said.zero_shot.abs().max()), float(said.meta_gradient.abs().max()), 1e-9)
+    noun = chunk_noun(item)
     return {
+        "noun": noun,
         "answer": visible_token(said.answer[0]),
         "versus": [visible_token(token) for token in said.versus[0]],
         "logit": float(said.logit),
         "softcap": said.softcap,
-        "tops": _tops(prediction),
-        "sums": _sums(view),
+        "tops": _tops(prediction, noun),
+        "sums": _sums(view, noun),
         "views": [(index, view_name(one, views.tokens)) for index, one in enumerate(views.views)],
         "default": views.default,
         "segments": _rows(item, views),
-        "many": len(item.tokenized.demos) > _MANY_DEMOS and longest < _SHORT_DEMO,
+        "rows": _layout(item),
         "maps": [
             ("zero-shot part", "read from the query and what stands before", _grid(said.zero_shot, bound)),
-            ("meta-gradient part", "read from the demonstrations", _grid(said.meta_gradient, bound)),
+            ("meta-gradient part", f"read from the {noun}s", _grid(said.meta_gradient, bound)),
         ],
         "row_height": max(11, min(30, 430 // said.zero_shot.shape[0])),
         "heads": [_strong(ref, view) for ref in view.heads],
@@ -103,11 +104,11 @@ def _own_answer(item: Decomposition) -> int:
     return int(model.head.logits(stream.end[-1].detach()).argmax())
 
 
-def _tops(prediction: LabelPrediction | None) -> list[dict[str, Any]]:
+def _tops(prediction: LabelPrediction | None, noun: str) -> list[dict[str, Any]]:
     if prediction is None:
         return []
     settings = (
-        ("with the demonstrations", prediction.in_context_vocabulary),
+        (f"with the {noun}s", prediction.in_context_vocabulary),
         ("without them", prediction.zero_shot_vocabulary),
     )
     return [
@@ -116,8 +117,8 @@ def _tops(prediction: LabelPrediction | None) -> list[dict[str, Any]]:
     ]
 
 
-def _sums(view: View) -> list[dict[str, Any]]:
-    numbers = sums(view.said)
+def _sums(view: View, noun: str) -> list[dict[str, Any]]:
+    numbers = sums(view.said, noun)
     widest = max(max(map(abs, numbers.values())), 1e-9)
     return [
         {
@@ -146,6 +147,7 @@ def _rows(item: Decomposition, views: Views) -> list[dict[str, Any]]:
         number = None
         if kind == "demo":
             number, demo = demo, demo + 1
+            name = name if chunk_noun(item) == "demonstration" else f"chunk {demo}"
         rows.append(
             {
                 "name": name,
@@ -160,6 +162,14 @@ def _rows(item: Decomposition, views: Views) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _layout(item: Decomposition) -> str:
+    """Short rows are not drawn over the whole width: a few are narrow, many stand side by side."""
+    longest = max(len("".join(item.tokenized.tokens[demo.slice])) for demo in item.tokenized.demos)
+    if longest >= _SHORT_DEMO:
+        return ""
+    return "ml-many" if len(item.tokenized.demos) > _MANY_DEMOS else "ml-short"
 
 
 def _grid(values: Float[Tensor, "layer head"], bound: float) -> list[list[tuple[str, float, str]]]:

@@ -264,6 +264,7 @@ def views_data(views: Views, item: Decomposition) -> dict[str, Any]:
     """
     n_layers, n_heads = views.views[0].said.zero_shot.shape
     return {
+        "noun": chunk_noun(item),
         "n_heads": n_heads,
         "heads": [str(HeadRef(layer, head)) for layer in range(n_layers) for head in range(n_heads)],
         "demos": [[demo.start, demo.stop] for demo in item.tokenized.demos],
@@ -272,15 +273,25 @@ def views_data(views: Views, item: Decomposition) -> dict[str, Any]:
     }
 
 
-def sums(said: LogitContributions) -> dict[str, float]:
+def chunk_noun(item: Decomposition) -> str:
+    """What the page calls a demonstration: chunks of a context have no labels.
+
+    Args:
+        item: a decomposition.
+    """
+    return "demonstration" if any(demo.label for demo in item.prompt.demos) else "chunk"
+
+
+def sums(said: LogitContributions, noun: str) -> dict[str, float]:
     """What the model's parts add, by name.
 
     Args:
         said: at one step.
+        noun: what a demonstration is called.
     """
     values = {
         "heads reading the query": said.zero_shot.sum(),
-        "heads reading the demonstrations": said.meta_gradient.sum(),
+        f"heads reading the {noun}s": said.meta_gradient.sum(),
         **({} if said.momentum is None else {"momentum attention": said.momentum.sum()}),
         "MLPs": said.mlp.sum(),
         "embedding": said.embedding,
@@ -308,7 +319,7 @@ def _view_data(view: View) -> dict[str, Any]:
         "versus": [visible_token(token) for token in said.versus[0]],
         "top": [view.top[0], short(view.top[1])],
         "logit": short(said.logit),
-        "sums": [short(value) for value in sums(said).values()],
+        "sums": [short(value) for value in sums(said, "").values()],
         "zs": _shorts(said.zero_shot),
         "mg": _shorts(said.meta_gradient),
         "masses": [_shorts(row) for row in view.masses.flatten(0, 1)],

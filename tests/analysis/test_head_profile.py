@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
@@ -13,8 +14,10 @@ from scipy import stats
 from metaopt_lens import ICLPrompt, compare, decompose, finetune, load_tiny, wrap
 from metaopt_lens._errors import OptionError, PromptError
 from metaopt_lens.analysis import (
+    FunctionVectorHeads,
     HeadProfile,
     attention_scores_of_heads,
+    function_vector_heads,
     function_vector_scores,
     head_profile,
     induction_score,
@@ -22,6 +25,8 @@ from metaopt_lens.analysis import (
     shuffle_labels,
     spearman_rho,
 )
+from metaopt_lens.analysis._null_names import OTHER_QUERY
+from metaopt_lens.interventions import function_vector, split_queries
 from metaopt_lens.runs import tokenize_for
 
 NOUNS = [("apple", "dax"), ("hammer", "wug"), ("pear", "dax"), ("saw", "wug"), ("plum", "dax"), ("drill", "wug")]
@@ -173,8 +178,82 @@ def test_with_a_comparison_similarities_stand_in_the_table() -> None:
     assert profile.to_frame()["cosine"].tolist() == pytest.approx(
         found["z total"].values.double().nanmean(0).flatten().tolist(), abs=1e-6, nan_ok=True
     )
+    excess = (found["z total"].values - found["z total"].nulls[OTHER_QUERY]).double().nanmean(0)
+    assert profile.to_frame()["excess"].tolist() == pytest.approx(excess.flatten().tolist(), abs=1e-6, nan_ok=True)
     with pytest.raises(OptionError, match="the comparison is of 2 queries, the profile of 4"):
         head_profile(model, prompts(), comparison=found)
+    other = ICLPrompt(NOUNS[2:], "cherry", label="dax")
+    with pytest.raises(OptionError, match="queries of the comparison stand behind other demonstration sets"):
+        head_profile(model, [asked[0], other], comparison=found)
+
+
+def test_an_update_is_compared_for_the_table() -> None:
+    """Given an update instead of a comparison, both columns are those of `compare` with the quick controls."""
+    model, asked = load_tiny(), prompts()
+    updates = [finetune(model, asked[index], lr=0.02) for index in (0, 2)]
+    profile = head_profile(model, asked, update=updates, exact=False)
+    found = compare(model, asked, updates, controls="quick", progress=False)["z total"]
+    torch.testing.assert_close(profile.scores["cosine"], found.values.double(), rtol=0, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(profile.scores["excess"], found.excess.double(), rtol=0, atol=1e-6, equal_nan=True)
+    assert {"cosine", "excess"} <= set(profile.rank_correlations().columns)
+    with pytest.raises(OptionError, match="either a comparison or an update"):
+        head_profile(model, asked, update=updates, comparison=compare(model, asked, updates, controls="quick"))
+
+
+# ---- function-vector heads -------------------------------------------------------------------------------------------
+
+
+def test_a_profile_scores_function_vectors_on_other_prompts_than_they_are_made_from(profile: HeadProfile) -> None:
+    """Half of the prompts give the mean outputs that the other half is scored with, written out prompt by prompt."""
+    model, asked = wrap(load_tiny()), prompts()
+    z = torch.stack([item.z for item in decompose(model, asked)])
+    halves = split_queries(len(asked), 0)
+    for made_from, scored in (halves, halves[::-1]):
+        assert not set(made_from) & set(scored)
+        for index in scored:
+            expected = function_vector_scores(model, [asked[index]], z[made_from].mean(0), seed=index)
+            assert profile.scores["function_vector"][index].flatten().tolist() == pytest.approx(
+                expected[0].flatten().tolist(), abs=1e-6
+            )
+
+
+def test_function_vector_heads_are_chosen_and_judged_on_different_prompts() -> None:
+    model, asked = load_tiny(), [*prompts(), *(ICLPrompt(NOUNS[:4], query, label="wug") for query in ("axe", "rake"))]
+    found = function_vector_heads(model, asked, 3, seed=1)
+    assert sorted([*found.selection.tolist(), *found.held_out.tolist()]) == list(range(6))
+    chosen = [asked[index] for index in found.selection.tolist()]
+    wrapped = wrap(model)
+    mean_z = torch.stack([item.z for item in decompose(wrapped, chosen)]).mean(0)
+    scores = torch.cat(
+        [function_vector_scores(wrapped, [asked[i]], mean_z, seed=1 + i) for i in found.selection.tolist()]
+    )
+    torch.testing.assert_close(found.chosen_scores.mean(0), scores.double().mean(0), rtol=0, atol=1e-6)
+    best = scores.mean(0).flatten().argsort(descending=True)[:3].tolist()
+    assert [4 * ref.layer + ref.head for ref in found.heads] == best
+    # The vector is made of the prompts that the heads were chosen on, and nothing else.
+    expected = function_vector(model, chosen, found.heads)
+    torch.testing.assert_close(found.vector.vector, expected.vector)
+    assert found.held_out_scores.shape == (len(found.held_out), 3, 4)
+    other = torch.cat(
+        [function_vector_scores(wrapped, [asked[i]], mean_z, seed=1 + i) for i in found.held_out.tolist()]
+    )
+    torch.testing.assert_close(found.held_out_scores, other.double(), rtol=0, atol=1e-6)
+    assert found.to_frame()["held_out"].tolist() == pytest.approx(
+        [float(other.mean(0)[ref.layer, ref.head]) for ref in found.heads], abs=1e-6
+    )
+
+
+def test_function_vector_heads_round_trip_and_refusals(tmp_path: Path) -> None:
+    found = function_vector_heads(load_tiny(), prompts(), 2)
+    found.save(tmp_path / "heads")
+    loaded = FunctionVectorHeads.load(tmp_path / "heads")
+    assert loaded.heads == found.heads
+    assert torch.equal(loaded.vector.vector, found.vector.vector)
+    assert loaded.to_frame().equals(found.to_frame())
+    with pytest.raises(PromptError, match="one prompt is not enough"):
+        function_vector_heads(load_tiny(), prompts()[:1], 2)
+    with pytest.raises(OptionError, match="n must be between 1 and 12"):
+        function_vector_heads(load_tiny(), prompts(), 13)
 
 
 def test_plots(profile: HeadProfile) -> None:
@@ -195,3 +274,14 @@ def test_what_a_profile_needs() -> None:
         head_profile(load_tiny(), [])
     with pytest.raises(PromptError, match="has no label"):
         head_profile(load_tiny(), [ICLPrompt(NOUNS[:4], "cherry")])
+
+
+def test_a_profile_round_trip(profile: HeadProfile, tmp_path: Path) -> None:
+    profile.save(tmp_path / "profile")
+    loaded = HeadProfile.load(tmp_path / "profile")
+    assert loaded.to_frame().equals(profile.to_frame())
+    assert torch.equal(loaded.sets, profile.sets)
+    assert loaded.model == profile.model
+    assert loaded.provenance == profile.provenance
+    one, other = (found.rank_correlation("mass", "knock_out") for found in (loaded, profile))
+    assert (float(one.low), float(one.high)) == (float(other.low), float(other.high))

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metaopt_lens import Decomposition, ICLPrompt, decompose, load_tiny
-from metaopt_lens._errors import ModelMismatchError, OptionError, PromptError, UnsupportedModelError
+from metaopt_lens._errors import FileFormatError, ModelMismatchError, OptionError, PromptError, UnsupportedModelError
 from metaopt_lens.analysis import contribution_intervals
-from metaopt_lens.decomposition import LogitContributions
-from metaopt_lens.interventions import MomentumAttention, intervene
+from metaopt_lens.decomposition import LogitContributions, LogitContributionSet
+from metaopt_lens.interventions import HeadEffects, MomentumAttention, intervene
 
 ANSWER, RIVALS = 60, (61, 62)
 WORDS: dict[str, Any] = {"answer": "w60", "versus": ["w61", "w62"]}
@@ -466,3 +466,32 @@ def test_what_does_not_add_up_is_refused() -> None:
         result = decompose(model, prompt())
     with pytest.raises(UnsupportedModelError, match=r"the contributions in .* miss its logit by"):
         result.logits(**WORDS)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer", [None, (5, 6)])
+def test_contributions_round_trip(tmp_path: Any, answer: Any) -> None:
+    """Every tensor bit for bit, texts, ids and versions; one step and several."""
+    found = decompose(load_tiny(), ICLPrompt([("apple", "dax"), ("saw", "wug")], "plum", label="dax")).logits(answer)
+    found.save(tmp_path / "said")
+    loaded = LogitContributions.load(tmp_path / "said")
+    for name, value in vars(found).items():
+        kept = getattr(loaded, name)
+        assert torch.equal(kept, value) if isinstance(value, torch.Tensor) else kept == value, name
+    assert loaded.provenance["torch"] == torch.__version__
+    assert loaded.to_frame().equals(found.to_frame())
+    with pytest.raises(FileFormatError, match="its kind is 'logit contributions'"):
+        HeadEffects.load(tmp_path / "said")
+
+
+def test_contributions_of_several_queries_round_trip(tmp_path: Any) -> None:
+    demos = [("apple", "dax"), ("saw", "wug")]
+    found = decompose(load_tiny(), [ICLPrompt(demos, query, label="dax") for query in ("plum", "pear")]).logits()
+    found.save(tmp_path / "said")
+    loaded = LogitContributionSet.load(tmp_path / "said")
+    assert torch.equal(loaded.sets, found.sets)
+    assert torch.equal(loaded.meta_gradient, found.meta_gradient)
+    assert [item.answer for item in loaded] == [item.answer for item in found]
+    assert repr(loaded) == repr(found)

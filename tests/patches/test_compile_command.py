@@ -124,6 +124,14 @@ def test_the_command(tmp_path: Path) -> None:
     data = json.loads((out / "compiled.json").read_text(encoding="utf-8"))
     assert data["logits_off_patched"] < 1e-4 * data["largest_logit"]
     assert data["static"]["table"][0]["setting"] == "in context"
+    assert data["prompt"][0] == "<bos>"
+    first = tmp_path / "first.jsonl"
+    first.write_text(json.dumps(rows[0]), encoding="utf-8")
+    ran = CliRunner().invoke(
+        app, ["compile", "--model", "tiny", "--prompt", str(first), "--no-prepend-bos", "--format", "json"]
+    )
+    assert ran.exit_code == 0, ran.output
+    assert json.loads(ran.stdout)["prompt"][0] == rows[0]["demos"][0][0]
     page = (out / "compiled.html").read_text(encoding="utf-8")
     assert page.count('ml-struck"') == 8
     assert "One patch for all queries" in page

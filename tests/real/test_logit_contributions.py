@@ -12,11 +12,20 @@ import metaopt_lens as ml
 from metaopt_lens import ICLPrompt
 from metaopt_lens.analysis import attention_scores_of_heads, contribution_intervals
 from metaopt_lens.decomposition import LogitContributionSet
+from metaopt_lens.prompts import ContextPrompt
 
 KNOWN = ["France:Paris", "Japan:Tokyo", "Italy:Rome", "Egypt:Cairo", "Spain:Madrid", "Russia:Moscow", "Greece:Athens"]
 KNOWN += ["Cuba:Havana"]
 ASKED = ["Germany:Berlin", "England:London", "China:Beijing", "Austria:Vienna", "Iran:Tehran", "Peru:Lima"]
 ASKED += ["Kenya:Nairobi", "Poland:Warsaw", "Portugal:Lisbon", "Ireland:Dublin"]
+
+VILLAGE = (
+    "The village of Harrow Bridge lies in a narrow valley between two hills. Its old mill was built in 1712 and stands "
+    "on the bank of the Orla. Farmers from the whole valley used to bring their grain there in autumn.\n\n"
+    "Every summer the village holds a fair on the market square. Musicians come from the coast and stay for a week. "
+    "The oldest inn, the Red Heron, serves a soup of nettles and smoked trout."
+)
+OLD_MILL = 1  # the sentence that names the river
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +108,25 @@ def test_some_heads_are_induction_heads(name: str, bridge: Any) -> None:
         assert float(induction.max()) > 0.5
     assert float(previous.max()) > 0.5
     assert float(induction.median()) < 0.2  # most are not
+
+
+def test_the_sentence_that_wrote_the_answer_is_found(name: str, bridge: Any, plain: Plain) -> None:
+    """Two paragraphs and a question: at both tokens of the answer contributions sum to the logit of plain transformers,
+    and the sentence that names the river gives most, directly and when it is left out."""
+    asked = ContextPrompt(VILLAGE, "Question: Which river runs past the old mill?\nAnswer: the river", label="Orla")
+    result = ml.decompose(bridge, asked)
+    assert [chunk.input.strip()[:12] for chunk in asked.demos][OLD_MILL] == "Its old mill"
+    found = result.logits()
+    assert len(found.answer) > 1
+    fed = tuple(token for token, _ in found.token_ids)
+    logits = plain.logits([*result.tokenized.ids, *fed[:-1]])[-len(fed) :]
+    for step, token in enumerate(fed):
+        error = abs(float(found.total[step] - logits[step, token]))
+        assert error <= 1e-4 * float(logits[step].abs().max())
+    torch.testing.assert_close(found.per_demo.sum(-1), found.meta_gradient, rtol=0, atol=1e-4)
+    if name == "smollm2":
+        by_chunk = found.per_demo[0].sum((0, 1))
+        assert int(by_chunk.argmax()) == OLD_MILL
+        effects = ml.head_effects(bridge, asked, metric="label_log_prob", heads=["L28H0"], progress=False)
+        assert int(effects.demo_exact[0].argmax()) == OLD_MILL
+        assert float(effects.exact[0, 28, 0]) > 0.5  # the head that copies it

@@ -20,6 +20,7 @@ from shown import cards, prompt
 
 from metaopt_lens import Decomposition, DecompositionSet, ICLPrompt, decompose, head_effects, load_tiny, wrap
 from metaopt_lens._errors import HeadError, OptionError, PromptError
+from metaopt_lens.prompts import ContextPrompt
 from metaopt_lens.runs import Runs, predict_labels
 from metaopt_lens.viz import labels_text, write_page
 from metaopt_lens.viz._segments import visible_token
@@ -320,6 +321,22 @@ def test_with_many_demonstrations_each_and_all_are_switched_off_in_runs(tiny: An
     demos = [pair for pair in prompt().demos for _ in range(2)]
     view = _default(_markup(write_page(decompose(tiny, ICLPrompt(demos, "plum", label="dax")), tmp_path / "page.html")))
     assert list(view["without"]) == [*map(str, range(8)), "0,1,2,3,4,5,6,7"]
+
+
+def test_chunks_of_a_context_are_called_chunks(tiny: Any, tmp_path: Path) -> None:
+    context = ContextPrompt(["apple dax hammer wug", "pear dax saw wug"], "plum :", label="dax")
+    markup = _markup(write_page(decompose(tiny, context), tmp_path / "page.html"))
+    assert re.findall(r'data-demo="\d" aria-pressed="true">([^<]*)<', markup) == ["chunk 1", "chunk 2"]
+    assert "heads reading the chunks" in markup
+    assert set(_default(markup)["without"]) == {"0", "1", "0,1"}
+
+
+def test_many_rivals_are_counted(tiny: Any, tmp_path: Path) -> None:
+    words = ["wug", "kiki", "bouba", "toma", "plonk", "gorp", "zorp", "vek", "trell", "nale"]
+    markup = _markup(write_page(decompose(tiny, prompt()), tmp_path / "page.html", versus=words))
+    assert (
+        len(re.findall(r"minus the mean of (?:<code>\w+</code>, ){7}<code>\w+</code>,? and 2 more is <b>", markup)) == 1
+    )
 
 
 def test_a_model_that_has_changed_since_gets_no_knock_outs(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@
       const of = view(), head = place[state.head];
       box.replaceChildren(element("h3", state.head));
       const mass = add(renormalised("attention", head).slice(first, stop));
-      const facts = [`attention on the demonstrations ${mass.toFixed(3)}`];
+      const facts = [`attention on the ${data.noun}s ${mass.toFixed(3)}`];
       if (of.exact && state.head in of.exact) facts.push(`knock-out ${signed(of.exact[state.head])} (exact)`);
       if (of.first) facts.push(`knock-out ${signed(of.first[head])} (first-order estimate)`);
       box.append(element("p", facts.join(" · "), "ml-quiet"));
@@ -145,7 +145,7 @@
       const change = data.heads.map((_, head) => add(now[head]) - of.zs[head] - of.mg[head]);
       const which = off.map((demo) => demo + 1).join(", ");
       line.replaceChildren(
-        `Without demonstration${off.length > 1 ? "s" : ""} ${which} the logit is ${stored === undefined ? "≈ " : ""}${signed(logit)}: ` +
+        `Without ${data.noun}${off.length > 1 ? "s" : ""} ${which} the logit is ${stored === undefined ? "≈ " : ""}${signed(logit)}: ` +
           `${signed(logit - of.run)} against all of them${stored === undefined ? " (single runs added up)" : ""}.`,
         element("span", ` Written directly: all heads ${signed(add(change))}, the last layer's ${signed(add(change.slice(-data.n_heads)))}.`, "ml-direct"),
       );
@@ -163,7 +163,8 @@
       const of = view();
       const about = find(".ml-asked");
       about.replaceChildren("The logit of ", code(of.answer), of.versus.length ? " minus the mean of " : "");
-      of.versus.forEach((token, i) => about.append(i ? ", " : "", code(token)));
+      of.versus.slice(0, 8).forEach((token, i) => about.append(i ? ", " : "", code(token)));
+      if (of.versus.length > 8) about.append(` and ${of.versus.length - 8} more`);
       about.append(" is ", element("b", signed(of.logit)));
       find(".ml-first").replaceChildren("There the model's first choice is ", code(of.top[0]), ` (${(100 * of.top[1]).toFixed(1)}%).`);
       const widest = of.sums.reduce((most, x) => Math.max(most, Math.abs(x)), 1e-9);

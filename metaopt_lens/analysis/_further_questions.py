@@ -1,0 +1,64 @@
+"""The further results of a comparison as questions with a number per query."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from metaopt_lens.analysis._algebra import OTHER_TASK, SCALED_SUM
+from metaopt_lens.analysis._ceiling import CEILING, CONSTANT, SCALED
+from metaopt_lens.analysis._further import Further
+from metaopt_lens.analysis._held_out import Explained
+from metaopt_lens.analysis._ladder import GRADIENT_DESCENT
+from metaopt_lens.analysis._order import IN_CONTEXT, ONE_PASS
+
+
+class Question(NamedTuple):
+    """What is asked, and the values whose mean answers it: yes above 0, no below."""
+
+    key: str
+    text: str
+    what: str
+    values: Float[Tensor, " query"]
+
+
+def further_questions(found: Further) -> list[Question]:
+    """One for each result there is.
+
+    Args:
+        found: of a comparison.
+    """
+    questions = []
+    if found.ceiling is not None:
+        own, sets = found.ceiling["value"], found.ceiling.sets
+        best = float(found.ceiling.r_squared(CEILING).estimate)
+        what = (
+            f"the held-out R^2 of finetuning's update, scaled, less that of one constant vector (a change of the value "
+            f"projection can reach R^2 {best:.2f})"
+        )
+        text = "Does finetuning explain the in-context updates better than one constant vector?"
+        questions.append(Question("ceiling", text, what, _less(own, sets, SCALED, CONSTANT)))
+    if found.ladder is not None:
+        text = "Does one step of gradient descent on the demonstrations explain them better than one constant vector?"
+        what = "the held-out R^2 of gamma dW_ICL q less that of one constant vector"
+        values = _less(found.ladder.explained, found.ladder.sets, GRADIENT_DESCENT, CONSTANT)
+        questions.append(Question("ladder", text, what, values))
+    if found.order is not None:
+        text = "Does the order of the demonstrations matter more in context than in one pass of SGD?"
+        what = "the spread of in-context updates over orders less that of SGD's"
+        spread = {name: t.nanmean((1, 2)) for name, t in found.order.updates.items()}
+        questions.append(Question("order", text, what, spread[IN_CONTEXT] - spread[ONE_PASS]))
+    if found.algebra is not None:
+        own, sets = found.algebra.additivity, found.algebra.sets
+        null, name = (OTHER_TASK, "another task's") if OTHER_TASK in own.errors else (CONSTANT, "one constant vector")
+        text = f"Do the demonstrations' own updates add up to theirs together, better than {name}?"
+        what = f"the held-out R^2 of their scaled sum less that of {name}{'' if null == CONSTANT else ' sum'}"
+        questions.append(Question("algebra", text, what, _less(own, sets, SCALED_SUM, null)))
+    return questions
+
+
+def _less(own: Explained, sets: Tensor, first: str, second: str) -> Float[Tensor, " query"]:
+    """R^2 of one predictor less that of another, mean over sites."""
+    return (own.r_squared(first, sets) - own.r_squared(second, sets)).nanmean((1, 2))
