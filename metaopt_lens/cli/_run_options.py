@@ -42,8 +42,8 @@ ControlsPreset = Annotated[
     typer.Option(
         "--controls",
         help="What similarities are compared with: random directions and other queries (quick); also shuffled and "
-        "flipped labels and unrelated text (standard); also permuted weights and more shuffles, three times as long "
-        "(sceptic, default).",
+        "flipped labels, unrelated text and finetuning uphill (standard, default); also permuted weights, more "
+        "shuffles, and what any update could do, several times as long (sceptic).",
     ),
 ]
 LabelDraws = Annotated[

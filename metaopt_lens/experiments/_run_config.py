@@ -92,7 +92,7 @@ class RunConfig:
     held_out: Count = 32
     n_candidates: _AtLeast2 | None = None
     scoring: Scoring = "mean"
-    controls: Literal["quick", "standard", "sceptic"] = "sceptic"
+    controls: Literal["quick", "standard", "sceptic"] = "standard"
     n_label_draws: NonNegative | None = None
     random_weights: Flag | None = None
     unrelated: Flag | None = None

@@ -11,7 +11,7 @@ import pandas as pd
 
 from metaopt_lens._errors import UndefinedMetricError
 from metaopt_lens._storage import atomic_path, write_text
-from metaopt_lens.analysis import PARTS, Comparison, part_name
+from metaopt_lens.analysis import PARTS, Comparison, null_of, part_name
 from metaopt_lens.viz._answers import comparison_sentences
 from metaopt_lens.viz._comparison_figures import comparison_map
 from metaopt_lens.viz._comparison_text import comparison_data
@@ -79,7 +79,7 @@ def _summary(comparison: Comparison) -> pd.DataFrame:
         "statistic": frame["statistic"],
         "level": frame["level"],
         "value": _measured(frame, "value"),
-        **{null: frame[null] for null in frame.columns if null.startswith("null: ")},
+        **{null: frame[null] for null in frame.columns if null.startswith("null: ") and null_of(null[6:]).question},
         "excess": _measured(frame, "excess"),
         "stand out": ["–" if pd.isna(n) else f"{n} of {of}" for n, of in found],
         "undefined": [f"{n} of {of}" for n, of in undefined],
