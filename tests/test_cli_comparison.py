@@ -42,6 +42,17 @@ def test_compare_ends_in_table_json_and_page(tmp_path: Path) -> None:
     assert data["scope"] == "conditional on these demonstrations"
 
 
+def test_compare_makes_the_controls_that_are_asked_for(tmp_path: Path) -> None:
+    arguments = ["compare", "--model", "tiny", "--prompts", str(prompts_file(tmp_path)), "--lr", "0.02"]
+    done = CliRunner().invoke(
+        app, [*arguments, "--controls", "quick", "--format", "json", "--out", str(tmp_path / "out")]
+    )
+    assert done.exit_code == 0, done.output
+    nulls = {name for row in json.loads(done.stdout)["summary"] for name in row if name.startswith("null: ")}
+    assert "null: random" in nulls
+    assert not nulls & {"null: shuffled labels", "null: uphill", "null: unrelated text", "null: random weights"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -40,7 +40,7 @@ def run(
     selection: of_run.Chosen = None,
     labels: of_run.LabelWords = None,
     rules: of_run.Rules = None,
-    controls: of_run.ControlsPreset = None,
+    controls: options.ControlsPreset = None,
     n_label_draws: of_run.LabelDraws = None,
     random_weights: of_run.RandomWeights = None,
     unrelated: of_run.Unrelated = None,

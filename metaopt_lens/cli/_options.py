@@ -85,6 +85,15 @@ MaybeRate = Annotated[str | None, LR]
 BatchSize = Annotated[
     int | None, typer.Option("--batch-size", min=1, help="Sequences run together (default: by memory).")
 ]
+ControlsPreset = Annotated[
+    Controls | None,
+    typer.Option(
+        "--controls",
+        help="What similarities are compared with: random directions and other queries (quick); also shuffled and "
+        "flipped labels, unrelated text and finetuning uphill (standard, default); also permuted weights, more "
+        "shuffles, and what any update could do, several times as long (sceptic).",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of shuffles, random draws and intervals.")]
 Top = Annotated[int, typer.Option("--top", min=1, help="How many heads the table lists.")]
 Recompute = Annotated[

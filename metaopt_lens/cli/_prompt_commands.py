@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -153,6 +154,7 @@ def compare(
     layer_causal: Annotated[
         bool, typer.Option("--layer-causal", help="Every layer learns from its own early exit (arXiv:2311.07772).")
     ] = False,
+    controls: options.ControlsPreset = None,
     unrelated: Annotated[
         Path | None, typer.Option(help="Text file, one text per line, for the control that learns something else.")
     ] = None,
@@ -180,10 +182,16 @@ def compare(
     from metaopt_lens.analysis import compare as compare_updates
     from metaopt_lens.viz import comparison_data, write_comparison_outputs
 
+    asked = Controls.of("standard" if controls is None else controls.value)
+    asked = dataclasses.replace(
+        asked,
+        random_weights=random_weights or asked.random_weights,
+        texts={} if texts is None else {UNRELATED_TEXT: texts},
+    )
     found = compare_updates(
         options.load(model, dtype, device, no_cache=no_cache),
         loaded_prompts,
-        controls=Controls(random_weights=random_weights, texts={} if texts is None else {UNRELATED_TEXT: texts}),
+        controls=asked,
         finetuning=Finetuning(lr=rate, epochs=epochs, layer_causal=layer_causal),
         measures=Measures(convention=Convention.PUBLISHED if reference else Convention.DEFAULT),
         batch_size=batch_size,

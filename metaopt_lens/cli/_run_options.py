@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from metaopt_lens.cli._options import Controls, Labels, Selection, Variant
+from metaopt_lens.cli._options import Labels, Selection, Variant
 
 Out = Annotated[Path, typer.Option("--out", help="Directory of the results; an unfinished run there is resumed.")]
 Config = Annotated[
@@ -37,15 +37,6 @@ LabelWords = Annotated[
     ),
 ]
 Rules = Annotated[str | None, typer.Option(help="gd, lcgd, or gd,lcgd (default).")]
-ControlsPreset = Annotated[
-    Controls | None,
-    typer.Option(
-        "--controls",
-        help="What similarities are compared with: random directions and other queries (quick); also shuffled and "
-        "flipped labels, unrelated text and finetuning uphill (standard, default); also permuted weights, more "
-        "shuffles, and what any update could do, several times as long (sceptic).",
-    ),
-]
 LabelDraws = Annotated[
     int | None,
     typer.Option(help="Shuffles of the labels for each set, averaged (as --controls says: 0, 1 or 4; each is a run)."),
