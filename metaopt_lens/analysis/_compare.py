@@ -15,6 +15,7 @@ from metaopt_lens.analysis._comparison import Comparison
 from metaopt_lens.analysis._controls import finetune_arguments
 from metaopt_lens.analysis._demo_sets import Updates, check_names, choose_top_k, group_sets, with_updates
 from metaopt_lens.analysis._further import run_further
+from metaopt_lens.analysis._further_questions import FURTHER
 from metaopt_lens.analysis._joining import join_sets
 from metaopt_lens.analysis._label_answers import Choices, Words, label_words
 from metaopt_lens.analysis._measuring import Context, timed
@@ -144,7 +145,7 @@ def compare(
             "allow_processed": allow_processed,
             "batch_size": batch_size,
         }
-        with timed(seconds, "further questions"):
+        with timed(seconds, FURTHER):
             further, more = run_further(wrapped, prompts, sets, own.updates, seed=seed, **options)
         notes = [*notes, *more]
     return dataclasses.replace(

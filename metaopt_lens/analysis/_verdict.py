@@ -121,7 +121,7 @@ def findings(comparison: Comparison, statistic: str = "z total") -> tuple[Findin
     question = "Is the published SimAOU above what its normalisation alone gives?"
     questions.append((PUBLISHED, question, "its excess", excess))
     if comparison.further is not None:
-        questions += further_questions(comparison.further)
+        questions += [(q.key, q.text, q.what, q.values) for q in further_questions(comparison.further)]
     rest = (_finding(comparison, *row, because=why) for row in questions)
     return (*learning, *_against_the_prior(comparison), *rest)
 

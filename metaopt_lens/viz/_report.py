@@ -14,12 +14,14 @@ import plotly.graph_objects as go
 from metaopt_lens._errors import OptionError
 from metaopt_lens._storage import atomic_path, write_text
 from metaopt_lens.analysis import Comparison, findings, headline, null_of
+from metaopt_lens.analysis._further_questions import FURTHER, further_questions
 from metaopt_lens.experiments import ExperimentResult, published_numbers
 from metaopt_lens.viz._chosen_heads import N_STRONGEST
 from metaopt_lens.viz._comparison_figures import comparison_map
 from metaopt_lens.viz._comparison_page import comparison_context
 from metaopt_lens.viz._effects_map import heat_map
 from metaopt_lens.viz._render import render, words
+from metaopt_lens.viz._sceptic_figures import algebra_figure, ceiling_figure, ladder_figure, order_figure
 from metaopt_lens.viz._views import attention_view, token_view
 
 _RULES = {"gd": "ordinary gradient descent", "lcgd": "layer-causal gradient descent"}
@@ -141,6 +143,7 @@ def _comparison(run: ExperimentResult, rule: Literal["gd", "lcgd"]) -> dict[str,
         "headline": headline(answers),
         "findings": answers,
         "controls": _controls(run, rule, found),
+        "further": _further(found),
         "published": _published(run, rule, found),
     }
 
@@ -163,7 +166,33 @@ def _controls(run: ExperimentResult, rule: str, comparison: Comparison) -> pd.Da
         }
         for name in dict.fromkeys(null for statistic in comparison.statistics for null in statistic.nulls)
     ]
+    together = f"{took[FURTHER]:.1f} for all questions" if FURTHER in took else "–"
+    rows += [
+        {
+            "control": question.key,
+            "as high as the similarity": question.high,
+            "low": question.low,
+            "after": question.source,
+            "seconds": together,
+        }
+        for question in ([] if comparison.further is None else further_questions(comparison.further))
+    ]
     return pd.DataFrame(rows)
+
+
+def _further(comparison: Comparison) -> list[tuple[str, go.Figure]]:
+    """A title and a figure for each of the sceptic's further results."""
+    found = comparison.further
+    if found is None:
+        return []
+    figures = {
+        "What any change of the values could do, and what finetuning does": found.ceiling
+        and ceiling_figure(found.ceiling),
+        "Which optimiser's step explains the in-context update": found.ladder and ladder_figure(found.ladder),
+        "What the order of the demonstrations changes": found.order and order_figure(found.order),
+        "Demonstrations alone, in company and in sum": found.algebra and algebra_figure(found.algebra),
+    }
+    return [(title, figure) for title, figure in figures.items() if figure is not None]
 
 
 def _published(run: ExperimentResult, rule: str, comparison: Comparison) -> pd.DataFrame | None:

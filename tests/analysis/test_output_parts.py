@@ -19,7 +19,7 @@ from metaopt_lens.analysis._similarity import cosine, unit
 from metaopt_lens.decomposition import decompose
 from metaopt_lens.finetuning import finetune
 from metaopt_lens.models import wrap
-from metaopt_lens.runs import Keep, Setting, prepare, through_w_o
+from metaopt_lens.runs import Setting, record, through_w_o
 
 F64 = torch.float64
 SETTINGS: tuple[Setting, ...] = ("icl", "zs", "ft")
@@ -140,8 +140,7 @@ def test_sim_aou_in_parts_adds_up(normalised: bool, name: str) -> None:
     update = finetune(shared("bridge:llama", F64), PROMPTS[0], lr=1.0, progress=False)
     space = OutputSpace(model)
     rows = [tokenized(model.host, p) for p in PROMPTS]
-    recorder = prepare(model, rows[0], settings=("icl", "zs", "ft"), update=update, keep=Keep(raw_q=True))
-    runs = recorder.runs(rows)
+    runs = record(model, rows, settings=("icl", "zs", "ft"), update=update)
     states = [
         space.attention(torch.stack([r[s].z[-1] for r in runs]), update)[:, :, None].double().cpu() for s in SETTINGS
     ]

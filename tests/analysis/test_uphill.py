@@ -14,7 +14,7 @@ from metaopt_lens.analysis import Comparison, Controls, compare, findings, uphil
 from metaopt_lens.analysis._measure_set import _half
 from metaopt_lens.finetuning import WeightUpdate, finetune, updated_memory
 from metaopt_lens.models import wrap
-from metaopt_lens.runs import Keep, Runs, prepare
+from metaopt_lens.runs import Keep, Runs, record
 
 F64 = torch.float64
 NAME = "bridge:llama"
@@ -33,7 +33,7 @@ def recorded(update: WeightUpdate) -> list[Runs]:
     model = wrap(shared(NAME, F64))
     rows = [tokenized(model.host, p) for p in PROMPTS]
     settings = ("icl", "zs", "zs_matched", "ft", "ft_matched")
-    return prepare(model, rows[0], settings=settings, update=update, keep=Keep(raw_q=True)).runs(rows)
+    return record(model, rows, settings=settings, update=update, keep=Keep(raw_q=True, own_stream=True))
 
 
 def test_one_step_uphill_is_minus_one_step_downhill() -> None:
@@ -120,7 +120,7 @@ def test_the_linear_form_read_with_keys_is_brute_force() -> None:
     """sum over D of v (k . k_last), and the same of dW_FT's own keys and values."""
     found = comparison()["linear, keys for queries"]
     down, _ = learned(0.5)
-    memories = updated_memory(wrap(shared(NAME, F64)), down, [r.icl for r in recorded(down)])
+    memories = updated_memory(wrap(shared(NAME, F64)), down, [r.zs_matched for r in recorded(down)])
     for row, runs in enumerate(recorded(down)):
         run, memory = runs.icl, memories[row]
         demos = run.tokens.demonstrations.slice

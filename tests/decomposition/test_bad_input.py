@@ -20,7 +20,7 @@ from metaopt_lens._errors import (
     SpanError,
     UnsupportedModelError,
 )
-from metaopt_lens.decomposition import _decomposition
+from metaopt_lens.decomposition import _split_runs
 
 MODEL = "bridge:gpt2"
 HOSTS = [MODEL, *HOOKED_NAMES[:1]]
@@ -130,7 +130,7 @@ def test_a_position_that_was_not_decomposed() -> None:
 
 def test_an_unknown_form() -> None:
     with pytest.raises(OptionError, match=r"form must be 'softmax' or 'linear', got 'exact'"):
-        unchecked(_decomposition._weights)("exact")
+        unchecked(_split_runs._weights)("exact")
 
 
 def test_nan_weights_name_the_first_layer() -> None:

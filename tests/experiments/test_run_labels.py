@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from runs import SMALL
 from metaopt_lens import load_tiny
 from metaopt_lens._errors import OptionError
 from metaopt_lens.analysis import NULLS
+from metaopt_lens.analysis._further_questions import FURTHER, further_questions
 from metaopt_lens.experiments import ExperimentResult, run_experiment
 from metaopt_lens.experiments._prompt_set import make_prompts
 from metaopt_lens.models import wrap
@@ -77,6 +79,29 @@ def test_the_report_says_which_controls_were_run_and_what_they_took(tmp_path: Pa
         assert f"{seconds:.1f}" in page
     assert "Is it about descending at all?" in page
     assert "arXiv:2602.21204" in page
+
+
+def test_the_report_draws_the_sceptics_further_results(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, labels="natural", seeds=(0, 1), controls="sceptic", random_weights=False)
+    run = run_experiment(config, tmp_path / "run", model=load_tiny(), progress=False)
+    further = run.comparison("gd").further
+    assert further is not None
+    page = write_report([run], tmp_path / "report.html")["page"].read_text(encoding="utf-8")
+    page = unescape(page)
+    asked = further_questions(further)
+    assert len(asked) == 4
+    for question in asked:
+        for text in (question.text, question.high, question.low, question.source):
+            assert text in page
+    took = sum(log["pieces"][f"seed-{seed}/gd"]["controls"][FURTHER] for log in run.provenance for seed in (0, 1))
+    assert f"{took:.1f} for all questions" in page
+    for title in (
+        "What any change of the values could do",
+        "Which optimiser",
+        "What the order",
+        "Demonstrations alone",
+    ):
+        assert f"<h3>{title}" in page
 
 
 def test_every_null_says_what_it_would_mean() -> None:
