@@ -285,3 +285,9 @@ def test_a_profile_round_trip(profile: HeadProfile, tmp_path: Path) -> None:
     assert loaded.provenance == profile.provenance
     one, other = (found.rank_correlation("mass", "knock_out") for found in (loaded, profile))
     assert (float(one.low), float(one.high)) == (float(other.low), float(other.high))
+
+
+def test_the_bundled_model_has_no_induction_heads() -> None:
+    """In its training no noun came twice, so nothing taught it to look behind an earlier copy of a token."""
+    induction, _ = attention_scores_of_heads(wrap(load_tiny()))
+    assert 0 < float(induction.max()) < 0.1
