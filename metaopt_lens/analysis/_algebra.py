@@ -32,8 +32,8 @@ from metaopt_lens.analysis._held_out import (
     ratio_values,
     reordered,
 )
-from metaopt_lens.analysis._interval import Interval, mean_interval, scope
-from metaopt_lens.analysis._similarity import rounding_tolerance
+from metaopt_lens.analysis._interval import Interval, mean_interval, scope, span_text
+from metaopt_lens.analysis._similarity import rounding_tolerance, rounding_unit
 from metaopt_lens.dual import weighted_values
 from metaopt_lens.models import LensModel, ModelInfo, wrap
 from metaopt_lens.prompts import Demo, PromptLike, as_prompts
@@ -185,7 +185,7 @@ class DemonstrationAlgebra(Stored):
             f"of z, scales fitted in {self.n_folds} folds of queries)"
         ]
         for row in self.to_frame().to_dict("records"):
-            span = "" if row["low"] != row["low"] else f" [{row['low']:.3f}, {row['high']:.3f}]"
+            span = span_text(row["low"], row["high"])
             cosine = "" if row["cosine"] != row["cosine"] else f", cosine {row['cosine']:+.3f}"
             lines.append(f"  {row['quantity']}: {row['estimate']:.3f}{span}{cosine}")
         return "\n".join(lines)
@@ -233,7 +233,7 @@ def demonstration_algebra(
             raise PromptError(f"demonstration set {number} has one demonstration: company needs at least two.")
     if other is not None and not other:
         raise PromptError("another task needs at least one demonstration: give other=[(input, label), ...], or None.")
-    eps = max(torch.finfo(dtype).eps for dtype in (getattr(torch, wrapped.info.dtype), torch.float32))
+    eps = rounding_unit(wrapped.info.dtype)
     sets = torch.zeros(len(parsed), dtype=torch.int64)
     changes: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
     sums: list[Explained] = []

@@ -34,9 +34,9 @@ from metaopt_lens.analysis._held_out import (
     join_explained,
     reordered,
 )
-from metaopt_lens.analysis._interval import Interval, scope
+from metaopt_lens.analysis._interval import Interval, scope, span_text
 from metaopt_lens.analysis._own_updates import finetune_sets
-from metaopt_lens.analysis._similarity import difference
+from metaopt_lens.analysis._similarity import difference, rounding_unit
 from metaopt_lens.dual import at_least_float32
 from metaopt_lens.finetuning import WeightUpdate, require_raw_weights
 from metaopt_lens.models import LensModel, ModelInfo, wrap
@@ -148,7 +148,7 @@ class Ceiling(Stored):
         for target in self.targets:
             lines.append(f"  {target}:")
             for row in table[table["target"] == target].to_dict("records"):
-                span = "" if row["low"] != row["low"] else f" [{row['low']:.3f}, {row['high']:.3f}]"
+                span = span_text(row["low"], row["high"])
                 lines.append(f"    {row['update']}: {row['r_squared']:.3f}{span}, cosine {row['cosine']:+.3f}")
         return "\n".join(lines)
 
@@ -239,7 +239,7 @@ def _of_set(
                 folds,
                 n_kv_heads=model.info.n_kv_heads,
                 change=group.update,
-                eps=_eps(model),
+                eps=rounding_unit(model.info.dtype),
             )
         if "output" in targets:
             found["output"] = _of_output(model, group.update, icl, zs, ft, folds)
@@ -376,7 +376,7 @@ def _of_output(
         inputs,
         folds,
         n_kv_heads=1,
-        eps=_eps(model),
+        eps=rounding_unit(model.info.dtype),
     )
 
 
@@ -411,7 +411,3 @@ def _of_mlp(
 
 def _side(matrix: str) -> str:
     return "out" if matrix in ("out", "o") else "in"
-
-
-def _eps(model: LensModel) -> float:
-    return max(torch.finfo(dtype).eps for dtype in (getattr(torch, model.info.dtype), torch.float32))

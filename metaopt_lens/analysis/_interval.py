@@ -78,6 +78,17 @@ def scope(n_sets: int) -> str:
     return CONDITIONAL if n_sets < MIN_SETS_TO_DECIDE else f"over {n_sets} demonstration sets"
 
 
+def span_text(low: float, high: float, number: str = "{:.3f}") -> str:
+    """The bounds in brackets, after a space; nothing where they are undefined.
+
+    Args:
+        low: lower bound.
+        high: upper bound.
+        number: format of either.
+    """
+    return "" if low != low else f" [{number.format(low)}, {number.format(high)}]"
+
+
 def mean_interval(
     values: Float[Tensor, " query *item"] | QueryStatistic,
     *,

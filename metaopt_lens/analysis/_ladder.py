@@ -32,8 +32,8 @@ from metaopt_lens.analysis._held_out import (
     held_out_predictions,
     held_out_scale,
 )
-from metaopt_lens.analysis._interval import Interval, scope
-from metaopt_lens.analysis._similarity import rounding_tolerance
+from metaopt_lens.analysis._interval import Interval, scope, span_text
+from metaopt_lens.analysis._similarity import rounding_tolerance, rounding_unit
 from metaopt_lens.dual import at_least_float32, linear_weights, weighted_values
 from metaopt_lens.models import ModelInfo, wrap
 from metaopt_lens.prompts import PromptLike, TokenizedPrompt, as_prompts
@@ -145,7 +145,7 @@ class OptimiserLadder(Stored):
             f"{scope(len(set(self.sets.tolist())))}"
         ]
         for row in self.to_frame().to_dict("records"):
-            span = "" if row["low"] != row["low"] else f" [{row['low']:.3f}, {row['high']:.3f}]"
+            span = span_text(row["low"], row["high"])
             head = f"highest {row['best_head']} {row['best_r_squared']:.3f}"
             lines.append(f"  {row['rung']}: {row['r_squared']:.3f}{span}, cosine {row['cosine']:+.3f}, {head}")
         return "\n".join(lines)
@@ -205,7 +205,7 @@ def optimiser_ladder(
     z = _last([run.z for run in icl])
     base = _last([r.zs.z for r in runs] if target == "total" else [part.without_demos for part in parts])
     update = z - base if target == "total" else _last([part.update for part in parts])
-    eps = max(torch.finfo(dtype).eps for dtype in (getattr(torch, wrapped.info.dtype), torch.float32))
+    eps = rounding_unit(wrapped.info.dtype)
     defined = update.norm(dim=-1) > rounding_tolerance(eps) * base.norm(dim=-1)
     predictions = climb(
         update,

@@ -18,6 +18,7 @@ from metaopt_lens.analysis._measuring import Context, timed
 from metaopt_lens.analysis._null_names import UPHILL, UPHILL_EVEN, UPHILL_ODD
 from metaopt_lens.analysis._output_space import Labels, OutputSpace
 from metaopt_lens.analysis._query_batch import QueryBatch, join_norms, norms_of
+from metaopt_lens.analysis._similarity import rounding_unit
 from metaopt_lens.analysis._statistic import Readings, Statistic, join_readings
 from metaopt_lens.analysis._statistics import STATISTICS
 from metaopt_lens.finetuning import WeightUpdate, updated_memory
@@ -147,12 +148,9 @@ def measure_set(
     ):
         rows += chosen
         parts += found
-    return _join(parts, torch.tensor(rows).argsort(), dataclasses.replace(context, eps=_eps(own)))
-
-
-def _eps(own: Variant) -> float:
-    dtype = getattr(torch, own.space.model.info.dtype)
-    return max(torch.finfo(t).eps for t in (dtype, torch.float32))
+    return _join(
+        parts, torch.tensor(rows).argsort(), dataclasses.replace(context, eps=rounding_unit(own.space.model.info.dtype))
+    )
 
 
 def _measure_batch(

@@ -24,9 +24,9 @@ from metaopt_lens._storage import provenance
 from metaopt_lens.analysis._ceiling import last_z
 from metaopt_lens.analysis._compare_options import Finetuning
 from metaopt_lens.analysis._demo_sets import DemoSet, group_sets
-from metaopt_lens.analysis._interval import Interval, mean_interval, scope
+from metaopt_lens.analysis._interval import Interval, mean_interval, scope, span_text
 from metaopt_lens.analysis._own_updates import finetune_sets
-from metaopt_lens.analysis._similarity import rounding_tolerance
+from metaopt_lens.analysis._similarity import rounding_tolerance, rounding_unit
 from metaopt_lens.finetuning import finetune, require_raw_weights
 from metaopt_lens.models import LensModel, ModelInfo, wrap
 from metaopt_lens.prompts import PromptLike, TokenizedPrompt, as_prompts, tokenize_label
@@ -148,7 +148,7 @@ class OrderSpread(Stored):
             texts = []
             for name in ("spread", "distance", "changed"):
                 low, high = row[f"{name}_low"], row[f"{name}_high"]
-                texts.append(f"{name} {row[name]:.3g}" + ("" if low != low else f" [{low:.3g}, {high:.3g}]"))
+                texts.append(f"{name} {row[name]:.3g}" + span_text(low, high, "{:.3g}"))
             lines.append(f"  {row['learner']}: " + ", ".join(texts))
         return "\n".join(lines)
 
@@ -207,7 +207,7 @@ def order_spread(
                 runs = _learned(wrapped, group, learner, options, rate, words, batch_size)
                 z.append(last_z(runs))
                 answers.append(torch.stack([_answer(run) for run in runs]))
-            spread = update_spread(torch.stack(z), zero_shot, eps=_eps(wrapped))
+            spread = update_spread(torch.stack(z), zero_shot, eps=rounding_unit(wrapped.info.dtype))
             rows[learner].append((spread, *prediction_spread(torch.stack(answers))))
     back = torch.tensor([index for group in groups for index in group.indices]).argsort()
     joined = {
@@ -327,7 +327,3 @@ def _answer(run: Run) -> Float[Tensor, " word"]:
     assert run.log_normaliser is not None
     known = (run.logits[-1].double() - run.log_normaliser[-1].double()).exp().cpu()
     return torch.cat([known, (1 - known.sum()).clamp_min(0)[None]])
-
-
-def _eps(model: LensModel) -> float:
-    return max(torch.finfo(dtype).eps for dtype in (getattr(torch, model.info.dtype), torch.float32))

@@ -20,7 +20,7 @@ from metaopt_lens.analysis._low_rank import (
 from metaopt_lens.analysis._measuring import Context
 from metaopt_lens.analysis._output_parts import PARTS, Part
 from metaopt_lens.analysis._output_space import Labels, OutputSpace
-from metaopt_lens.analysis._similarity import difference
+from metaopt_lens.analysis._similarity import difference, rounding_unit
 from metaopt_lens.analysis._training_attention import TrainingAttention, ranked_maps
 from metaopt_lens.dual import SoftmaxParts, at_least_float32
 from metaopt_lens.finetuning import WeightUpdate
@@ -64,8 +64,8 @@ class QueryBatch:
 
     @property
     def eps(self) -> float:
-        """Rounding unit of the dtype that the model ran in, at least float32's: hosts make rotary tables in float32."""
-        return max(torch.finfo(dtype).eps for dtype in (self.runs[0].icl.z.dtype, torch.float32))
+        """Rounding unit of what the model computed."""
+        return rounding_unit(self.runs[0].icl.z.dtype)
 
     @property
     def lengths(self) -> Int[Tensor, " query"]:

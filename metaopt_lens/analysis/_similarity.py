@@ -73,6 +73,16 @@ def cosine(
     return similarity
 
 
+def rounding_unit(dtype: torch.dtype | str) -> float:
+    """Of what a model of this dtype computes: at least float32's, as hosts make rotary tables in float32.
+
+    Args:
+        dtype: or its name, such as ``"bfloat16"``.
+    """
+    own = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return max(torch.finfo(own).eps, torch.finfo(torch.float32).eps)
+
+
 def rounding_tolerance(eps: float) -> float:
     """Size of a difference, relative to what was subtracted, up to which it counts as rounding.
 
