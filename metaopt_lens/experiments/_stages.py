@@ -60,6 +60,7 @@ def learning_rate(config: RunConfig, model: LensModel, prompts: PromptSet, rule:
         model,
         prompts.prompts[0],
         prompts.held_out,
+        search="refined",
         candidates=prompts.words,
         epochs=config.epochs,
         layer_causal=rule == "lcgd",
