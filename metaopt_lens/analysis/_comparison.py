@@ -20,6 +20,7 @@ from metaopt_lens.analysis._interval import Interval, mean_interval, scope, set_
 from metaopt_lens.analysis._label_answers import Answers
 from metaopt_lens.analysis._measured import Measured
 from metaopt_lens.analysis._recall import Rec2FTP, rec2ftp
+from metaopt_lens.analysis._set_table import set_table
 from metaopt_lens.analysis._verdict import Finding, findings
 from metaopt_lens.finetuning import LearningRateChoice, WeightUpdate
 from metaopt_lens.models import ModelInfo
@@ -205,6 +206,15 @@ class Comparison(Stored):
             level: of the intervals.
         """
         return self._table("summary", summary_table, level)
+
+    def set_means(self) -> pd.DataFrame:
+        """One row per demonstration set, quantity and null: what intervals over sets are made of.
+
+        Columns: ``set``, ``quantity``, ``null``, ``value``, ``excess``. With an empty ``null`` the value is the mean of
+        the quantity over queries, layers and heads; otherwise it is the null's, and ``excess`` the mean of their
+        difference. Quantities are the statistics, accuracies, Rec2FTP with its base rate, and further results.
+        """
+        return set_table(self)
 
     @cached_property
     def _tables(self) -> dict[tuple[str, float], pd.DataFrame]:

@@ -31,18 +31,8 @@ def accuracy_table(comparison: Comparison, level: float) -> pd.DataFrame:
     """
     import pandas as pd
 
-    gold, predictions = comparison.predictions()
-    flipped = comparison.flipped_gold
-    rows = [(f"accuracy {name}", (predicted == gold).double()) for name, predicted in predictions.items()]
-    for name, predicted in comparison.controlled.items():
-        hits = (predicted == gold).double().mean(0)
-        if not name.endswith(FLIPPED_LABELS) or flipped is None:
-            rows.append((f"accuracy {name}", hits))
-            continue
-        known = flipped >= 0
-        follows = (predicted == flipped).double().mean(0)
-        for against, found in (("natural", hits), ("flipped", follows)):
-            rows.append((f"accuracy {name}, against the {against}", torch.where(known, found, torch.nan)))
+    _, predictions = comparison.predictions()
+    rows = [(f"accuracy {name}", hits) for name, hits in hits_by_setting(comparison).items()]
     for first, second in (("ICL", "FT"), ("ICL", "ZS"), ("FT", "ZS")):
         rows.append((f"agreement {first}-{second}", (predictions[first] == predictions[second]).double()))
     table = []
@@ -58,6 +48,32 @@ def accuracy_table(comparison: Comparison, level: float) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(table)
+
+
+def hits_by_setting(comparison: Comparison) -> dict[str, Float[Tensor, " query"]]:
+    """Whether each query is answered correctly: zero-shot, in context, finetuned, and under each control of the labels.
+
+    Behind flipped labels twice, against the natural and against the flipped ones; NaN where a label is in no
+    demonstration. Draws of shuffled labels are averaged.
+
+    Args:
+        comparison: with predictions.
+
+    Raises:
+        UndefinedMetricError: no candidates, or no gold labels.
+    """
+    gold, predictions = comparison.predictions()
+    flipped = comparison.flipped_gold
+    rows = {name: (predicted == gold).double() for name, predicted in predictions.items()}
+    for name, predicted in comparison.controlled.items():
+        hits = (predicted == gold).double().mean(0)
+        if not name.endswith(FLIPPED_LABELS) or flipped is None:
+            rows[name] = hits
+            continue
+        follows = (predicted == flipped).double().mean(0)
+        for against, found in (("natural", hits), ("flipped", follows)):
+            rows[f"{name}, against the {against}"] = torch.where(flipped >= 0, found, torch.nan)
+    return rows
 
 
 def query_frame(comparison: Comparison) -> pd.DataFrame:

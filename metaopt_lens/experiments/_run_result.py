@@ -176,6 +176,8 @@ class ExperimentResult:
         * ``heads``: `Comparison.to_frame`, likewise: every statistic at every layer and head, with nulls and intervals;
         * ``accuracies``: accuracies and agreements with intervals over sets, Rec2FTP and its base rate with exact
           ones, and the queries ``n`` that each is of;
+        * ``findings``: the questions of `Comparison.findings` with their answers;
+        * ``set_means``: `Comparison.set_means`, each demonstration set under its seed;
         * ``predictions``: one row per rule, seed and query;
         * ``learning_rates``: what was tried, where the rate was chosen; ``losses``: of every finetuning step;
         * ``attributions``: effect of every head's meta-gradient over all seeds, ranked, with intervals;

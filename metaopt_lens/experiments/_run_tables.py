@@ -39,8 +39,9 @@ def make_tables(result: ExperimentResult) -> dict[str, pd.DataFrame]:
         "summary": _stack({rule: c.summary() for rule, c in joined.items()}),
         "heads": _stack({rule: c.to_frame() for rule, c in joined.items()}),
         "accuracies": _stack({rule: _accuracies(c) for rule, c in joined.items()}),
-        "predictions": _stack({rule: _predictions(result, rule, config.seeds) for rule in config.rules}),
         "findings": _stack({rule: _findings(c) for rule, c in joined.items()}),
+        "set_means": _stack({rule: _by_seed(c, config.seeds) for rule, c in joined.items()}),
+        "predictions": _stack({rule: _predictions(result, rule, config.seeds) for rule in config.rules}),
     }
     tables |= _training(result)
     tables |= _further(joined)
@@ -55,12 +56,6 @@ def make_tables(result: ExperimentResult) -> dict[str, pd.DataFrame]:
     if config.patch:
         tables |= patch_table([own for seed in config.seeds if (own := result.patch(seed)) is not None])
     return tables
-
-
-def _findings(comparison: Comparison) -> pd.DataFrame:
-    import pandas as pd
-
-    return pd.DataFrame([dataclasses.asdict(found) for found in comparison.findings()])
 
 
 def _further(joined: Mapping[Rule, Comparison]) -> dict[str, pd.DataFrame]:
@@ -115,6 +110,18 @@ def _accuracies(comparison: Comparison) -> pd.DataFrame:
         value = 100 * k / n if n else undefined
         rows.append({"quantity": name, "value": value, "low": low, "high": high, "n": n})
     return pd.concat([table, pd.DataFrame(rows)], ignore_index=True)
+
+
+def _findings(comparison: Comparison) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame([dataclasses.asdict(found) for found in comparison.findings()])
+
+
+def _by_seed(comparison: Comparison, seeds: Sequence[int]) -> pd.DataFrame:
+    """`Comparison.set_means`, each set under its seed."""
+    found = comparison.set_means()
+    return found.assign(set=[seeds[index] for index in found["set"]])
 
 
 def _predictions(result: ExperimentResult, rule: Rule, seeds: Sequence[int]) -> pd.DataFrame:
