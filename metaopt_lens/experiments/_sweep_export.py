@@ -53,13 +53,13 @@ def export_sweep(result: SweepResult, folder: str | os.PathLike[str]) -> list[Pa
                 _axes_first(table).to_csv(temporary, index=False, float_format=_DIGITS, lineterminator="\n")
             written.append(target / f"{name}.csv")
         body = json.dumps(sweep_provenance(result), indent=1, ensure_ascii=False)
-        return [*written, write_text(target / PROVENANCE_FILE, body + "\n")]
+        return [*written, write_text(target / PROVENANCE_FILE, _FOLDERS.sub("", body) + "\n")]
     except OSError as error:
         raise OutputError(f"{target} cannot be written ({error.strerror or error}).") from error
 
 
 def sweep_provenance(result: SweepResult) -> dict[str, Any]:
-    """Versions, dates, commands, models, data sets and settings of a sweep; no rows, hosts or absolute paths.
+    """Versions, dates, commands, models, data sets and settings of a sweep; no rows and no hosts.
 
     Args:
         result: a sweep, finished or not.
@@ -69,7 +69,7 @@ def sweep_provenance(result: SweepResult) -> dict[str, Any]:
         "sampled": _SAMPLED,
         "runs": {name: _run(run) for name, run in result.runs.items() if run.is_complete},
         "unfinished": list(result.unfinished),
-        "missing_models": {model: _FOLDERS.sub("", reason) for model, reason in result.missing.items()},
+        "missing_models": result.missing,
         "left_out": [dict(zip(("model", "task", "labels"), found, strict=True)) for found in result.left_out],
     }
 
@@ -92,10 +92,10 @@ def _run(run: ExperimentResult) -> dict[str, Any]:
 
 
 def _command(arguments: list[str]) -> str:
-    """As it can be typed anywhere: the program by its name, files without their folders."""
+    """As it is typed: the program by its name."""
     program, *rest = arguments
-    name = "metaopt-lens" if Path(program).name in {"__main__.py", "metaopt-lens"} else Path(program).name
-    return " ".join([name, *(_FOLDERS.sub("", argument) for argument in rest)])
+    name = "metaopt-lens" if Path(program).name == "__main__.py" else Path(program).name
+    return " ".join([name, *rest])
 
 
 def _axes_first(table: pd.DataFrame) -> pd.DataFrame:
