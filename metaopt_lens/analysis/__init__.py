@@ -113,6 +113,9 @@ from metaopt_lens.analysis._update_words import value_update_words as value_upda
 from metaopt_lens.analysis._verdict import Finding as Finding
 from metaopt_lens.analysis._verdict import findings as findings
 from metaopt_lens.analysis._verdict import headline as headline
+from metaopt_lens.analysis._verdict import not_beyond as not_beyond
+from metaopt_lens.analysis._verdict import not_working as not_working
+from metaopt_lens.analysis._verdict import outcome as outcome
 
 __all__ = [
     "FLIPPED_LABELS",
