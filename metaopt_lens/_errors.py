@@ -57,5 +57,5 @@ class ModelTooLargeError(MetaoptLensError, MemoryError):
     """A model's weights take more memory than there is."""
 
 
-class SweepError(MetaoptLensError):
+class SweepError(MetaoptLensError, RuntimeError):
     """Some runs of a sweep failed, or their model cannot be loaded; all others are finished and stored."""
