@@ -146,6 +146,7 @@ def head_profile(
     comparison: Comparison | None = None,
     update: Updates | None = None,
     exact: bool = True,
+    function_vectors: bool = True,
     prepend_bos: bool | None = None,
     seed: int = 0,
 ) -> HeadProfile:
@@ -164,6 +165,7 @@ def head_profile(
         comparison: of the same prompts with finetuning updates (see `compare`).
         update: what finetuning did, to be compared here with the quick controls: one per demonstration set.
         exact: knock every head out; False for the first-order estimates alone.
+        function_vectors: also score function vectors, which costs as many runs as queries times heads.
         prepend_bos: put BOS first; None for the model's default.
         seed: of shuffled labels and of the random tokens for induction.
 
@@ -188,8 +190,9 @@ def head_profile(
         "zero_shot_logit": said.zero_shot,
         "meta_gradient_logit": said.meta_gradient,
         "knock_out" if exact else "first_order": _effects(wrapped, split, said.sets, exact, prepend_bos),
-        "function_vector": _function_vector(wrapped, split, prepend_bos, seed),
     }
+    if function_vectors:
+        scores["function_vector"] = _function_vector(wrapped, split, prepend_bos, seed)
     induction, previous = attention_scores_of_heads(wrapped, seed=seed)
     scores["induction"] = induction.expand(len(parsed), -1, -1)
     scores["previous_token"] = previous.expand(len(parsed), -1, -1)
