@@ -287,8 +287,8 @@ def _controls(run: ExperimentResult, rule: str, comparison: Comparison) -> pd.Da
     return pd.DataFrame(rows)
 
 
-def _further(comparison: Comparison) -> list[tuple[str, go.Figure]]:
-    """A title and a figure for each of the sceptic's further results."""
+def _further(comparison: Comparison) -> list[tuple[go.Figure, str]]:
+    """A figure and its caption for each of the sceptic's further results."""
     found = comparison.further
     if found is None:
         return []
@@ -299,7 +299,7 @@ def _further(comparison: Comparison) -> list[tuple[str, go.Figure]]:
         "What the order of the demonstrations changes": found.order and order_figure(found.order),
         "Demonstrations alone, in company and in sum": found.algebra and algebra_figure(found.algebra),
     }
-    return [(title, _for_the_page(figure)) for title, figure in figures.items() if figure is not None]
+    return [(_for_the_page(figure), title) for title, figure in figures.items() if figure is not None]
 
 
 def _for_the_page(figure: go.Figure) -> go.Figure:
