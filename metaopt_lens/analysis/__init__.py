@@ -25,6 +25,7 @@ from metaopt_lens.analysis._further import Further as Further
 from metaopt_lens.analysis._further import join_further as join_further
 from metaopt_lens.analysis._head_profile import HeadProfile as HeadProfile
 from metaopt_lens.analysis._head_profile import head_profile as head_profile
+from metaopt_lens.analysis._head_profile import join_profiles as join_profiles
 from metaopt_lens.analysis._head_profile import spearman_rho as spearman_rho
 from metaopt_lens.analysis._head_scores import attention_scores_of_heads as attention_scores_of_heads
 from metaopt_lens.analysis._head_scores import function_vector_scores as function_vector_scores
@@ -94,8 +95,10 @@ from metaopt_lens.analysis._static_curve import StaticCurve as StaticCurve
 from metaopt_lens.analysis._static_curve import static_curve as static_curve
 from metaopt_lens.analysis._static_curve import static_ranks as static_ranks
 from metaopt_lens.analysis._static_sets import PatchesAgainstFinetuning as PatchesAgainstFinetuning
+from metaopt_lens.analysis._static_sets import StaticAnswers as StaticAnswers
 from metaopt_lens.analysis._static_sets import StaticCurves as StaticCurves
 from metaopt_lens.analysis._static_sets import patches_against_finetuning as patches_against_finetuning
+from metaopt_lens.analysis._static_sets import static_table as static_table
 from metaopt_lens.analysis._statistic import Statistic as Statistic
 from metaopt_lens.analysis._statistics import STATISTICS as STATISTICS
 from metaopt_lens.analysis._statistics import statistic as statistic
