@@ -46,11 +46,12 @@ def attribution_context(run: ExperimentResult) -> dict[str, Any]:
     table, seeds = run.table("attributions"), run.table("attribution_seeds")[list(_SEED_TITLES)]
     ranked = table.sort_values("rank", kind="stable")
     counts = {c: seeds[c].map(_count) for c in ("heads_needed", "heads_low", "heads_high")}
+    said = {"metric": seeds["metric"].map(words), "heads": seeds["heads"].map(_first)}
     return {
         "first": ranked["name"].iloc[0],
         "maps": [(words(metric), _effect_map(group)) for metric, group in table.groupby("metric", sort=False)],
         "recovered": [_recovered(row) for row in run.table("attribution_recovery").to_dict("records")],
-        "seeds": seeds.assign(**counts, metric=seeds["metric"].map(words), heads=seeds["heads"].map(_first)).rename(columns=_SEED_TITLES),
+        "seeds": seeds.assign(**counts, **said).rename(columns=_SEED_TITLES),
         "ranked": ranked.head(_HEADS_SHOWN)[list(_HEAD_TITLES)]
         .assign(metric=ranked["metric"].map(words))
         .rename(columns=_HEAD_TITLES),

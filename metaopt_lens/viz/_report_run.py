@@ -30,6 +30,7 @@ from metaopt_lens.viz._comparison_figures import depth_profile
 from metaopt_lens.viz._comparison_page import comparison_context
 from metaopt_lens.viz._interval_chart import Row, interval_chart
 from metaopt_lens.viz._report_attribution import attribution_context
+from metaopt_lens.viz._report_more import patch_context, profile_context
 from metaopt_lens.viz._sceptic_figures import algebra_figure, ceiling_figure, ladder_figure, order_figure
 from metaopt_lens.viz._views import attention_view, token_view
 
@@ -103,6 +104,8 @@ def run_context(run: ExperimentResult, number: int) -> dict[str, Any]:
         "facts": _facts(run),
         "comparisons": [_comparison(run, rule) for rule in config.rules],
         "attribution": attribution_context(run) if "attributions" in run.table_names else None,
+        "profile": profile_context(run),
+        "patch": patch_context(run),
         "example": _example(run),
         "following": _following(run),
         "model": f"{model_of(run)} ({run.model.get('architecture', '')}, {config.dtype})",
