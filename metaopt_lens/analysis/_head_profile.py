@@ -24,7 +24,7 @@ from metaopt_lens.decomposition import Decomposition, DecompositionSet, decompos
 from metaopt_lens.interventions import head_effects, split_queries
 from metaopt_lens.models import LensModel, ModelInfo, wrap
 from metaopt_lens.prompts import ICLPrompt, PromptLike, as_prompts
-from metaopt_lens.runs import prompt_groups, tokenize_for
+from metaopt_lens.runs import prompt_groups, tokenize_all
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -234,7 +234,7 @@ def _check_same_queries(
         raise OptionError(f"the comparison is of {len(comparison.sets)} queries, the profile of {len(prompts)}.")
     model.check_same(comparison.model, "this comparison")
     own = torch.empty(len(prompts), dtype=torch.int64)
-    for number, group in enumerate(prompt_groups([tokenize_for(model, p, prepend_bos=prepend_bos) for p in prompts])):
+    for number, group in enumerate(prompt_groups(tokenize_all(model, prompts, prepend_bos=prepend_bos))):
         own[group] = number
     if not torch.equal(own, comparison.sets.cpu().long()):
         raise OptionError(

@@ -211,13 +211,13 @@ def test_labels_are_an_axis_and_open_answers_are_left_out_of_it() -> None:
     found = config.runs()
     assert list(found) == [
         "tiny-synthetic-2-32-shots-lr-auto",
-        "tiny-synthetic-2-flipped-32-shots-lr-auto",
         "gpt2-sst2-32-shots-lr-auto",
         "gpt2-antonym-32-shots-lr-auto",
+        "tiny-synthetic-2-flipped-32-shots-lr-auto",
         "gpt2-sst2-flipped-32-shots-lr-auto",
     ]
     assert config.left_out() == (("gpt2", "antonym", "flipped"),)
-    assert [run.labels for run in found.values()] == ["natural", "flipped", "natural", "natural", "flipped"]
+    assert [run.labels for run in found.values()] == ["natural", "natural", "natural", "flipped", "flipped"]
     assert {run.task: run.data for run in found.values()} == {"synthetic-2": None, "sst2": "rows", "antonym": "rows"}
     with pytest.raises(OptionError, match=r"no run is left: the tasks antonym have open answers, .* cannot be flipped"):
         SweepConfig(("gpt2",), ("antonym",), labels=("flipped",)).runs()
