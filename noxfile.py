@@ -78,13 +78,14 @@ def docs(session: nox.Session) -> None:
 @nox.session(reuse_venv=False)
 def package(session: nox.Session) -> None:
     """Wheel and sdist: the sdist builds the same wheel, and the wheel alone runs the demo."""
-    session.install("-c", CONSTRAINTS["3.9"], "build")
+    session.install("-c", CONSTRAINTS["3.9"], "build", "twine")
     here, tmp = Path.cwd(), Path(session.create_tmp()).absolute()
     for folder, what in (("tree", ["--wheel"]), ("sdist", [])):  # without options: an sdist, and a wheel from it
         session.run("python", "-m", "build", *what, "--outdir", str(tmp / folder), str(here), silent=True)
     wheel, twin = (next((tmp / folder).glob("*.whl")) for folder in ("tree", "sdist"))
     if wheel.read_bytes() != twin.read_bytes():
         session.error("the wheel built from the sdist differs from the one built from the working tree.")
+    session.run("twine", "check", "--strict", *(str(path) for path in (tmp / "sdist").iterdir()))
     names = zipfile.ZipFile(wheel).namelist()
     needed = (
         *("py.typed", "data/model.safetensors", "data/tokenizer.json", "assets/page.css", "assets/page.js"),
