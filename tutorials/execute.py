@@ -1,6 +1,7 @@
 """Execute the tutorials, each from a clean kernel.
 
 ``python tutorials/execute.py`` runs all of them and stops at the first error: this is what CI does.
+``--weights bundled`` leaves out those that load a pretrained model, ``--weights pretrained`` runs only them.
 ``python tutorials/execute.py --save [NAME ...]`` also stores their outputs, with nothing of this
 machine in them. Stored pictures are plotly's own data and, for viewers that run no JavaScript, a
 PNG; that one needs Chromium.
@@ -26,6 +27,12 @@ SECONDS_PER_CELL = 240
 PLOTLY = "application/vnd.plotly.v1+json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 WIDTH = 820
+
+
+def needs_pretrained(path: Path) -> bool:
+    """Whether a notebook loads SmolLM2, whose weights are a package of their own."""
+    cells = nbformat.read(path, as_version=4).cells
+    return any("smollm2" in cell.source for cell in cells if cell.cell_type == "code")
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
@@ -136,6 +143,7 @@ def main() -> None:
         help="only notebooks whose name begins so (default: all)",
     )
     parser.add_argument("--save", action="store_true", help="store the outputs in the notebooks")
+    parser.add_argument("--weights", choices=["bundled", "pretrained"], help="only those (default: all)")
     options = parser.parse_args()
     os.environ["PLOTLY_RENDERER"] = "plotly_mimetype"
     os.environ.setdefault(
@@ -148,6 +156,9 @@ def main() -> None:
     paths = [
         p for p in sorted(FOLDER.glob("*.ipynb")) if p.name.startswith(tuple(options.names) or "")
     ]
+    if options.weights:
+        wanted = options.weights == "pretrained"
+        paths = [path for path in paths if needs_pretrained(path) is wanted]
     if not paths:
         sys.exit(f"no notebook in {FOLDER.name}/ begins with {' or '.join(options.names)}")
     began = time.perf_counter()

@@ -1,13 +1,17 @@
-"""What README.md shows on a pretrained model runs as it stands, and gives the numbers that stand there."""
+"""What README.md and docs/ show on SmolLM2 runs as it stands, and README.md's numbers are those that come out."""
 
 from __future__ import annotations
 
 import re
+import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
-from readme import PRETRAINED_BLOCKS, README
+from shown import PAGES, README, files_of, to_run
+from typer.testing import CliRunner
 
+from metaopt_lens.cli import app
 from metaopt_lens.decomposition import LogitContributionSet
 
 
@@ -15,10 +19,9 @@ from metaopt_lens.decomposition import LogitContributionSet
 def said(name: str) -> LogitContributionSet:
     if name != "smollm2":
         pytest.skip("README.md shows SmolLM2")
-    (code,) = PRETRAINED_BLOCKS
-    assert f'load_model("{name}")' in code
+    (block,) = to_run(README, "python", pretrained=True)
     names: dict[str, Any] = {}
-    exec(code, names)
+    exec(block.code, names)
     found = names["said"]
     assert isinstance(found, LogitContributionSet)
     return found
@@ -43,3 +46,22 @@ def test_the_sentence_is_true(said: LogitContributionSet) -> None:
     for name, value in values.items():
         (given,) = re.findall(rf"\b{name} ([+-]\d+\.\d\d)\b", README)
         assert float(value) == pytest.approx(float(given), abs=0.006), name
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "README.md"], ids=lambda page: page.name)
+def test_the_pages_of_the_documentation_run(
+    name: str, page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = page.read_text(encoding="utf-8")
+    code, commands = (to_run(text, language, pretrained=True) for language in ("python", "sh"))
+    if name != "smollm2" or not (code or commands):
+        pytest.skip("nothing on this model")
+    names: dict[str, Any] = {}
+    for block in code:
+        exec(block.code, names)
+    monkeypatch.chdir(tmp_path)
+    for file, content in files_of(text).items():
+        Path(file).write_text(content, encoding="utf-8")
+    for command in (command for block in commands for command in block.commands if not command.startswith("pip ")):
+        result = CliRunner().invoke(app, shlex.split(command)[1:])
+        assert result.exit_code == 0, f"{command}: {result.output} {result.exception!r}"
