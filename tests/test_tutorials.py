@@ -36,7 +36,9 @@ def test_the_badge_opens_this_notebook_in_the_repository(path: Path) -> None:
     """The repository's address stands in pyproject.toml; Colab's is made of it."""
     project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     repository = project["urls"]["Repository"].removeprefix("https://github.com/")
-    found = re.findall(r"https://colab\.research\.google\.com/github/[^)\s]+", "".join(cells(path, "markdown")[0]["source"]))
+    found = re.findall(
+        r"https://colab\.research\.google\.com/github/[^)\s]+", "".join(cells(path, "markdown")[0]["source"])
+    )
     assert found == [f"https://colab.research.google.com/github/{repository}/blob/main/tutorials/{path.name}"]
 
 

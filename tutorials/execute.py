@@ -1,7 +1,8 @@
 """Execute the tutorials, each from a clean kernel.
 
 ``python tutorials/execute.py`` runs all of them and stops at the first error: this is what CI does.
-``--weights bundled`` leaves out those that load a pretrained model, ``--weights pretrained`` runs only them.
+``--weights bundled`` leaves out those that load a pretrained model, ``--weights pretrained`` runs
+only them.
 ``python tutorials/execute.py --save [NAME ...]`` also stores their outputs, with nothing of this
 machine in them. Stored pictures are plotly's own data and, for viewers that run no JavaScript, a
 PNG; that one needs Chromium.
@@ -143,7 +144,9 @@ def main() -> None:
         help="only notebooks whose name begins so (default: all)",
     )
     parser.add_argument("--save", action="store_true", help="store the outputs in the notebooks")
-    parser.add_argument("--weights", choices=["bundled", "pretrained"], help="only those (default: all)")
+    parser.add_argument(
+        "--weights", choices=["bundled", "pretrained"], help="only those (default: all)"
+    )
     options = parser.parse_args()
     os.environ["PLOTLY_RENDERER"] = "plotly_mimetype"
     os.environ.setdefault(
