@@ -80,7 +80,7 @@ def clean(
             png = picture(output.data)
             if png is not None:
                 output.data["image/png"] = base64.b64encode(png).decode()
-                # A circuitsvis view is a megabyte of JavaScript: live where it is run, else a PNG.
+                # A view is up to a megabyte of JavaScript: live where it is run, else a PNG.
                 output.data.pop("text/html", None)
                 output.data.setdefault("text/plain", "")
     nbformat.validate(notebook)
@@ -122,7 +122,7 @@ class Camera:
             )
             self._page.evaluate(draw, figure)
             shown = self._page.locator("#shot .svg-container")
-        elif "CircuitsVis" in data.get("text/html", ""):
+        elif "<script" in data.get("text/html", ""):
             self._page.set_content(
                 f'<div id="shot" style="background: white">{data["text/html"]}</div>'
             )
