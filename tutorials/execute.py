@@ -1,6 +1,8 @@
 """Execute the tutorials, each from a clean kernel.
 
 ``python tutorials/execute.py`` runs all of them and stops at the first error: this is what CI does.
+``--weights bundled`` leaves out those that load a pretrained model, ``--weights pretrained`` runs
+only them.
 ``python tutorials/execute.py --save [NAME ...]`` also stores their outputs, with nothing of this
 machine in them. Stored pictures are plotly's own data and, for viewers that run no JavaScript, a
 PNG; that one needs Chromium.
@@ -26,6 +28,12 @@ SECONDS_PER_CELL = 240
 PLOTLY = "application/vnd.plotly.v1+json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 WIDTH = 820
+
+
+def needs_pretrained(path: Path) -> bool:
+    """Whether a notebook loads SmolLM2, whose weights are a package of their own."""
+    cells = nbformat.read(path, as_version=4).cells
+    return any("smollm2" in cell.source for cell in cells if cell.cell_type == "code")
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
@@ -72,7 +80,7 @@ def clean(
             png = picture(output.data)
             if png is not None:
                 output.data["image/png"] = base64.b64encode(png).decode()
-                # A circuitsvis view is a megabyte of JavaScript: live where it is run, else a PNG.
+                # A view is up to a megabyte of JavaScript: live where it is run, else a PNG.
                 output.data.pop("text/html", None)
                 output.data.setdefault("text/plain", "")
     nbformat.validate(notebook)
@@ -114,7 +122,7 @@ class Camera:
             )
             self._page.evaluate(draw, figure)
             shown = self._page.locator("#shot .svg-container")
-        elif "CircuitsVis" in data.get("text/html", ""):
+        elif "<script" in data.get("text/html", ""):
             self._page.set_content(
                 f'<div id="shot" style="background: white">{data["text/html"]}</div>'
             )
@@ -136,6 +144,9 @@ def main() -> None:
         help="only notebooks whose name begins so (default: all)",
     )
     parser.add_argument("--save", action="store_true", help="store the outputs in the notebooks")
+    parser.add_argument(
+        "--weights", choices=["bundled", "pretrained"], help="only those (default: all)"
+    )
     options = parser.parse_args()
     os.environ["PLOTLY_RENDERER"] = "plotly_mimetype"
     os.environ.setdefault(
@@ -148,6 +159,9 @@ def main() -> None:
     paths = [
         p for p in sorted(FOLDER.glob("*.ipynb")) if p.name.startswith(tuple(options.names) or "")
     ]
+    if options.weights:
+        wanted = options.weights == "pretrained"
+        paths = [path for path in paths if needs_pretrained(path) is wanted]
     if not paths:
         sys.exit(f"no notebook in {FOLDER.name}/ begins with {' or '.join(options.names)}")
     began = time.perf_counter()
