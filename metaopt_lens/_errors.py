@@ -55,3 +55,7 @@ class OutputError(MetaoptLensError, OSError):
 
 class ModelTooLargeError(MetaoptLensError, MemoryError):
     """A model's weights take more memory than there is."""
+
+
+class SweepError(MetaoptLensError, RuntimeError):
+    """Some runs of a sweep failed, or their model cannot be loaded; all others are finished and stored."""

@@ -95,7 +95,7 @@ def test_every_module_can_be_imported() -> None:
 def test_errors_share_one_base_and_a_builtin() -> None:
     from metaopt_lens import _errors
 
-    builtins = (ValueError, TypeError, ArithmeticError, OSError, MemoryError)
+    builtins = (ValueError, TypeError, ArithmeticError, OSError, MemoryError, RuntimeError)
     for name, error in inspect.getmembers(_errors, inspect.isclass):
         assert issubclass(error, metaopt_lens.MetaoptLensError), name
         assert error is metaopt_lens.MetaoptLensError or issubclass(error, builtins), name

@@ -25,6 +25,7 @@ from metaopt_lens.analysis._further import Further as Further
 from metaopt_lens.analysis._further import join_further as join_further
 from metaopt_lens.analysis._head_profile import HeadProfile as HeadProfile
 from metaopt_lens.analysis._head_profile import head_profile as head_profile
+from metaopt_lens.analysis._head_profile import join_profiles as join_profiles
 from metaopt_lens.analysis._head_profile import spearman_rho as spearman_rho
 from metaopt_lens.analysis._head_scores import attention_scores_of_heads as attention_scores_of_heads
 from metaopt_lens.analysis._head_scores import function_vector_scores as function_vector_scores
@@ -96,8 +97,10 @@ from metaopt_lens.analysis._static_curve import StaticCurve as StaticCurve
 from metaopt_lens.analysis._static_curve import static_curve as static_curve
 from metaopt_lens.analysis._static_curve import static_ranks as static_ranks
 from metaopt_lens.analysis._static_sets import PatchesAgainstFinetuning as PatchesAgainstFinetuning
+from metaopt_lens.analysis._static_sets import StaticAnswers as StaticAnswers
 from metaopt_lens.analysis._static_sets import StaticCurves as StaticCurves
 from metaopt_lens.analysis._static_sets import patches_against_finetuning as patches_against_finetuning
+from metaopt_lens.analysis._static_sets import static_table as static_table
 from metaopt_lens.analysis._statistic import Statistic as Statistic
 from metaopt_lens.analysis._statistics import STATISTICS as STATISTICS
 from metaopt_lens.analysis._statistics import statistic as statistic
@@ -112,6 +115,9 @@ from metaopt_lens.analysis._update_words import value_update_words as value_upda
 from metaopt_lens.analysis._verdict import Finding as Finding
 from metaopt_lens.analysis._verdict import findings as findings
 from metaopt_lens.analysis._verdict import headline as headline
+from metaopt_lens.analysis._verdict import not_beyond as not_beyond
+from metaopt_lens.analysis._verdict import not_working as not_working
+from metaopt_lens.analysis._verdict import outcome as outcome
 
 __all__ = [
     "FLIPPED_LABELS",

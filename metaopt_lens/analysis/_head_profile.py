@@ -126,6 +126,19 @@ class HeadProfile(Stored):
         return "\n".join(lines)
 
 
+def join_profiles(parts: Sequence[HeadProfile]) -> HeadProfile:
+    """All demonstration sets of several profiles of one model, in order; scores that not every one has are left out.
+
+    Args:
+        parts: one or more.
+    """
+    shared = [name for name in parts[0].scores if all(name in part.scores for part in parts)]
+    counts = [0, *(int(part.sets.max()) + 1 for part in parts)]
+    sets = torch.cat([part.sets + sum(counts[: i + 1]) for i, part in enumerate(parts)])
+    scores = {name: torch.cat([part.scores[name] for part in parts]) for name in shared}
+    return HeadProfile(parts[0].model, scores, sets, parts[0].provenance)
+
+
 def head_profile(
     model: Any,
     prompts: Sequence[PromptLike],

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -35,6 +37,8 @@ from metaopt_lens.runs import (
     scaled_queries,
     softmax_parts,
 )
+
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,17 +115,21 @@ class QueryBatch:
 
         return self._once("scores", setting, read)
 
-    @cached_property
+    @property
     def parts(self) -> SoftmaxParts:
         """The exact split of the in-context runs, ``[query, layer, head, d_head]``."""
-        found = [softmax_parts(runs.icl) for runs in self.runs]
-        names = ("zero_shot", "meta_gradient", "mass", "remaining", "without_demos")
-        return SoftmaxParts(**{name: torch.stack([_kept(getattr(p, name)[-1]) for p in found]) for name in names})
+
+        def read() -> SoftmaxParts:
+            found = [softmax_parts(runs.icl) for runs in self.runs]
+            names = [field.name for field in dataclasses.fields(SoftmaxParts)]
+            return SoftmaxParts(**{name: torch.stack([_kept(getattr(p, name)[-1]) for p in found]) for name in names})
+
+        return self._once("parts", "icl", read)
 
     @property
     def linear(self) -> Float[Tensor, "query layer head d_head"]:
         """``dW_ICL q`` with q of the in-context run."""
-        return self._last("icl", lambda run: linear_parts(run).meta_gradient)
+        return self._once("linear", "icl", lambda: self._last("icl", lambda run: linear_parts(run).meta_gradient))
 
     @cached_property
     def matrices(self) -> MatrixReadings:
@@ -146,16 +154,17 @@ class QueryBatch:
         return ranked_maps(context, self._last("ft", scaled_queries), self.trained, convention=self.context.convention)
 
     @cached_property
-    def _read(self) -> dict[tuple[str, Setting], Tensor]:
+    def _read(self) -> dict[tuple[str, Setting], Any]:
         return {}
 
-    def _once(self, what: str, setting: Setting, read: Callable[[], Tensor]) -> Tensor:
+    def _once(self, what: str, setting: Setting, read: Callable[[], _Found]) -> _Found:
         """Something of a setting that several statistics read; from the base batch where the runs are its own."""
         if self.base is not None and self.base.runs[0][setting] is self.runs[0][setting]:
             return self.base._once(what, setting, read)
         if (what, setting) not in self._read:
             self._read[what, setting] = read()
-        return self._read[what, setting]
+        found: _Found = self._read[what, setting]
+        return found
 
     def _last(self, setting: Setting, read: Callable[[Run], Tensor]) -> Tensor:
         return torch.stack([_kept(read(runs[setting])[-1]) for runs in self.runs])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from metaopt_lens._errors import OptionError
@@ -25,6 +25,77 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _ALL = "all"  # matrices
+
+
+@dataclass(frozen=True, eq=False)
+class StaticAnswers:
+    """What is kept of a static curve: right or wrong, and how far from the in-context and the zero-shot answer.
+
+    Attributes:
+        settings: in context, zero-shot, then with each static patch.
+        correct: whether each query is answered right, see `StaticCurve`.
+        divergences: see `StaticCurve`.
+    """
+
+    settings: tuple[str, ...]
+    correct: Bool[Tensor, "setting query"]
+    divergences: dict[str, Float[Tensor, "setting query"]]
+
+    @classmethod
+    def of(cls, curve: StaticCurve) -> StaticAnswers:
+        """Those of a curve.
+
+        Args:
+            curve: of one demonstration set.
+        """
+        return cls(curve.settings, curve.correct, curve.divergences)
+
+    def only(self, settings: Sequence[str]) -> StaticAnswers:
+        """Some of the settings.
+
+        Args:
+            settings: their names.
+        """
+        rows = [self.settings.index(name) for name in settings]
+        kept = {name: values[rows] for name, values in self.divergences.items()}
+        return StaticAnswers(tuple(settings), self.correct[rows], kept)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able data."""
+        divergences = {name: values.tolist() for name, values in self.divergences.items()}
+        return {"settings": list(self.settings), "correct": self.correct.tolist(), "divergences": divergences}
+
+    @classmethod
+    def from_dict(cls, body: Mapping[str, Any]) -> StaticAnswers:
+        """The reverse of `to_dict`.
+
+        Args:
+            body: what `to_dict` gave; further fields are not read.
+        """
+        divergences = {name: torch.tensor(values).double() for name, values in body["divergences"].items()}
+        return cls(tuple(body["settings"]), torch.tensor(body["correct"]), divergences)
+
+
+def static_table(sets: Sequence[StaticAnswers]) -> pd.DataFrame:
+    """One row for every setting: accuracy, gain over zero-shot, both divergences, with intervals over the sets.
+
+    Args:
+        sets: of each demonstration set, with the same settings, zero-shot the second.
+    """
+    import pandas as pd
+
+    rows = []
+    for number, name in enumerate(sets[0].settings):
+        right = [one.correct[number].double() for one in sets]
+        gain = [own - one.correct[1].double() for own, one in zip(right, sets, strict=True)]
+        row: dict[str, Any] = {"setting": name, "sets": len(sets), "n": sum(map(len, right))}
+        row |= _numbers("accuracy", over_sets(right).within(0.0, 1.0))
+        row |= _numbers("gain", over_sets(gain).within(-1.0, 1.0))
+        for key in sets[0].divergences:
+            found = over_sets([one.divergences[key][number] for one in sets])
+            row |= _numbers(key, found.within(0.0, torch.inf))
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,20 +117,7 @@ class StaticCurves:
 
     def to_frame(self) -> pd.DataFrame:
         """One row for every setting: accuracy, gain over zero-shot, both divergences, with intervals over the sets."""
-        import pandas as pd
-
-        rows = []
-        for number, name in enumerate(self.sets[0].settings):
-            right = [curve.correct[number].double() for curve in self.sets]
-            gain = [own - curve.correct[1].double() for own, curve in zip(right, self.sets, strict=True)]
-            row: dict[str, Any] = {"setting": name, "sets": len(self.sets), "n": sum(map(len, right))}
-            row |= _numbers("accuracy", over_sets(right).within(0.0, 1.0))
-            row |= _numbers("gain", over_sets(gain).within(-1.0, 1.0))
-            for key in self.sets[0].divergences:
-                found = over_sets([curve.divergences[key][number] for curve in self.sets])
-                row |= _numbers(key, found.within(0.0, torch.inf))
-            rows.append(row)
-        return pd.DataFrame(rows)
+        return static_table([StaticAnswers.of(curve) for curve in self.sets])
 
     @property
     def sentence(self) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from metaopt_lens.analysis._comparison import Comparison
 
 Answer = Literal["yes", "no", "unclear", "undecided"]
+Outcome = Literal["one set", "not interpreted", "opposite", "not shown", "no control", "beyond all", "not beyond all"]
 
 LEARNING, FINETUNING, DIRECTION, PUBLISHED = "in_context_learning", "finetuning", "direction", "sim_aou"
 PRIOR = "prior"
@@ -96,7 +97,7 @@ def findings(comparison: Comparison, statistic: str = "z total") -> tuple[Findin
             answered on the contrast part of output space, where updates were split.
     """
     learning = _learning(comparison)
-    failed = [name for f, name in zip(learning, _WORKS, strict=True) if f.answer != "yes"]
+    failed = not_working(learning)
     why = "" if not failed else f"it is not shown that {' and that '.join(failed)}"
     chosen = comparison[statistic]
     mean = chosen.values.nanmean((1, 2))
@@ -200,44 +201,85 @@ def _sign_test(gains: Float[Tensor, " query"]) -> float:
     return float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
 
 
+def outcome(answers: Sequence[Finding]) -> Outcome:
+    """What the findings come to.
+
+    Args:
+        answers: of `findings`.
+
+    Returns:
+        ``one set``: undecided; ``not interpreted``: in-context learning or finetuning is not shown to work;
+        ``opposite``, ``not shown``: what is said of a common direction; where there is one, ``no control`` was run, or
+        it is ``beyond all`` or ``not beyond all`` of them.
+    """
+    by_key = {f.key: f for f in answers}
+    if answers[0].n_sets < MIN_SETS_TO_DECIDE:
+        return "one set"
+    if not_working(answers):
+        return "not interpreted"
+    same_way = by_key[DIRECTION].answer
+    if same_way != "yes":
+        return "opposite" if same_way == "no" else "not shown"
+    if all(f.control is None for f in answers):
+        return "no control"
+    return "not beyond all" if not_beyond(answers) else "beyond all"
+
+
+def not_working(answers: Sequence[Finding]) -> list[str]:
+    """What is not shown of "the model learns in context" and "finetuning helps".
+
+    Args:
+        answers: of `findings`.
+    """
+    by_key = {f.key: f for f in answers}
+    return [name for key, name in zip((LEARNING, FINETUNING), _WORKS, strict=True) if by_key[key].answer != "yes"]
+
+
+def not_beyond(answers: Sequence[Finding]) -> list[str]:
+    """Controls over which no excess of the similarity is shown.
+
+    Args:
+        answers: of `findings`.
+    """
+    return [f.control for f in answers if f.control is not None and f.answer != "yes"]
+
+
 def headline(answers: Sequence[Finding]) -> str:
     """The findings in one or two sentences, no stronger than they are.
 
     Args:
         answers: of `findings`.
     """
-    by_key = {f.key: f for f in answers}
     sets = scope(answers[0].n_sets)
-    if answers[0].n_sets < MIN_SETS_TO_DECIDE:
-        return (
-            "Undecided: there is one demonstration set, and nothing is known of how another would do. Compare behind "
-            "several sets, better five or more."
-        )
-    failed = [name for key, name in zip((LEARNING, FINETUNING), _WORKS, strict=True) if by_key[key].answer != "yes"]
-    if failed:
-        return (
-            f"It is not shown that {' and that '.join(failed)} ({sets}): the similarities are not interpreted, as "
-            "there is nothing that they could explain."
-        )
-    same_way = by_key[DIRECTION].answer
-    controls = [f for f in answers if f.control is not None]
-    not_beyond = [f.control for f in controls if f.answer != "yes"]
-    if same_way == "no":
-        return f"In-context learning and finetuning move the heads in opposite directions on average ({sets})."
-    if same_way != "yes":
-        return f"No common direction of the in-context and the finetuning updates is shown ({sets})."
-    if not controls:
-        return f"The in-context updates resemble the finetuning updates ({sets}); no control was run."
-    if not not_beyond:
-        return (
-            f"The in-context updates resemble the finetuning updates, beyond every control that was run ({sets}). That "
-            "is what a hidden gradient descent would look like; it does not prove one."
-        )
-    return (
-        f"The in-context updates resemble the finetuning updates, but over {len(not_beyond)} of {len(controls)} "
-        f"controls ({', '.join(map(str, not_beyond))}) no excess is shown ({sets}): the similarity by itself is no "
-        "evidence of a hidden gradient descent."
-    )
+    match outcome(answers):
+        case "one set":
+            return (
+                "Undecided: there is one demonstration set, and nothing is known of how another would do. Compare "
+                "behind several sets, better five or more."
+            )
+        case "not interpreted":
+            return (
+                f"It is not shown that {' and that '.join(not_working(answers))} ({sets}): the similarities are not "
+                "interpreted, as there is nothing that they could explain."
+            )
+        case "opposite":
+            return f"In-context learning and finetuning move the heads in opposite directions on average ({sets})."
+        case "not shown":
+            return f"No common direction of the in-context and the finetuning updates is shown ({sets})."
+        case "no control":
+            return f"The in-context updates resemble the finetuning updates ({sets}); no control was run."
+        case "beyond all":
+            return (
+                "The in-context updates resemble the finetuning updates, beyond every control that was run "
+                f"({sets}). That is what a hidden gradient descent would look like; it does not prove one."
+            )
+        case "not beyond all":
+            missed, n = not_beyond(answers), sum(f.control is not None for f in answers)
+            return (
+                f"The in-context updates resemble the finetuning updates, but over {len(missed)} of {n} controls "
+                f"({', '.join(missed)}) no excess is shown ({sets}): the similarity by itself is no evidence of a "
+                "hidden gradient descent."
+            )
 
 
 def _finding(

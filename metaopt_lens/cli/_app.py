@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from metaopt_lens._errors import MetaoptLensError
+from metaopt_lens._errors import MetaoptLensError, SweepError
 from metaopt_lens.cli import (
     _claims_command,
     _compile_command,
@@ -18,6 +18,7 @@ from metaopt_lens.cli import (
 )
 from metaopt_lens.cli._showing import log_on_stderr, say
 
+_INCOMPLETE = 1  # exit code of a sweep that is finished but for runs that failed
 _MISTAKE = 2  # exit code for everything the user can put right; typer's own for bad options
 
 
@@ -30,7 +31,7 @@ class _Commands(typer.core.TyperGroup):
                 return super().invoke(ctx)
         except MetaoptLensError as error:
             say(f"error: {' '.join(str(error).split())}", to_stderr=True)
-            raise typer.Exit(_MISTAKE) from error
+            raise typer.Exit(_INCOMPLETE if isinstance(error, SweepError) else _MISTAKE) from error
 
 
 app = typer.Typer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -45,6 +46,9 @@ def run(
     random_weights: of_run.RandomWeights = None,
     unrelated: of_run.Unrelated = None,
     attribution: of_run.Attribution = None,
+    further: of_run.Further = None,
+    profile: of_run.Profile = None,
+    patch: of_run.Patch = None,
     reference: of_run.Reference = None,
     dtype: options.MaybeWeightsType = None,
     device: options.Device = None,
@@ -84,16 +88,48 @@ def _settings(file: Path | None, given: dict[str, Any]) -> RunConfig:
 
 
 def sweep(
-    file: Annotated[Path, typer.Argument(help="TOML file that lists models, tasks, shots and learning rates.")],
+    file: Annotated[Path, typer.Argument(help="TOML file that lists models, tasks, labels, shots, learning rates.")],
     out: Annotated[Path, typer.Option("--out", help="Directory of the results; an unfinished sweep there is resumed.")],
+    model: Annotated[
+        list[str] | None, typer.Option("--model", help="Only the runs of this model; may be given several times.")
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help="Only the runs on this task; may be given several times.")
+    ] = None,
+    data: of_run.Data = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes (default: what the file says).")] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option("--export", help="Also write the tables of all finished runs as small CSV files.", metavar="DIR"),
+    ] = None,
     recompute_damaged: options.Recompute = False,
 ) -> None:
-    """Runs over models, tasks, shots and learning rates, in processes or on a cluster."""
-    from metaopt_lens.experiments import SweepConfig, run_sweep
+    """Runs over models, tasks, labels, shots and learning rates, in processes or on a cluster."""
+    from metaopt_lens._errors import SweepError
+    from metaopt_lens.experiments import SweepConfig, SweepResult, run_sweep
 
-    result = run_sweep(SweepConfig.load(file), out, recompute_damaged=recompute_damaged)
+    config = SweepConfig.load(file)
+    if data is not None:
+        config = dataclasses.replace(config, data=data)
+    if workers is not None:
+        config = dataclasses.replace(config, workers=dataclasses.replace(config.workers, n=workers))
+    failed = None
+    try:
+        run_sweep(config, out, models=model, tasks=task, recompute_damaged=recompute_damaged)
+    except SweepError as error:  # told after what is finished
+        failed = error
+    result = SweepResult.load(out)
     for found in result.runs.values():
-        show_run(found)
+        if found.is_complete:
+            show_run(found)
+    for name, on, labels in result.left_out:
+        say(f"left out: {name} on {on} with {labels} labels: the task has open answers")
+    if result.unfinished:
+        say(f"not finished: {len(result.unfinished)} of {len(result.names)} runs: {', '.join(result.unfinished)}")
+    if export is not None:
+        say_written(result.export(export))
+    if failed is not None:
+        raise failed
 
 
 def report(

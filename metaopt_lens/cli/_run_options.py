@@ -54,6 +54,22 @@ Unrelated = Annotated[
 Attribution = Annotated[
     bool | None, typer.Option("--attribution/--no-attribution", help="Measure every head's effect (default yes).")
 ]
+Further = Annotated[
+    bool | None,
+    typer.Option(
+        "--further/--no-further",
+        help="Also ask the further questions: ceiling, optimisers, order and company of demonstrations (else as "
+        "--controls says).",
+    ),
+]
+Profile = Annotated[
+    bool | None,
+    typer.Option("--profile/--no-profile", help="Also score every head by several theories (default no)."),
+]
+Patch = Annotated[
+    bool | None,
+    typer.Option("--patch/--no-patch", help="Also fit one weight patch for all queries and test it (default no)."),
+]
 Reference = Annotated[
     bool | None, typer.Option("--reference/--no-reference", help="Metrics with the published code's choices.")
 ]

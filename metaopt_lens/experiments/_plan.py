@@ -12,7 +12,7 @@ from metaopt_lens.experiments._run_store import RunStore
 
 _WAIT_S = 0.2  # between looks at a piece that another process works on
 # Of the work, roughly, for the time left.
-_SHARES = {"prompts": 1, "lr": 5, "attribution": 6, "example": 1, "tables": 2}
+_SHARES = {"prompts": 1, "lr": 5, "attribution": 6, "profile": 3, "patch": 3, "example": 1, "tables": 2}
 _COMPARISON_SHARE = 8
 
 
@@ -56,6 +56,8 @@ class Plan:
                 found.append(Piece(seed, rule))
             found += [Piece(seed, "labels")] if config.labels != "natural" else []
             found += [Piece(seed, "attribution")] if config.attribution else []
+            found += [Piece(seed, "profile")] if config.profile else []
+            found += [Piece(seed, "patch")] if config.patch else []
             found += [Piece(seed, "example")] if seed == config.seeds[0] else []
         return [*found, Piece(None, "tables")]
 

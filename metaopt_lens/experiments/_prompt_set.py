@@ -106,9 +106,7 @@ def make_prompts(config: RunConfig, task: Task, rows: TaskRows, model: LensModel
         OptionError: other than natural labels in a task of open answers.
         ContextWindowError: not even one demonstration fits.
     """
-    # Outputs of an open vocabulary are no classes that could be balanced, or flipped.
-    is_open = task.labels is None and task.make_rows is None
-    if is_open and config.labels != "natural":
+    if task.is_open and config.labels != "natural":
         raise OptionError(
             f"task {task.name!r} has open answers, which cannot be {config.labels}: take a task with label words, or "
             "labels = 'natural'."
@@ -124,7 +122,7 @@ def make_prompts(config: RunConfig, task: Task, rows: TaskRows, model: LensModel
             f"{config.shots} demonstrations{held_out} are needed, but {rows.source} has only {len(rows.train)} rows to "
             f"learn task {task.name!r} from: lower the number of shots, or give more data."
         )
-    selection = "random" if config.selection == "balanced" and is_open else config.selection
+    selection = "random" if config.selection == "balanced" and task.is_open else config.selection
     demos = select_demos(
         rows.train,
         config.shots,
@@ -225,7 +223,7 @@ def _length(text: str, task: Task, model: LensModel, config: RunConfig) -> int:
 def _held_out(
     config: RunConfig, rows: TaskRows, demos: Sequence[Row], task: Task, model: LensModel, room: int, seed: int
 ) -> list[Row]:
-    if config.lr != "auto":
+    if config.lr != "auto" and not config.patch:
         return []
     taken = {row.index for row in demos}
     rest = [row for row in rows.train if row.index not in taken and _length(row.input, task, model, config) <= room]

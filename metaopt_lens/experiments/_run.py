@@ -11,12 +11,14 @@ from metaopt_lens._errors import MetaoptLensError
 from metaopt_lens._progress import Progress
 from metaopt_lens._threads import torch_threads
 from metaopt_lens.experiments._attribution_stage import attribution
+from metaopt_lens.experiments._patch_stage import patch
 from metaopt_lens.experiments._plan import Piece, Plan
+from metaopt_lens.experiments._profile_stage import profile
 from metaopt_lens.experiments._run_config import RunConfig
 from metaopt_lens.experiments._run_inputs import RunInputs, seeds_of
 from metaopt_lens.experiments._run_log import RunLog
 from metaopt_lens.experiments._run_result import ExperimentResult
-from metaopt_lens.experiments._run_store import RUN_FILE, RunStore
+from metaopt_lens.experiments._run_store import RUN_FILE, RunStore, require_own_version
 from metaopt_lens.experiments._run_tables import save_tables
 from metaopt_lens.experiments._stages import (
     Save,
@@ -61,7 +63,8 @@ def run_experiment(
         OptionError: a setting that makes no sense, an unknown task, or seeds that are not the configuration's.
         DataError: the rows cannot be had, or are too few or wrong.
         PromptError: label words that the model's tokenizer cannot tell apart.
-        OutputError: `out` cannot be written, or holds a run of another configuration, model or data.
+        OutputError: `out` cannot be written, or holds a run of another configuration, model or data, or one that
+            another version of metaopt-lens began.
         FileFormatError: a stored piece is damaged.
     """
     config = config if isinstance(config, RunConfig) else RunConfig.from_dict(config)
@@ -74,6 +77,7 @@ def run_experiment(
     result = ExperimentResult(store.folder, config, inputs.task)
     todo = [piece for piece in plan.pieces() if not store.is_finished(piece.name)]
     if todo:
+        require_own_version([store])
         inputs.pin(store, [p.seed for p in todo if p.stage == "prompts" and p.seed is not None])
         with torch_threads(inputs.n_threads):
             _make(plan, todo, store, inputs, result, progress=progress)
@@ -91,7 +95,7 @@ def _require_intact(plan: Plan, store: RunStore, *, recompute: bool) -> None:
 def _make(
     plan: Plan, todo: Sequence[Piece], store: RunStore, inputs: RunInputs, result: ExperimentResult, *, progress: bool
 ) -> None:
-    log = RunLog(store, plan.config, inputs.model.device)
+    log = RunLog(store, plan.config, inputs.model)
     title = f"{plan.config.model} on {inputs.task.name}"
     with Progress(sum(piece.share for piece in todo), title, shown=progress) as shown:
         for piece in plan.in_turn(todo, store, lambda done: shown.advance(done.share, done.name)):
@@ -118,6 +122,10 @@ def _compute(piece: Piece, inputs: RunInputs, result: ExperimentResult, log: Run
         return label_following(config, inputs.model, prompts, seed)
     if stage == "attribution":
         return attribution(config, inputs.model, prompts)
+    if stage == "profile":
+        return profile(config, inputs.model, prompts, seed)
+    if stage == "patch":
+        return patch(config, inputs.model, prompts)
     rule = next(rule for rule in config.rules if stage in (rule, f"lr-{rule}"))
     if stage != rule:
         return learning_rate(config, inputs.model, prompts, rule)

@@ -34,6 +34,7 @@ Seeds = Annotated[
 ]
 _AtLeast2 = Annotated[Whole, Field(ge=2)]
 _PLACE = {"place": True}  # where and with what it runs; does not decide the result
+_LATER = {"later": True}  # came after runs were stored: decides only where it is not the default
 
 
 @settings
@@ -65,6 +66,12 @@ class RunConfig:
         attribution_metric: see `head_effects` (``"auto"``: the logit difference where the label words differ in their
             first token, else the log-probability).
         n_null_draws, subspace_dim: see `compare`.
+        further: also ask the further questions of `Controls` (the ceiling, the optimiser ladder, order and company of
+            the demonstrations); None for what `controls` says.
+        profile: also score every head by several theories of in-context learning (see `head_profile`; it estimates the
+            knock-out, which `attribution` measures).
+        patch: also fit one weight patch for all queries on the held-out rows, and ask the queries with it (see
+            `static_curve`).
         reference: the published code's choices in the metrics (`Convention.PUBLISHED`).
         prepend_bos: put BOS first; None for the model's default.
         dtype: floating-point type of the weights.
@@ -113,12 +120,23 @@ class RunConfig:
     n_devices: Count | None = field(default=None, metadata=_PLACE)
     device_map: str | None = field(default=None, metadata=_PLACE)
     threads: Count | None = field(default=None, metadata=_PLACE)
+    further: Flag | None = field(default=None, metadata=_LATER)
+    profile: Flag = field(default=False, metadata=_LATER)
+    patch: Flag = field(default=False, metadata=_LATER)
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of everything but the place where it runs."""
-        body = {name: value for name, value in self.to_dict().items() if name in deciding_fields()}
-        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.deciding(), sort_keys=True).encode()).hexdigest()
+
+    def deciding(self) -> dict[str, Any]:
+        """The fields that decide the results; those that came later only where they differ from their default."""
+        body = self.to_dict()
+        return {
+            f.name: body[f.name]
+            for f in dataclasses.fields(self)
+            if not f.metadata.get("place") and not (f.metadata.get("later") and body[f.name] == f.default)
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-able data."""
@@ -155,8 +173,3 @@ class RunConfig:
         # A JSON string, number, boolean or list of them is also TOML.
         lines = [f"{name} = {json.dumps(value)}" for name, value in self.to_dict().items() if value is not None]
         return "\n".join(lines) + "\n"
-
-
-def deciding_fields() -> tuple[str, ...]:
-    """The fields that decide the results."""
-    return tuple(f.name for f in dataclasses.fields(RunConfig) if not f.metadata.get("place"))

@@ -11,7 +11,7 @@ import torch
 from metaopt_lens._errors import DataError, OptionError
 from metaopt_lens.experiments._model_identity import model_identity
 from metaopt_lens.experiments._prompt_set import PromptSet, make_prompts
-from metaopt_lens.experiments._run_config import RunConfig, deciding_fields
+from metaopt_lens.experiments._run_config import RunConfig
 from metaopt_lens.experiments._run_store import RUN_FILE, RUN_FORMAT, RunStore
 from metaopt_lens.finetuning import require_raw_weights
 from metaopt_lens.models import LensModel, load_model, wrap
@@ -123,11 +123,10 @@ class RunInputs:
 
     def description(self) -> dict[str, Any]:
         """Of the run itself."""
-        body = self.config.to_dict()
         return {
             "kind": "metaopt-lens run",
             "format": RUN_FORMAT,
-            "config": {name: body[name] for name in deciding_fields()},
+            "config": self.config.deciding(),
             "fingerprint": self.config.fingerprint,
             "task": self.task.to_dict(),
         }

@@ -17,6 +17,7 @@ from metaopt_lens._storage import provenance
 from metaopt_lens.experiments._run_config import RunConfig
 from metaopt_lens.experiments._run_store import RunStore
 from metaopt_lens.experiments._stages import write_json
+from metaopt_lens.models import LensModel, weights_file
 
 
 class RunLog:
@@ -25,10 +26,10 @@ class RunLog:
     Args:
         store: of the run.
         config: of the run.
-        device: where the model is.
+        model: what is run.
     """
 
-    def __init__(self, store: RunStore, config: RunConfig, device: torch.device) -> None:
+    def __init__(self, store: RunStore, config: RunConfig, model: LensModel) -> None:
         now = datetime.datetime.now(datetime.UTC)
         self._store = store
         self._controls: dict[str, float] = {}
@@ -40,7 +41,8 @@ class RunLog:
             "host": socket.gethostname(),
             "platform": platform.platform(),
             "threads": torch.get_num_threads(),
-            "device": str(device),
+            "device": str(model.device),
+            "weights_file": weights_file(getattr(getattr(model.host, "original_model", None), "config", None)),
             "versions": provenance(),
             "config": config.to_dict(),
             "pieces": {},

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metaopt_lens._errors import FileFormatError, OptionError
-from metaopt_lens.analysis import Comparison, LabelFollowing, join_following
+from metaopt_lens.analysis import Comparison, HeadProfile, LabelFollowing, StaticAnswers, join_following
 from metaopt_lens.decomposition import Decomposition
 from metaopt_lens.experiments._attribution_stage import attribution_notes, load_attribution
 from metaopt_lens.experiments._join import join_comparisons
+from metaopt_lens.experiments._patch_stage import load_patch, patch_notes
+from metaopt_lens.experiments._profile_stage import load_profile, profile_notes
 from metaopt_lens.experiments._prompt_set import PromptSet
 from metaopt_lens.experiments._run_config import Rule, RunConfig
 from metaopt_lens.experiments._run_store import RUN_FILE, RunStore
@@ -140,11 +142,26 @@ class ExperimentResult:
         Args:
             seed: of the demonstration set.
         """
-        if not self.config.attribution:
-            raise OptionError(
-                f"the run in {self.path} was made without the attribution to heads (attribution = false)."
-            )
+        self._require("attribution", "the attribution to heads")
         return load_attribution(self._piece(seed, "attribution"))
+
+    def profile(self, seed: int) -> HeadProfile | None:
+        """Scores of every head by several theories; None if they could not be had (see `notes`).
+
+        Args:
+            seed: of the demonstration set.
+        """
+        self._require("profile", "the head profile")
+        return load_profile(self._piece(seed, "profile"))
+
+    def patch(self, seed: int) -> StaticAnswers | None:
+        """Answers with one patch for all queries; None if it could not be had (see `notes`).
+
+        Args:
+            seed: of the demonstration set.
+        """
+        self._require("patch", "the patch for all queries")
+        return load_patch(self._piece(seed, "patch"))
 
     def example(self) -> Decomposition | None:
         """The first prompt of the first seed, decomposed (without its model); None if it was too large to store."""
@@ -165,7 +182,12 @@ class ExperimentResult:
         * ``learning_rates``: what was tried, where the rate was chosen; ``losses``: of every finetuning step;
         * ``attributions``: effect of every head's meta-gradient over all seeds, ranked, with intervals;
           ``attribution_seeds``: per seed, gain and the heads that recover 90 percent of it on held-out queries;
-          ``attribution_recovery``: how many heads that takes over all seeds, one row per metric.
+          ``attribution_recovery``: how many heads that takes over all seeds, one row per metric;
+        * ``findings``: the questions of `Comparison.findings` with answers, estimates and intervals, by rule;
+        * ``ceiling``, ``ladder``, ``order``, ``algebra``: the further results, by rule, where they were asked for;
+        * ``label_following``: see `LabelFollowing.to_frame`, where labels are flipped or neutral;
+        * ``profile``: scores of every head by several theories, and ``profile_correlations``: Spearman's rho of every
+          two; ``patch``: answers with one weight patch for all queries; where they were asked for.
 
         Args:
             name: one of those above.
@@ -195,9 +217,10 @@ class ExperimentResult:
         for rule in self.config.rules:
             for seed in self.seeds:
                 found |= {f"seed {seed}, {rule}: {note}": None for note in self.finetuning(rule, seed)["notes"]}
-        if self.config.attribution:
-            for seed in self.seeds:
-                found |= {f"seed {seed}: {n}": None for n in attribution_notes(self._piece(seed, "attribution"))}
+        for stage, notes_of in (("attribution", attribution_notes), ("profile", profile_notes), ("patch", patch_notes)):
+            if getattr(self.config, stage):
+                for seed in self.seeds:
+                    found |= {f"seed {seed}: {n}": None for n in notes_of(self._piece(seed, stage))}
         return tuple(found)
 
     # ---- provenance ---------------------------------------------------------------------------------------------
@@ -230,6 +253,10 @@ class ExperimentResult:
     def _json(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = read_json(self.path / name)
         return found
+
+    def _require(self, setting: str, what: str) -> None:
+        if not getattr(self.config, setting):
+            raise OptionError(f"the run in {self.path} was made without {what} ({setting} = false).")
 
     def _rule(self, rule: Rule) -> Rule:
         if rule not in self.config.rules:

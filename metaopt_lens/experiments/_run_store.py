@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from metaopt_lens._errors import FileFormatError, OutputError
-from metaopt_lens._storage import write_text
+from metaopt_lens._storage import provenance, write_text
 
 RUN_FILE = "run.json"
 RUN_FORMAT = 2  # 1: of version 0.1
@@ -238,6 +238,28 @@ class RunStore:
                 f"{self.folder} cannot be written ({reason}). Finished pieces are kept: make room or allow writing and "
                 "run the same command again, or give another output directory."
             ) from error
+
+
+def require_own_version(stores: Sequence[RunStore]) -> None:
+    """Refuse to add to runs of which another version of metaopt-lens made pieces.
+
+    Args:
+        stores: of the runs; those that are not begun are anyone's.
+
+    Raises:
+        OutputError: pieces of another version, by the run's own provenance.
+    """
+    ours = provenance()["metaopt-lens"]
+    for store in stores:
+        for file in sorted((store.folder / "provenance").glob("*.json")):
+            log = store.read(f"provenance/{file.name}") or {}
+            theirs = log.get("versions", {}).get("metaopt-lens")
+            if log.get("pieces") and theirs not in (None, ours):
+                raise OutputError(
+                    f"{store.folder} holds pieces made by metaopt-lens {theirs}, and this is {ours}: results of two "
+                    "versions are not mixed. Give another directory (--out), or install "
+                    f"metaopt-lens=={theirs} to resume this one."
+                )
 
 
 def _flat(piece: str) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from metaopt_lens._errors import UndefinedMetricError
-from metaopt_lens.analysis import Comparison, exact_interval
+from metaopt_lens.analysis import Comparison, Further, exact_interval
 from metaopt_lens.experiments._attribution_stage import attribution_tables
+from metaopt_lens.experiments._patch_stage import patch_table
+from metaopt_lens.experiments._profile_stage import profile_tables
 from metaopt_lens.experiments._run_config import Rule
 from metaopt_lens.experiments._run_result import ExperimentResult
 from metaopt_lens.experiments._stages import Save
@@ -42,12 +44,28 @@ def make_tables(result: ExperimentResult) -> dict[str, pd.DataFrame]:
         "predictions": _stack({rule: _predictions(result, rule, config.seeds) for rule in config.rules}),
     }
     tables |= _training(result)
+    tables |= _further(joined)
     following = result.label_following()
     if following is not None:
         tables["label_following"] = following.to_frame()
     if config.attribution:
         effects = {seed: e for seed in config.seeds if (e := result.attribution(seed)) is not None}
         tables |= attribution_tables(effects)
+    if config.profile:
+        tables |= profile_tables([found for seed in config.seeds if (found := result.profile(seed)) is not None])
+    if config.patch:
+        tables |= patch_table([own for seed in config.seeds if (own := result.patch(seed)) is not None])
+    return tables
+
+
+def _further(joined: Mapping[Rule, Comparison]) -> dict[str, pd.DataFrame]:
+    """The further results that there are, by their names in `Further`."""
+    tables = {}
+    for field in dataclasses.fields(Further):
+        found = {rule: getattr(c.further, field.name, None) for rule, c in joined.items()}
+        frames = {rule: one.to_frame() for rule, one in found.items() if one is not None}
+        if frames:
+            tables[field.name] = _stack(frames)
     return tables
 
 
@@ -68,7 +86,7 @@ def _training(result: ExperimentResult) -> dict[str, pd.DataFrame]:
     return {**chosen, "losses": pd.concat(losses, ignore_index=True)}
 
 
-def _stack(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
+def _stack(frames: Mapping[Rule, pd.DataFrame]) -> pd.DataFrame:
     import pandas as pd
 
     return pd.concat([frame.assign(rule=rule) for rule, frame in frames.items()], ignore_index=True)

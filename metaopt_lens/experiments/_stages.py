@@ -60,6 +60,7 @@ def learning_rate(config: RunConfig, model: LensModel, prompts: PromptSet, rule:
         model,
         prompts.prompts[0],
         prompts.held_out,
+        search="refined",
         candidates=prompts.words,
         epochs=config.epochs,
         layer_causal=rule == "lcgd",
@@ -116,6 +117,7 @@ def _controls(config: RunConfig, prompts: PromptSet) -> Controls:
         "shuffled_labels": config.n_label_draws,
         "unrelated_text": config.unrelated,
         "random_weights": config.random_weights,
+        "further": config.further,
     }
     changes: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
     asked = dataclasses.replace(Controls.of(config.controls), n_null_draws=config.n_null_draws, **changes)

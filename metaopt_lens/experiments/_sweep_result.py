@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from metaopt_lens._errors import FileFormatError
+from metaopt_lens._errors import FileFormatError, OptionError
 from metaopt_lens.experiments._run_result import ExperimentResult
-from metaopt_lens.experiments._run_store import RunStore
+from metaopt_lens.experiments._run_store import RUN_FILE, RunStore
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SWEEP_FILE = "sweep.json"
-_AXES = ("model", "task", "shots", "lr")
+MISSING_FILE = "missing.json"  # models that could not be loaded the last time, and why
+AXES = ("model", "task", "shots", "lr", "labels")
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,21 +48,74 @@ class SweepResult:
 
     @property
     def runs(self) -> dict[str, ExperimentResult]:
-        """The results of all runs, by name."""
-        return {name: ExperimentResult.load(self.path / name) for name in self.names}
+        """The results of all runs that are begun, by name."""
+        there = (name for name in self.names if (self.path / name / RUN_FILE).is_file())
+        return {name: ExperimentResult.load(self.path / name) for name in there}
+
+    @property
+    def unfinished(self) -> tuple[str, ...]:
+        """Names of the runs that are not finished, or not begun."""
+        finished = {name for name, run in self.runs.items() if run.is_complete}
+        return tuple(name for name in self.names if name not in finished)
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """Models that could not be loaded when the sweep was last worked on, and why."""
+        return {str(model): str(why) for model, why in (RunStore(self.path).read(MISSING_FILE) or {}).items()}
+
+    @property
+    def left_out(self) -> tuple[tuple[str, str, str], ...]:
+        """Model, task and labels of the combinations that are impossible (see `SweepConfig.left_out`)."""
+        found = (RunStore(self.path).read(SWEEP_FILE) or {}).get("left_out", ())
+        return tuple((model, task, labels) for model, task, labels in found)
+
+    @property
+    def table_names(self) -> tuple[str, ...]:
+        """Names of the tables that at least one finished run has."""
+        return tuple(sorted({name for run in self.runs.values() if run.is_complete for name in run.table_names}))
 
     def table(self, name: str) -> pd.DataFrame:
-        """A table (see `ExperimentResult.table`) of all runs below each other, with columns model, task, shots, lr.
+        """A table (see `ExperimentResult.table`) of the finished runs below each other; those without it add no rows.
+
+        The columns model, task, shots, lr and labels say which run a row is of; `unfinished` names the runs that are
+        not there yet.
 
         Args:
             name: see `ExperimentResult.table`.
+
+        Raises:
+            OptionError: no run is finished, or none has such a table.
         """
         import pandas as pd
 
+        names = self.table_names
+        if not names:
+            raise OptionError(f"no run of the sweep in {self.path} is finished: run it again to resume it.")
+        if name not in names:
+            raise OptionError(f"there is no table {name!r}; this sweep has {', '.join(names)}.")
         frames = [
-            run.table(name).assign(**{axis: getattr(run.config, axis) for axis in _AXES}) for run in self.runs.values()
+            run.table(name).assign(**{axis: getattr(run.config, axis) for axis in AXES})
+            for run in self.runs.values()
+            if run.is_complete and name in run.table_names
         ]
         return pd.concat(frames, ignore_index=True)
+
+    def export(self, folder: str | os.PathLike[str]) -> list[Path]:
+        """Write the aggregated tables of the finished runs as small CSV files, and ``provenance.json``.
+
+        Args:
+            folder: made if it is not there; files of the same names are replaced.
+
+        Returns:
+            The files.
+
+        Raises:
+            OptionError: no run is finished.
+            OutputError: `folder` cannot be written.
+        """
+        from metaopt_lens.experiments._sweep_export import export_sweep
+
+        return export_sweep(self, folder)
 
     def __repr__(self) -> str:
         return f"SweepResult of {len(self.names)} runs in {self.path}: {', '.join(self.names)}"

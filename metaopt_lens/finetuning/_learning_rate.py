@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +21,7 @@ from metaopt_lens.runs import check_candidates, run_shared_prefix, score_candida
 if TYPE_CHECKING:
     import pandas as pd
 
+_COARSE = 3  # of a refined search: every third rate first
 # The published search: {1 ... 9} x {.1, .01, .001, .0001}, thinned to steps of about 2.
 DEFAULT_GRID = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
@@ -57,6 +58,7 @@ def choose_learning_rate(
     held_out: Sequence[Demo | tuple[str, str]],
     *,
     rates: Sequence[float] = DEFAULT_GRID,
+    search: Literal["all", "refined"] = "all",
     metric: Literal["accuracy", "loss"] = "accuracy",
     candidates: Sequence[str] | None = None,
     template: Template | None = None,
@@ -74,6 +76,8 @@ def choose_learning_rate(
         demos: what to finetune on.
         held_out: what to judge on; none of `demos`.
         rates: learning rates to try.
+        search: try ``"all"`` rates, or ``"refined"``: in increasing order every third one, then the neighbours of the
+            best until both have been tried. About half the work; of a curve with several peaks it finds one.
         metric: ``"accuracy"`` on the held-out demonstrations (ties go to the lower loss), or ``"loss"``.
         candidates: the label words; by default all labels that occur.
         template: the text around input and label; the prompt's own for an `ICLPrompt`, whose instruction stands before
@@ -82,7 +86,7 @@ def choose_learning_rate(
         settings: further arguments of `finetune`.
 
     Raises:
-        OptionError: no rates, or a rate that is not positive.
+        OptionError: no rates, a rate that is not positive, or an unknown `search` or `metric`.
         PromptError: held-out labels that are not among the candidates, or candidates that cannot be told apart.
         NonFiniteError: every rate diverged.
     """
@@ -90,6 +94,8 @@ def choose_learning_rate(
         raise OptionError("choose_learning_rate needs at least one rate.")
     if metric not in {"accuracy", "loss"}:
         raise OptionError(f"metric must be 'accuracy' or 'loss', got {metric!r}.")
+    if search not in {"all", "refined"}:
+        raise OptionError(f"search must be 'all' or 'refined', got {search!r}.")
     settings.pop("keep_factors", None)
     if isinstance(demos, ICLPrompt):
         form, instruction, train = demos.template, demos.instruction, [_pair(demo) for demo in demos.demos]
@@ -102,20 +108,38 @@ def choose_learning_rate(
     descent = prepare(judge.model, training, lr=rates[0], template=form, prepend_bos=prepend_bos, **settings)
     checked = [replace(descent.settings, lr=float(rate)).lr for rate in rates]
     base = judge.verdict()
-    found = [_try_rate(descent, judge, rate) for rate in checked]
-    usable = [i for i, (_, loss) in enumerate(found) if not math.isnan(loss)]
-    if not usable:
+    found: dict[int, tuple[float, float]] = {}
+
+    def best() -> int | None:
+        usable = [i for i, (_, loss) in found.items() if not math.isnan(loss)]
+        return min(usable, key=lambda i: (-found[i][0] if metric == "accuracy" else 0.0, found[i][1]), default=None)
+
+    order = sorted(range(len(rates)), key=lambda i: checked[i])
+    todo = order if search == "all" else order[1::_COARSE] or order
+    while todo:
+        found |= {i: _try_rate(descent, judge, checked[i]) for i in todo}
+        todo = [] if search == "all" else _untried_neighbours(order, best(), found)
+    chosen = best()
+    if chosen is None:
         raise NonFiniteError(f"finetuning diverged at every learning rate tried ({list(rates)}): try smaller ones.")
-    best = min(usable, key=lambda i: (-found[i][0], found[i][1]) if metric == "accuracy" else (found[i][1],))
+    tried = sorted(found)
     return LearningRateChoice(
-        lr=float(rates[best]),
+        lr=float(rates[chosen]),
         metric=metric,
-        rates=tuple(rates),
-        accuracy=tuple(accuracy for accuracy, _ in found),
-        loss=tuple(loss for _, loss in found),
+        rates=tuple(rates[i] for i in tried),
+        accuracy=tuple(found[i][0] for i in tried),
+        loss=tuple(found[i][1] for i in tried),
         base_accuracy=base[0],
         base_loss=base[1],
     )
+
+
+def _untried_neighbours(order: Sequence[int], best: int | None, tried: Collection[int]) -> list[int]:
+    """Next to the best rate; below the smallest one tried, where all have diverged."""
+    places = (
+        [min(order.index(i) for i in tried) - 1] if best is None else [order.index(best) + step for step in (-1, 1)]
+    )
+    return [order[place] for place in places if 0 <= place < len(order) and order[place] not in tried]
 
 
 def _try_rate(descent: Descent, judge: _Judge, rate: float) -> tuple[float, float]:

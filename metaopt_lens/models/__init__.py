@@ -8,6 +8,7 @@ from metaopt_lens.models._fingerprint import check_made_for as check_made_for
 from metaopt_lens.models._fingerprint import fingerprint_of as fingerprint_of
 from metaopt_lens.models._fixed_norm import FixedNorm as FixedNorm
 from metaopt_lens.models._gguf_cache import CacheRebuiltWarning as CacheRebuiltWarning
+from metaopt_lens.models._gguf_source import weights_file as weights_file
 from metaopt_lens.models._hooks import Hook as Hook
 from metaopt_lens.models._hooks import HostFunction as HostFunction
 from metaopt_lens.models._hooks import Late as Late

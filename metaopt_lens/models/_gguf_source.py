@@ -71,6 +71,16 @@ def quantization_of(config: Any) -> str:
     return str(found["quantization"]) if isinstance(found, dict) else "none"
 
 
+def weights_file(config: Any) -> dict[str, str] | None:
+    """Name, SHA-256 and quantisation of the GGUF file that a loaded model is from; None if it is from none.
+
+    Args:
+        config: the transformers configuration, or None.
+    """
+    found = getattr(config, SOURCE_KEY, None)
+    return {key: str(found[key]) for key in ("name", "sha256", "quantization")} if isinstance(found, dict) else None
+
+
 def adds_bos(config: Any) -> bool | None:
     """Whether a GGUF file says that BOS stands first; None if it does not say, or the model is from no GGUF file.
 

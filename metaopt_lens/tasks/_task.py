@@ -125,6 +125,11 @@ class Task:
         """The columns that make the input."""
         return tuple(_COLUMN.findall(self.input))
 
+    @property
+    def is_open(self) -> bool:
+        """Whether answers are an open vocabulary: outputs are no classes, which could be balanced or flipped."""
+        return self.labels is None and self.make_rows is None
+
     def one_line(self) -> Task:
         """The released code's variant: a demonstration stands on one line, its parts joined with a space."""
         return dataclasses.replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -16,7 +17,7 @@ from markupsafe import Markup
 from metaopt_lens.viz._table import number, signed
 
 _HERE = "metaopt_lens.viz"
-_PLOT_OPTIONS = {"displaylogo": False, "displayModeBar": False, "responsive": True}
+_DEFAULT_HEIGHT = 450  # plotly's own, in pixels
 
 
 def render(template: str, *, package: str = _HERE, **values: Any) -> str:
@@ -91,9 +92,32 @@ def _cell(value: Any) -> _Cell:
     return _Cell(str(value), str(value))
 
 
-def _plot(figure: go.Figure, name: str) -> Markup:
-    """A plotly figure as markup; the page carries the library once. `name` must be unique on the page."""
-    return Markup(figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"ml-{name}", config=_PLOT_OPTIONS))
+def _plot(figure: go.Figure, name: str, about: str) -> Markup:
+    """A plotly figure as data: the page's script draws it once it can be seen, in the colours of the reader's theme.
+
+    Args:
+        figure: what to draw.
+        name: unique on the page.
+        about: what a screen reader says it is.
+    """
+    found = json.loads(figure.to_json())
+    found["layout"].pop("template", None)
+    text = json.dumps(_four_digits({"data": found["data"], "layout": found["layout"]}), separators=(",", ":"))
+    data = Markup(text.replace("<", "\\u003c"))
+    height = figure.layout.height or _DEFAULT_HEIGHT
+    return Markup(
+        '<div class="ml-plot" id="ml-{}" role="img" aria-label="{}" style="min-height:{}px">'
+        '<script type="application/json">{}</script></div>'
+    ).format(name, about, height, data)
+
+
+def _four_digits(value: Any) -> Any:
+    """Numbers as a picture needs them."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, list):
+        return [_four_digits(one) for one in value]
+    return {key: _four_digits(one) for key, one in value.items()} if isinstance(value, dict) else value
 
 
 @cache

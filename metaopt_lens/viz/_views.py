@@ -20,7 +20,7 @@ from metaopt_lens.viz._chosen_heads import choose_heads
 from metaopt_lens.viz._render import render
 from metaopt_lens.viz._segments import Segment, segments, visible_token
 
-_POSITIVE, _NEGATIVE = "#1d5fbf", "#c2410c"
+_POSITIVE, _NEGATIVE = "#6fa3ea", "#e58e68"  # light enough that circuitsvis keeps its text black
 _SMALLEST_SCALE = 1e-9  # a scale of 0 has no colours
 
 

@@ -101,7 +101,7 @@ def test_the_report_draws_the_sceptics_further_results(tmp_path: Path) -> None:
         "What the order",
         "Demonstrations alone",
     ):
-        assert f"<h3>{title}" in page
+        assert f"<figcaption>{title}" in page
 
 
 def test_every_null_says_what_it_would_mean() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hosts import build, left_as_it_was, shared
@@ -13,6 +14,7 @@ from torch import Tensor
 from metaopt_lens import Demo, ICLPrompt, MetaoptLensError, Template, load_tiny
 from metaopt_lens.finetuning import choose_learning_rate, finetune
 from metaopt_lens.finetuning._finetune import prepare
+from metaopt_lens.finetuning._learning_rate import DEFAULT_GRID
 from metaopt_lens.models import wrap
 from metaopt_lens.runs import tokenize_for
 
@@ -156,3 +158,30 @@ def test_refusals(change: dict[str, Any], message: str) -> None:
     arguments = {"demos": TRAIN, "held_out": TEST} | change
     with pytest.raises(MetaoptLensError, match=message):
         choose_learning_rate(shared("bridge:gpt2"), **arguments)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+def test_a_refined_search_ends_at_a_rate_better_than_both_neighbours(metric: Any) -> None:
+    """Whatever it tried came out as in the search over all rates; here, of one peak, the choice is the same."""
+    model = shared("bridge:llama")
+    rates = (*tuple(reversed(DEFAULT_GRID)), 1.0, 2.0, 4.0, 1000000.0)
+    every = choose_learning_rate(model, TRAIN, TEST, rates=rates, metric=metric)
+    found = choose_learning_rate(model, TRAIN, TEST, rates=rates, metric=metric, search="refined")
+    tried = [rates.index(rate) for rate in found.rates]
+    assert len(tried) < len(rates)
+    assert tried == sorted(tried)
+    np.testing.assert_equal(found.accuracy, [every.accuracy[i] for i in tried])
+    np.testing.assert_equal(found.loss, [every.loss[i] for i in tried])
+    place = sorted(rates).index(found.lr)
+    around = sorted(rates)[max(place - 1, 0) : place + 2]
+    assert set(around) <= set(found.rates)
+    score = dict(zip(found.rates, zip([-a for a in found.accuracy], found.loss, strict=True), strict=True))
+    key = (lambda rate: score[rate]) if metric == "accuracy" else (lambda rate: score[rate][1:])
+    assert all(key(found.lr) <= key(rate) for rate in found.rates if not math.isnan(score[rate][1]))
+
+
+def test_a_refined_search_goes_down_where_all_diverge() -> None:
+    model = shared("bridge:gpt_neox")
+    found = choose_learning_rate(model, TRAIN, TEST, rates=(0.1, 1e25, 1e26, 1e27), search="refined")
+    assert found.lr == 0.1
+    assert found.rates == (0.1, 1e25)

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from shown import cards
 from typer.testing import CliRunner
 
 from metaopt_lens._errors import OptionError
-from metaopt_lens.analysis import findings, headline
+from metaopt_lens.analysis import findings, headline, outcome
 from metaopt_lens.cli import app
 from metaopt_lens.experiments import ExperimentResult, published_numbers
+from metaopt_lens.experiments._join import join_comparisons
 from metaopt_lens.viz import write_report
 
 
@@ -25,7 +27,7 @@ def test_verdict_methods_and_tables(run: ExperimentResult, tmp_path: Path) -> No
     assert "arXiv:2212.10559" in html
     assert "Methods" in html
     assert "learning rate 0.02" in html
-    assert "http://" not in html.split("<main>")[1]
+    assert "http://" not in html.split("<main>")[1].split("</main>")[0]
     assert str(tmp_path) not in html
     for name in run.table_names:
         stored = pd.read_csv(written[name])
@@ -66,11 +68,76 @@ def test_columns_are_named_by_words(run: ExperimentResult, tmp_path: Path) -> No
     assert "value_low" in pd.read_csv(written["summary"]).columns
 
 
-def test_several_runs_are_compared(run: ExperimentResult, tmp_path: Path) -> None:
-    written = write_report([run, run], tmp_path / "both.html")
+def test_the_first_screen_says_what_the_tables_say(run: ExperimentResult, tmp_path: Path) -> None:
+    """Similarity and nulls, accuracies, model, task, sets: from the stored tables, without the page's own code."""
+    html = write_report([run], tmp_path / "report.html")["page"].read_text(encoding="utf-8")
+    first = html.split('<section class="ml-first">')[1].split("</section>")[0]
+    rows = {cells[0]: cells[2:] for cells in _rows(first)}
+    (total,) = run.table("summary").query("statistic == 'z total'").to_dict("records")
+    assert rows["similarity"][0] == (
+        f"{total['value']:+.3f} {total['value_low']:+.3f} to {total['value_high']:+.3f}".replace("-", "−")
+    )
+    answers = {f.control: f.answer for f in findings(run.comparison("gd")) if f.control is not None}
+    assert set(answers) < set(rows)
+    for name, answer in answers.items():
+        assert rows[name][0].split()[0] == f"{total[f'null: {name}']:+.3f}".replace("-", "−")
+        assert rows[name][1] == answer
+    accuracies = run.table("accuracies").set_index("quantity")["value"]
+    for name, key in (("zero-shot", "ZS"), ("finetuned", "FT"), ("in context", "ICL")):
+        assert rows[name][0].startswith(f"{100 * accuracies[f'accuracy {key}']:.0f} %")
+    for fact in ("tiny, 3 layers × 4 heads", "synthetic-2", "4 shots × 2 sets", "3 behind each set", "0.02"):
+        assert f"<dd>{fact}</dd>" in first
+
+
+def _rows(html: str) -> list[list[str]]:
+    """Texts of the cells of every row of every chart."""
+    rows = re.findall(r"<tr class=\"ml-(?:value|null)\">(.*?)</tr>", html, re.DOTALL)
+    return [
+        [" ".join(re.sub(r"<[^>]+>", "", cell).split()) for cell in re.findall(r"<t[hd].*?</t[hd]>", row, re.DOTALL)]
+        for row in rows
+    ]
+
+
+def test_several_runs_lead_with_a_matrix(run: ExperimentResult, tmp_path: Path) -> None:
+    """Models by tasks; with finetuning not shown to help, runs are listed and their similarity is not given."""
+    other = dataclasses.replace(run, config=dataclasses.replace(run.config, model="another"))
+    assert outcome(findings(run.comparison("gd"))) == "not interpreted"
+    written = write_report([run, run, other], tmp_path / "all.html")
     html = written["page"].read_text(encoding="utf-8")
-    assert "All runs" in html
-    assert (tmp_path / "both-tables" / "1-summary.csv").is_file()
+    matrix = html.split('<table class="ml-matrix">')[1].split("</table>")[0]
+    models = re.findall(r'<th scope="row">(.*?)</th>(.*?)</tr>', matrix, re.DOTALL)
+    assert [name for name, _ in models] == ["tiny", "another"]
+    assert [cells.count("not interpreted") for _, cells in models] == [2, 1]
+    assert re.findall(r'href="#(run-\d)"', matrix) == ["run-0", "run-1", "run-2"]
+    assert all(html.count(f'id="run-{number}"') == 1 for number in range(3))
+    assert "ml-dot" not in matrix
+    assert "both shown to work in 0 of 3 comparisons" in html
+    listed = html.split("<h3>Not interpreted</h3>")[1].split("</table>")[0]
+    assert listed.count("it is not shown that") == 3
+    assert (tmp_path / "all-tables" / "1-summary.csv").is_file()
+
+
+def test_a_run_that_works_shows_its_similarity_in_the_matrix(run: ExperimentResult, tmp_path: Path) -> None:
+    """With predictions as they would be if both learned, a cell says what the updates show, with its interval."""
+    sets = []
+    for seed in run.seeds:
+        found = run.comparison("gd", seed)
+        gold, _ = found.predictions()
+        right_once = torch.where(torch.arange(len(gold)) < seed, gold, 1 - gold)
+        sets.append(dataclasses.replace(found, zs=right_once, icl=gold, ft=gold))
+    works = join_comparisons(sets * 3)
+    told = dataclasses.replace(run)
+    told._joined["gd"] = works
+    answers = findings(works)
+    same_way = next(f for f in answers if f.key == "direction")
+    assert [f.answer for f in answers[:2]] == ["yes", "yes"]
+    html = write_report([told, run], tmp_path / "both.html")["page"].read_text(encoding="utf-8")
+    matrix = html.split('<table class="ml-matrix">')[1].split("</table>")[0]
+    assert "both shown to work in 1 of 2 comparisons" in html
+    shown = f"{same_way.estimate:+.3f} ({same_way.low:+.3f} to {same_way.high:+.3f})".replace("-", "−")
+    assert f"<span>{shown}</span>" in matrix
+    assert matrix.count("ml-dot") == 1
+    assert matrix.count("not interpreted") == 1
 
 
 def test_unfinished_run_is_refused(run: ExperimentResult, tmp_path: Path) -> None:
