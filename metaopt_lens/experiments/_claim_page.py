@@ -76,11 +76,11 @@ def claims_markdown(found: pd.DataFrame, claims: Sequence[Claim] = CLAIMS) -> st
     header = ["claim", "source", "holds where this is above 0", "a run needs"]
     parts.append(f"## The claims\n\n{markdown_table(header, rows)}")
     runs = found.drop_duplicates(["model", "task", "shots", "lr", "labels", "directory"])
-    rows = [
+    made: list[list[Any]] = [
         [run["model"], run["task"], f"`{run['command']}`", run["date"], run["version"]]
-        for run in runs.fillna("").to_dict("records")
+        for run in runs.astype(object).fillna("").to_dict("records")
     ]
-    parts.append(f"## The runs\n\n{markdown_table(['model', 'task', 'command', 'date', 'metaopt-lens'], rows)}")
+    parts.append(f"## The runs\n\n{markdown_table(['model', 'task', 'command', 'date', 'metaopt-lens'], made)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -99,7 +99,7 @@ def _names(runs: pd.DataFrame) -> tuple[str, ...]:
     """Of the tasks, with what else tells runs apart."""
     varies = [name for name in ("shots", "lr") if runs.groupby("task", sort=False)[name].nunique().max() > 1]
     return tuple(
-        ", ".join([row.task, *(f"{name} {getattr(row, name)}" for name in varies)]) for row in runs.itertuples()
+        ", ".join([str(run["task"])] + [f"{name} {run[name]}" for name in varies]) for run in runs.to_dict("records")
     )
 
 

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from metaopt_lens._errors import FileFormatError, OptionError
 from metaopt_lens.experiments._claim_table import CLAIMS, Claim
-from metaopt_lens.experiments._claims import AXES, Tables, evaluate_claims
+from metaopt_lens.experiments._claims import Tables, evaluate_claims
 from metaopt_lens.experiments._run_command import run_command
+from metaopt_lens.experiments._run_config import RunConfig
 from metaopt_lens.experiments._run_result import ExperimentResult
 from metaopt_lens.experiments._run_store import RUN_FILE
-from metaopt_lens.experiments._sweep_result import SWEEP_FILE, SweepResult
+from metaopt_lens.experiments._sweep_export import PROVENANCE_FILE
+from metaopt_lens.experiments._sweep_result import AXES, SWEEP_FILE, SweepResult
 
 if TYPE_CHECKING:
     import pandas as pd
 
-EXPORT_FILE = "provenance.json"
 _MEANS = "set_means"
 
 
@@ -112,16 +113,16 @@ def open_source(path: str | os.PathLike[str]) -> ClaimSource:
         return _of_runs(str(path), [ExperimentResult.load(run) for run in begun])
     if (folder / RUN_FILE).is_file():
         return _of_runs(str(path), [ExperimentResult.load(folder)])
-    if (folder / EXPORT_FILE).is_file():
+    if (folder / PROVENANCE_FILE).is_file():
         return exported(folder)
     raise FileFormatError(
         f"{path} holds no run: give a directory that `metaopt-lens run` or `sweep` has written ({RUN_FILE} or "
-        f"{SWEEP_FILE} is in it), or one of exported tables ({EXPORT_FILE})."
+        f"{SWEEP_FILE} is in it), or one of exported tables ({PROVENANCE_FILE})."
     )
 
 
 def exported(folder: Path) -> ClaimSource:
-    """Tables as CSV, one for each name, and ``provenance.json`` with a list of ``runs``.
+    """Tables as CSV, one for each name, and ``provenance.json`` (see `SweepResult.export`).
 
     Args:
         folder: where they are.
@@ -131,23 +132,14 @@ def exported(folder: Path) -> ClaimSource:
     """
     import pandas as pd
 
-    file = folder / EXPORT_FILE
+    file = folder / PROVENANCE_FILE
     try:
         body = json.loads(file.read_text(encoding="utf-8"))
         runs = tuple(
-            RunNote(
-                model=str(run["model"]),
-                task=str(run["task"]),
-                shots=int(run["shots"]),
-                lr=str(run["lr"]),
-                labels=str(run["labels"]),
-                command=str(run["command"]),
-                date=str(run["date"]),
-                version=str(run["version"]),
-            )
-            for run in body["runs"]
+            _note(RunConfig.from_dict(run["config"]), [run["ended"]], [v["metaopt-lens"] for v in run["versions"]])
+            for run in body["runs"].values()
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileFormatError(f"{file} does not say which runs the tables are of: {error!r}.") from None
 
     def table(name: str) -> pd.DataFrame:
@@ -172,7 +164,7 @@ def _of_runs(name: str, runs: Sequence[ExperimentResult]) -> ClaimSource:
                 f"the run in {run.path} has no table {_MEANS!r}, as it was made before there was one: delete "
                 f"{run.path / 'pieces' / 'tables'} and give the same command again, which only makes the tables."
             )
-    notes = [_note(run) for run in finished]
+    notes = [_note_of(run) for run in finished]
 
     def table(wanted: str) -> pd.DataFrame:
         frames = [
@@ -187,10 +179,7 @@ def _of_runs(name: str, runs: Sequence[ExperimentResult]) -> ClaimSource:
     return ClaimSource(name, table, tuple(notes))
 
 
-def _note(run: ExperimentResult) -> RunNote:
-    config, logs = run.config, run.provenance
-    versions = sorted({str(log["versions"]["metaopt-lens"]) for log in logs if log["pieces"]})
-    ends: list[Any] = [log["ended"] or log["started"] for log in logs if log["pieces"]]
+def _note(config: RunConfig, ends: Sequence[Any], versions: Sequence[str]) -> RunNote:
     return RunNote(
         model=config.model,
         task=config.task,
@@ -199,8 +188,14 @@ def _note(run: ExperimentResult) -> RunNote:
         labels=config.labels,
         command=run_command(config),
         date=str(max(ends, default=""))[:10],
-        version=", ".join(versions),
+        version=", ".join(sorted(set(versions))),
     )
+
+
+def _note_of(run: ExperimentResult) -> RunNote:
+    logs = [log for log in run.provenance if log["pieces"]]
+    versions = [str(log["versions"]["metaopt-lens"]) for log in logs]
+    return _note(run.config, [log["ended"] or log["started"] for log in logs], versions)
 
 
 def _require_one_version(sources: Sequence[ClaimSource]) -> None:

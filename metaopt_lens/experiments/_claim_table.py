@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from metaopt_lens.analysis import NULLS
 
 DAI, DEUTCH = "arXiv:2212.10559", "arXiv:2311.07772"
-STANDARD, SCEPTIC = "--controls standard", "--controls sceptic"
+STANDARD, FURTHER = "--controls standard", "--further"
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ CLAIMS: tuple[Claim, ...] = (
         "arXiv:2509.22621",
         Answer("ceiling"),
         "held-out R^2 of finetuning's update, scaled, less that of a constant",
-        SCEPTIC,
+        FURTHER,
     ),
     Claim(
         "ladder",
@@ -245,7 +245,7 @@ CLAIMS: tuple[Claim, ...] = (
         "arXiv:2306.00297",
         Answer("ladder"),
         "held-out R^2 of gamma dW_ICL q less that of a constant",
-        SCEPTIC,
+        FURTHER,
     ),
     Claim(
         "order",
@@ -253,7 +253,7 @@ CLAIMS: tuple[Claim, ...] = (
         "arXiv:2310.08540",
         Answer("order"),
         "spread of in-context updates over orders less that of SGD's",
-        SCEPTIC,
+        FURTHER,
     ),
     Claim(
         "algebra",
@@ -261,7 +261,7 @@ CLAIMS: tuple[Claim, ...] = (
         "arXiv:2605.16591",
         Answer("algebra"),
         "held-out R^2 of their scaled sum less that of another task's",
-        SCEPTIC,
+        FURTHER,
     ),
     Claim(
         "patch",
@@ -280,3 +280,9 @@ CLAIMS: tuple[Claim, ...] = (
         "--profile",
     ),
 )
+
+
+def quantities_read() -> frozenset[str]:
+    """The quantities of the table ``set_means`` that a claim reads."""
+    reads = [claim.reads for claim in CLAIMS if isinstance(claim.reads, Difference)]
+    return frozenset(of.quantity for own in reads for of in (own.value, own.null, own.positive) if of is not None)

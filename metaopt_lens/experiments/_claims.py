@@ -11,6 +11,7 @@ import torch
 from metaopt_lens._errors import OptionError
 from metaopt_lens.analysis import MIN_SETS_TO_TEST, mean_interval
 from metaopt_lens.experiments._claim_table import CLAIMS, Answer, Cell, Claim, Difference, Of
+from metaopt_lens.experiments._sweep_result import AXES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 Tables = Callable[[str], "pd.DataFrame"]  # raises OptionError where there is no such table
 Verdict = Literal["holds", "does not hold", "undecided", "lacking"]
 
-AXES = ("model", "task", "shots", "lr", "labels")
 _UNKNOWN = float("nan")
 _WORKS = {"in_context_learning": "the model learns in context", "finetuning": "finetuning helps"}
 
@@ -173,8 +173,9 @@ def _cell(table: pd.DataFrame | None, reads: Cell) -> _Found | None:
     if table is None or table.empty:
         return None
     row = table.iloc[-1]
-    low, high = (row.get(f"{reads.column}_{end}", row.get(end)) for end in ("low", "high"))
-    return _Found(float(row[reads.column]), float(low), float(high), int(row["sets"]))
+    own = f"{reads.column}_low" in row
+    low, high = (float(row[f"{reads.column}_{end}" if own else end]) for end in ("low", "high"))
+    return _Found(float(row[reads.column]), low, high, int(row["sets"]))
 
 
 def _difference(known: _Known, reads: Difference, run: dict[str, Any], rule: str) -> _Found | None:
