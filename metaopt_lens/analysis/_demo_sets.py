@@ -12,7 +12,7 @@ from metaopt_lens.analysis._training_attention import usable_factors
 from metaopt_lens.finetuning import WeightUpdate, demonstration_ids
 from metaopt_lens.models import LensModel
 from metaopt_lens.prompts import ICLPrompt, TokenizedPrompt
-from metaopt_lens.runs import prompt_groups, tokenize_for
+from metaopt_lens.runs import prompt_groups, tokenize_all
 
 Updates = WeightUpdate | Sequence[WeightUpdate]
 
@@ -56,7 +56,7 @@ def group_sets(model: LensModel, prompts: Sequence[ICLPrompt], *, prepend_bos: b
     Raises:
         PromptError: a prompt without demonstrations, or a set of a single query.
     """
-    tokenized = [tokenize_for(model, p, prepend_bos=prepend_bos, require_demos=True) for p in prompts]
+    tokenized = tokenize_all(model, prompts, prepend_bos=prepend_bos, require_demos=True)
     groups = prompt_groups(tokenized)
     for index, group in enumerate(groups):
         if len(group) < 2:

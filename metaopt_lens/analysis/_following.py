@@ -20,7 +20,7 @@ from metaopt_lens.analysis._relabel import LABEL_WORDS, LabelWords, label_map, r
 from metaopt_lens.finetuning import finetune, require_raw_weights
 from metaopt_lens.models import LensModel, ModelInfo, wrap
 from metaopt_lens.prompts import PromptLike, as_prompts
-from metaopt_lens.runs import Scoring, candidate_labels, refuse_acting, run_shared_prefix, tokenize_for
+from metaopt_lens.runs import Scoring, candidate_labels, refuse_acting, run_shared_prefix, tokenize_all
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -244,7 +244,7 @@ class _Asked:
         """Both the natural and the new words can be answered."""
         prompts = [relabelled(prompt, words) for prompt in group.prompts]
         bos = options["prepend_bos"]
-        tokenized = [tokenize_for(model, prompt, prepend_bos=bos, require_demos=True) for prompt in prompts]
+        tokenized = tokenize_all(model, prompts, prepend_bos=bos, require_demos=True)
         moved = DemoSet(list(range(len(prompts))), prompts, tokenized)
         both = [
             tuple(dict.fromkeys([*candidate_labels(old), *candidate_labels(new)]))

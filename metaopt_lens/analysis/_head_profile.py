@@ -24,7 +24,7 @@ from metaopt_lens.decomposition import Decomposition, DecompositionSet, decompos
 from metaopt_lens.interventions import head_effects, split_queries
 from metaopt_lens.models import LensModel, ModelInfo, wrap
 from metaopt_lens.prompts import ICLPrompt, PromptLike, as_prompts
-from metaopt_lens.runs import prompt_groups, tokenize_for
+from metaopt_lens.runs import prompt_groups, tokenize_all
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -146,6 +146,7 @@ def head_profile(
     comparison: Comparison | None = None,
     update: Updates | None = None,
     exact: bool = True,
+    function_vectors: bool = True,
     prepend_bos: bool | None = None,
     seed: int = 0,
 ) -> HeadProfile:
@@ -164,6 +165,7 @@ def head_profile(
         comparison: of the same prompts with finetuning updates (see `compare`).
         update: what finetuning did, to be compared here with the quick controls: one per demonstration set.
         exact: knock every head out; False for the first-order estimates alone.
+        function_vectors: also score function vectors, which costs as many runs as queries times heads.
         prepend_bos: put BOS first; None for the model's default.
         seed: of shuffled labels and of the random tokens for induction.
 
@@ -188,8 +190,9 @@ def head_profile(
         "zero_shot_logit": said.zero_shot,
         "meta_gradient_logit": said.meta_gradient,
         "knock_out" if exact else "first_order": _effects(wrapped, split, said.sets, exact, prepend_bos),
-        "function_vector": _function_vector(wrapped, split, prepend_bos, seed),
     }
+    if function_vectors:
+        scores["function_vector"] = _function_vector(wrapped, split, prepend_bos, seed)
     induction, previous = attention_scores_of_heads(wrapped, seed=seed)
     scores["induction"] = induction.expand(len(parsed), -1, -1)
     scores["previous_token"] = previous.expand(len(parsed), -1, -1)
@@ -231,7 +234,7 @@ def _check_same_queries(
         raise OptionError(f"the comparison is of {len(comparison.sets)} queries, the profile of {len(prompts)}.")
     model.check_same(comparison.model, "this comparison")
     own = torch.empty(len(prompts), dtype=torch.int64)
-    for number, group in enumerate(prompt_groups([tokenize_for(model, p, prepend_bos=prepend_bos) for p in prompts])):
+    for number, group in enumerate(prompt_groups(tokenize_all(model, prompts, prepend_bos=prepend_bos))):
         own[group] = number
     if not torch.equal(own, comparison.sets.cpu().long()):
         raise OptionError(

@@ -23,7 +23,7 @@ from metaopt_lens.finetuning import MLP, WeightUpdate, demonstration_ids, finetu
 from metaopt_lens.models import LensModel, wrap
 from metaopt_lens.patches import StaticPatch
 from metaopt_lens.prompts import ICLPrompt
-from metaopt_lens.runs import tokenize_for
+from metaopt_lens.runs import tokenize_all
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -139,7 +139,7 @@ def patch_against_finetuning(
     wrapped.check_same(update.model, "this weight update")
     matrices = common_matrices(patch, update)
     arguments = finetune_arguments(update) | {"prepend_bos": prepend_bos, "allow_processed": True, "progress": False}
-    tokens = [tokenize_for(wrapped, prompt, prepend_bos=prepend_bos, require_demos=True) for prompt in asked]
+    tokens = tokenize_all(wrapped, asked, prepend_bos=prepend_bos, require_demos=True)
     if tokens[0].ids[: patch.tokens.stop] != patch.tokens.ids:
         raise PromptError("the patch was fitted with another prepend_bos: give the one that static_curve was given.")
     if update.trained_on is None or sorted(update.trained_on) != sorted(demonstration_ids(tokens[0])):

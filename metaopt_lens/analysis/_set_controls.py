@@ -25,7 +25,7 @@ from metaopt_lens.analysis._training_attention import demonstration_queries, usa
 from metaopt_lens.finetuning import finetune
 from metaopt_lens.models import LensModel, wrap
 from metaopt_lens.prompts import ICLPrompt
-from metaopt_lens.runs import tokenize_for
+from metaopt_lens.runs import tokenize_all
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +124,7 @@ def measure_with_controls(
 
 def _moved(name: str, group: TrainedSet, run: SetControls, drawn: Sequence[ICLPrompt]) -> Variant:
     """The queries behind moved labels."""
-    tokenized = [tokenize_for(run.space.model, p, prepend_bos=run.prepend_bos) for p in drawn]
+    tokenized = tokenize_all(run.space.model, drawn, prepend_bos=run.prepend_bos)
     variant = Variant(name, run.space, tokenized, group.update, answered=True)
     # As many tokens leave every query where it is: nothing changes that does not see the demonstrations.
     in_place = len(tokenized[0].demonstrations) == len(group.tokenized[0].demonstrations)

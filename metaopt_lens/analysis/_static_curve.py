@@ -18,7 +18,7 @@ from metaopt_lens.interventions import intervene
 from metaopt_lens.models import LensModel, Prefix, Readout, wrap
 from metaopt_lens.patches import RIDGE, StaticPatch, WeightPatch, exact_patches, fit_static
 from metaopt_lens.prompts import ICLPrompt, PromptLike, TokenizedPrompt, as_prompts, tokenize_label
-from metaopt_lens.runs import candidate_labels, check_candidates, run_shared_prefix, tokenize_for
+from metaopt_lens.runs import candidate_labels, check_candidates, run_shared_prefix, tokenize_all
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -141,11 +141,11 @@ def static_curve(
             raise PromptError(f"the held-out query {prompt.query!r} needs its label: ICLPrompt(..., label=...).")
         if prompt.query in known:
             raise PromptError(f"the query {prompt.query!r} is fitted on and held out: give other queries.")
-    tokens = [tokenize_for(wrapped, p, prepend_bos=prepend_bos, require_demos=True) for p in asked]
+    tokens = tokenize_all(wrapped, asked, prepend_bos=prepend_bos, require_demos=True)
     labels = [first_tokens(wrapped, prompt) for prompt in asked]
     if patches is None:
         patches = exact_patches(wrapped, fit, prepend_bos=prepend_bos)
-    elif [patch.tokens for patch in patches] != [tokenize_for(wrapped, p, prepend_bos=prepend_bos) for p in fit]:
+    elif [patch.tokens for patch in patches] != tokenize_all(wrapped, fit, prepend_bos=prepend_bos):
         raise PromptError("the patches are not those of the fitting queries: exact_patches(model, fitted) makes them.")
     prefix = run_shared_prefix(wrapped, tokens[0].ids[: tokens[0].query.start])
     in_context = _next(wrapped, [t.ids[t.query.start :] for t in tokens], prefix)

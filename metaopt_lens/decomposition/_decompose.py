@@ -12,7 +12,7 @@ from metaopt_lens.decomposition._decomposition import Decomposition
 from metaopt_lens.decomposition._decomposition_set import DecompositionSet
 from metaopt_lens.models import LensModel, MomentumTerm, active_momentum, wrap
 from metaopt_lens.prompts import PromptLike, as_prompts, is_single
-from metaopt_lens.runs import N_TOP, Keep, Position, Setting, keep_answers, record, refuse_acting, tokenize_for
+from metaopt_lens.runs import N_TOP, Keep, Position, Setting, keep_answers, record, refuse_acting, tokenize_all
 
 ZeroShotRuns = Literal["both", "plain", "none"]
 _SETTINGS: dict[str, tuple[Setting, ...]] = {
@@ -99,7 +99,7 @@ def decompose(
     wrapped = wrap(model)
     refuse_acting(wrapped, "decompose")
     parsed = as_prompts(prompt)
-    tokens = [tokenize_for(wrapped, p, prepend_bos=prepend_bos, require_demos=True) for p in parsed]
+    tokens = tokenize_all(wrapped, parsed, prepend_bos=prepend_bos, require_demos=True)
     keep = Keep(stream=True)
     if position == "last":
         keep = Keep(stream=True, logits=keep_answers(wrapped, parsed), n_top=N_TOP)

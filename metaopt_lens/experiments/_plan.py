@@ -67,6 +67,8 @@ class Plan:
             return []
         if piece.seed is None:
             return [p.name for p in self.pieces(self.config.seeds) if p != piece]
+        if piece.stage == "profile":
+            return [f"seed-{piece.seed}/prompts", f"seed-{piece.seed}/{self.config.rules[0]}"]
         lr = [f"seed-{piece.seed}/lr-{piece.stage}"] if piece.stage in self.config.rules else []
         return [f"seed-{piece.seed}/prompts", *(lr if self.config.lr == "auto" else [])]
 

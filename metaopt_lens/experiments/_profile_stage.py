@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from metaopt_lens._errors import MetaoptLensError
-from metaopt_lens.analysis import HeadProfile, head_profile, join_profiles
+from metaopt_lens.analysis import Comparison, HeadProfile, head_profile, join_profiles
 from metaopt_lens.experiments._first_tokens import told_apart
 from metaopt_lens.experiments._prompt_set import PromptSet
 from metaopt_lens.experiments._run_config import RunConfig
@@ -20,13 +20,24 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def profile(config: RunConfig, model: LensModel, prompts: PromptSet, seed: int) -> Save:
-    """Scores of all heads on the first queries (see `head_profile`), or a note why there are none."""
-    chosen = told_apart(model, prompts.prompts[: config.attribution_queries])
+def profile(config: RunConfig, model: LensModel, prompts: PromptSet, comparison: Comparison, seed: int) -> Save:
+    """Scores of all heads (see `head_profile`) but those that cost a run per head, or a note why there are none.
+
+    The similarity to finetuning is among them if every query's answers can be told apart by their first token.
+    """
+    chosen = told_apart(model, prompts.prompts)
     notes: list[str] = []
     found = None
     try:
-        found = head_profile(model, chosen, exact=False, prepend_bos=config.prepend_bos, seed=seed)
+        found = head_profile(
+            model,
+            chosen,
+            comparison=comparison if len(chosen) == len(prompts.prompts) else None,
+            exact=False,
+            function_vectors=False,
+            prepend_bos=config.prepend_bos,
+            seed=seed,
+        )
     except MetaoptLensError as error:
         notes.append(f"the head profile is left out ({error})")
 

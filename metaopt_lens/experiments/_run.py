@@ -123,7 +123,7 @@ def _compute(piece: Piece, inputs: RunInputs, result: ExperimentResult, log: Run
     if stage == "attribution":
         return attribution(config, inputs.model, prompts)
     if stage == "profile":
-        return profile(config, inputs.model, prompts, seed)
+        return profile(config, inputs.model, prompts, result.comparison(config.rules[0], seed), seed)
     if stage == "patch":
         return patch(config, inputs.model, prompts)
     rule = next(rule for rule in config.rules if stage in (rule, f"lr-{rule}"))

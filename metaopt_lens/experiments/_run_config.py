@@ -68,8 +68,8 @@ class RunConfig:
         n_null_draws, subspace_dim: see `compare`.
         further: also ask the further questions of `Controls` (the ceiling, the optimiser ladder, order and company of
             the demonstrations); None for what `controls` says.
-        profile: also score every head by several theories of in-context learning (see `head_profile`; it estimates the
-            knock-out, which `attribution` measures).
+        profile: also score every head by several theories of in-context learning, next to its similarity by the first
+            rule (see `head_profile`); only what costs no run per head: `attribution` measures the knock-out.
         patch: also fit one weight patch for all queries on the held-out rows, and ask the queries with it (see
             `static_curve`).
         reference: the published code's choices in the metrics (`Convention.PUBLISHED`).

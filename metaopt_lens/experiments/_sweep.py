@@ -93,7 +93,7 @@ class SweepConfig:
     def runs(self) -> dict[str, RunConfig]:
         """The configurations, by the names of their directories; impossible combinations are in `left_out`.
 
-        Natural labels come first, over all tasks of a model: other labels are of use only where those worked.
+        Natural labels come first, over all models and tasks: other labels are of use only where those worked.
 
         Raises:
             OptionError: a value that makes no sense, an unknown task, or only impossible combinations.
@@ -132,11 +132,9 @@ class SweepConfig:
 
     def _combinations(self) -> list[tuple[str, LabelWords, str, int, Any]]:
         return [
-            combination
-            for model in self.models
-            for combination in itertools.product(
-                (model,), self.labels, self.tasks_of.get(model, self.tasks), self.shots, self.lr
-            )
+            (model, labels, task, shots, lr)
+            for labels, model in itertools.product(self.labels, self.models)
+            for task, shots, lr in itertools.product(self.tasks_of.get(model, self.tasks), self.shots, self.lr)
         ]
 
     def _data_of(self, task: str) -> str | None:

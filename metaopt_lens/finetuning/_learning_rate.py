@@ -16,7 +16,7 @@ from metaopt_lens.finetuning._descent import Descent
 from metaopt_lens.finetuning._finetune import prepare
 from metaopt_lens.models import Hook, LensModel, wrap
 from metaopt_lens.prompts import Demo, ICLPrompt, Template, tokenize_label
-from metaopt_lens.runs import check_candidates, run_shared_prefix, score_candidates, tokenize_for
+from metaopt_lens.runs import check_candidates, run_shared_prefix, score_candidates, tokenize_all
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -188,7 +188,7 @@ class _Judge:
         if missing:
             raise PromptError(f"the held-out label {missing[0]!r} is not among the candidates {list(words)}.")
         prompts = [ICLPrompt((), text, template, instruction) for text, _ in test]
-        tokenized = [tokenize_for(model, prompt, prepend_bos=prepend_bos) for prompt in prompts]
+        tokenized = tokenize_all(model, prompts, prepend_bos=prepend_bos)
         start = 0 if instruction is None else tokenized[0].query.start
         return cls(
             model,

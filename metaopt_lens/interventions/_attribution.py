@@ -20,7 +20,7 @@ from metaopt_lens.interventions._knock_out_runs import KnockOutRuns
 from metaopt_lens.interventions._recovery import split_queries
 from metaopt_lens.models import LensModel, active_momentum, wrap
 from metaopt_lens.prompts import ICLPrompt, PromptLike, as_prompts
-from metaopt_lens.runs import refuse_acting, run_shared_prefix, tokenize_for
+from metaopt_lens.runs import refuse_acting, run_shared_prefix, tokenize_all
 
 
 def head_effects(
@@ -78,7 +78,7 @@ def head_effects(
     mask = head_mask(wrapped.info, heads, layers)
     parsed = as_prompts(prompts)
     _check_same_demos(parsed)
-    tokens = [tokenize_for(wrapped, p, prepend_bos=prepend_bos, require_demos=True) for p in parsed]
+    tokens = tokenize_all(wrapped, parsed, prepend_bos=prepend_bos, require_demos=True)
     measured = answer_metric(wrapped, parsed, tokens, metric)
     demos = DemoTokens.of(tokens[0])
     prefix = run_shared_prefix(wrapped, demos.ids)

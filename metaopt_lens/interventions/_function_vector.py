@@ -26,6 +26,7 @@ from metaopt_lens.runs import (
     record_batches,
     refuse_acting,
     through_w_o,
+    tokenize_all,
     tokenize_for,
 )
 
@@ -105,7 +106,7 @@ def function_vector(
     wrapped = wrap(model)
     refuse_acting(wrapped, "function_vector")
     chosen = head_mask(wrapped.info, heads)
-    tokens = [tokenize_for(wrapped, p, prepend_bos=prepend_bos, require_demos=True) for p in as_prompts(prompts)]
+    tokens = tokenize_all(wrapped, as_prompts(prompts), prepend_bos=prepend_bos, require_demos=True)
     shape = (wrapped.info.n_layers, wrapped.info.n_heads, wrapped.info.d_head)
     total = torch.zeros(shape, dtype=torch.float64)
     for _, batch in record_batches(wrapped, tokens, Wanted(("icl",)), batch_size=batch_size):

@@ -21,7 +21,7 @@ from metaopt_lens.patches._compile import Compiler
 from metaopt_lens.patches._placing import PatchedRows
 from metaopt_lens.patches._weight_patch import AGAIN, COMPILED_FOR, WeightPatch
 from metaopt_lens.prompts import PromptLike, as_prompts
-from metaopt_lens.runs import tokenize_for
+from metaopt_lens.runs import tokenize_all
 
 if TYPE_CHECKING:
     from transformer_lens import FactoredMatrix
@@ -170,7 +170,7 @@ def exact_patches(
     """
     wrapped, queries = wrap(model), as_prompts(prompts)
     compiler = Compiler.of(wrapped, queries[0], prepend_bos=prepend_bos, precision=precision)
-    tokens = [tokenize_for(wrapped, query, prepend_bos=prepend_bos, require_demos=True) for query in queries]
+    tokens = tokenize_all(wrapped, queries, prepend_bos=prepend_bos, require_demos=True)
     shared = compiler.tokens.ids[: compiler.tokens.query.start]
     for number, found in enumerate(tokens):
         if found.ids[: found.query.start] != shared:

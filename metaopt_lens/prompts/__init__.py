@@ -3,6 +3,7 @@
 from metaopt_lens.prompts._context import ContextPrompt as ContextPrompt
 from metaopt_lens.prompts._encoder import HFTokenizer as HFTokenizer
 from metaopt_lens.prompts._files import load_prompts as load_prompts
+from metaopt_lens.prompts._for_model import tokenize_all as tokenize_all
 from metaopt_lens.prompts._for_model import tokenize_for as tokenize_for
 from metaopt_lens.prompts._likes import PromptLike as PromptLike
 from metaopt_lens.prompts._likes import as_prompt as as_prompt

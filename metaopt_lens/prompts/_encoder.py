@@ -40,11 +40,13 @@ class PieceEncoder:
                 f"{type(tokenizer).__name__}: wrap a tokenizers.Tokenizer as "
                 f"transformers.PreTrainedTokenizerFast(tokenizer_object=...)."
             )
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._bos: int | None = getattr(tokenizer, "bos_token_id", None)
         self._unk: int | None = getattr(tokenizer, "unk_token_id", None)
         self._allow_unk = allow_unk
-        self._known: dict[str, tuple[int, ...]] = {}  # pieces recur, and every piece is probed with the same letters
+        # Pieces and tokens recur, and every piece is probed with the same letters.
+        self._known: dict[str, tuple[int, ...]] = {}
+        self._read: dict[int, str] = {}
 
     def bos(self, prepend: bool | None) -> list[int]:
         """The ids that stand before the text: BOS, or none."""
@@ -62,7 +64,7 @@ class PieceEncoder:
         """
         if self._bos is None:
             return piece.text
-        word = str(self._tokenizer.convert_ids_to_tokens([self._bos])[0])
+        word = str(self.tokenizer.convert_ids_to_tokens([self._bos])[0])
         if piece.text.startswith(word) and piece.kind != "instruction":
             raise PromptError(
                 f"the prompt's text begins with the BOS token {word!r}: remove it from the text, and say "
@@ -73,7 +75,7 @@ class PieceEncoder:
     def whole(self, text: str) -> list[int]:
         """Ids of a text on its own, as the tokenizer gives them."""
         if text not in self._known:
-            ids = self._tokenizer.encode(text, add_special_tokens=False) if text else ()
+            ids = self.tokenizer.encode(text, add_special_tokens=False) if text else ()
             self._known[text] = tuple(int(i) for i in ids)
         return list(self._known[text])
 
@@ -90,17 +92,22 @@ class PieceEncoder:
 
     def readable(self, token: int) -> str:
         """The token as text, its leading space included."""
-        raw = str(self._tokenizer.convert_ids_to_tokens([token])[0])
+        if token not in self._read:
+            self._read[token] = self._decoded(token)
+        return self._read[token]
+
+    def _decoded(self, token: int) -> str:
+        raw = str(self.tokenizer.convert_ids_to_tokens([token])[0])
         byte = _BYTE.fullmatch(raw)
         if byte is not None:
             return chr(int(byte[1], 16))
         if "▁" in raw or raw.startswith("<0x"):
             return raw.replace("▁", " ")
-        text = str(self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        text = str(self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
         return raw if not text or "\ufffd" in text else text
 
     def _starts_with_space(self, ids: list[int]) -> bool:
-        return bool(ids) and str(self._tokenizer.convert_ids_to_tokens(ids[:1])[0]).startswith(_SPACE_MARKS)
+        return bool(ids) and str(self.tokenizer.convert_ids_to_tokens(ids[:1])[0]).startswith(_SPACE_MARKS)
 
     def _has_dummy_prefix(self, text: str) -> bool:
         probes = ("a", "0", ".", _probe(text))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from metaopt_lens._errors import PromptError
 from metaopt_lens.models import LensModel
-from metaopt_lens.prompts._encoder import HFTokenizer
+from metaopt_lens.prompts._encoder import PieceEncoder
 from metaopt_lens.prompts._prompt import ICLPrompt
-from metaopt_lens.prompts._tokenize import tokenize_prompt
+from metaopt_lens.prompts._tokenize import tokenize_with
 from metaopt_lens.prompts._tokenized import TokenizedPrompt
 
 
@@ -37,34 +38,56 @@ def tokenize_for(
         PromptError: no tokenizer, text that it does not know, or token ids that the model does not have.
         ContextWindowError: the prompt is longer than the context window.
     """
+    (found,) = tokenize_all(
+        model, [prompt], prepend_bos=prepend_bos, require_demos=require_demos, check_window=check_window
+    )
+    return found
+
+
+def tokenize_all(
+    model: LensModel,
+    prompts: Sequence[ICLPrompt],
+    *,
+    prepend_bos: bool | None = None,
+    require_demos: bool = False,
+    check_window: bool = True,
+) -> list[TokenizedPrompt]:
+    """`tokenize_for` of several prompts; what they share, such as their demonstrations, is encoded once.
+
+    Args:
+        model: a wrapped model with a tokenizer.
+        prompts: the prompts.
+        prepend_bos: see `tokenize_for`.
+        require_demos: see `tokenize_for`.
+        check_window: see `tokenize_for`.
+    """
     tokenizer = model.tokenizer
+    encoder = PieceEncoder(tokenizer, allow_unk=False)
     bos = getattr(tokenizer, "bos_token_id", None)
     default: bool | None = getattr(model.host.cfg, "default_prepend_bos", None)
-    alone: list[int] = []
-    if isinstance(tokenizer, HFTokenizer):  # anything else is refused below
-        alone = [int(i) for i in tokenizer.encode(prompt.text)]
-    by_itself = bos is not None and alone[:1] == [bos]
-    usual = bos is not None and (by_itself if default is None else default)
-    chosen = usual if prepend_bos is None else prepend_bos
-    found = tokenize_prompt(
-        prompt,
-        tokenizer,
-        prepend_bos=chosen,
-        max_tokens=model.info.n_ctx if check_window else None,
-        require_demos=require_demos,
-    )
-    if max(found.ids) >= model.info.d_vocab:
-        raise PromptError(
-            f"the tokenizer gave token id {max(found.ids)}, but {model.info.name} knows only {model.info.d_vocab} "
-            "tokens: it is not this model's tokenizer."
+    found = []
+    for prompt in prompts:
+        alone = [int(i) for i in encoder.tokenizer.encode(prompt.text)]
+        by_itself = bos is not None and alone[:1] == [bos]
+        usual = bos is not None and (by_itself if default is None else default)
+        tokens = tokenize_with(
+            encoder,
+            prompt,
+            prepend_bos=usual if prepend_bos is None else prepend_bos,
+            max_tokens=model.info.n_ctx if check_window else None,
+            require_demos=require_demos,
         )
-    expected = alone[1:] if by_itself else alone
-    expected = [bos, *expected] if usual and bos is not None else expected
-    return dataclasses.replace(
-        found,
-        bos_note=_note(found, prepend_bos, default, has_bos=bos is not None),
-        warning=None if list(found.ids) == expected else _warning(found, expected, usual=usual),
-    )
+        if max(tokens.ids) >= model.info.d_vocab:
+            raise PromptError(
+                f"the tokenizer gave token id {max(tokens.ids)}, but {model.info.name} knows only "
+                f"{model.info.d_vocab} tokens: it is not this model's tokenizer."
+            )
+        expected = alone[1:] if by_itself else alone
+        expected = [bos, *expected] if usual and bos is not None else expected
+        note = _note(tokens, prepend_bos, default, has_bos=bos is not None)
+        warning = None if list(tokens.ids) == expected else _warning(tokens, expected, usual=usual)
+        found.append(dataclasses.replace(tokens, bos_note=note, warning=warning))
+    return found
 
 
 def _note(found: TokenizedPrompt, asked: bool | None, default: bool | None, *, has_bos: bool) -> str:

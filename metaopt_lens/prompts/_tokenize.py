@@ -40,6 +40,21 @@ def tokenize_prompt(
         ContextWindowError: the prompt is longer than the context window.
     """
     encoder = PieceEncoder(tokenizer, allow_unk=allow_unk)
+    return tokenize_with(encoder, prompt, prepend_bos=prepend_bos, max_tokens=max_tokens, require_demos=require_demos)
+
+
+def tokenize_with(
+    encoder: PieceEncoder, prompt: ICLPrompt, *, prepend_bos: bool | None, max_tokens: int | None, require_demos: bool
+) -> TokenizedPrompt:
+    """`tokenize_prompt` with an encoder that knows the pieces of other prompts already.
+
+    Args:
+        encoder: of the tokenizer.
+        prompt: see `tokenize_prompt`.
+        prepend_bos: see `tokenize_prompt`.
+        max_tokens: see `tokenize_prompt`.
+        require_demos: see `tokenize_prompt`.
+    """
     if max_tokens is not None and max_tokens < 1:
         raise OptionError(f"max_tokens must be at least 1, got {max_tokens}.")
     if require_demos and not prompt.demos:

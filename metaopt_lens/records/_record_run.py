@@ -28,7 +28,7 @@ from metaopt_lens.runs import (
     prompt_groups,
     record_batches,
     scaled_queries,
-    tokenize_for,
+    tokenize_all,
 )
 
 
@@ -76,7 +76,7 @@ def write_run_records(
             "the finetuning pass is recorded demonstration by demonstration: finetune with keep_factors=True, "
             "batch_size=1, epochs=1 and order='given'."
         )
-    tokenized = [tokenize_for(wrapped, p, prepend_bos=prepend_bos, require_demos=True) for p in prompts]
+    tokenized = tokenize_all(wrapped, prompts, prepend_bos=prepend_bos, require_demos=True)
     if len(prompt_groups(tokenized)) > 1:
         raise OptionError("a recording holds one demonstration set: write each set to a folder of its own.")
     kinds: dict[str, list[QueryRecord | None]] = {kind: [None] * len(prompts) for kind in ("zs", "icl", "ft")}

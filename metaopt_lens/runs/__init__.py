@@ -1,5 +1,6 @@
 """One prompt in one setting is a `Run`: the only thing that models give out, made by `record` and read by functions."""
 
+from metaopt_lens.prompts import tokenize_all as tokenize_all
 from metaopt_lens.prompts import tokenize_for as tokenize_for
 from metaopt_lens.runs._apart import record_apart as record_apart
 from metaopt_lens.runs._batching import batches as batches

@@ -108,6 +108,10 @@ def _layer_curves(comparison: Comparison, statistic: Measured) -> go.Figure:
         line = {"color": _NULLS[index % len(_NULLS)], "dash": _DASHES[index % len(_DASHES)]}
         figure.add_trace(go.Scatter(x=depth, y=curve, mode="lines", line=line, name=f"{name} null"))
     figure.update_xaxes(title={"text": "layer", "standoff": 4}, dtick=max(1, len(depth) // 12))
+    drawn = [y for trace in figure.data for y in trace.y if y is not None]
+    if drawn and all(abs(y) <= 1 for trace in figure.data[1:] for y in trace.y if y is not None):
+        # A similarity: the rest of an interval that is wider than all there can be is not drawn.
+        figure.update_yaxes(range=[max(min(drawn) - 0.05, -1.05), min(max(drawn) + 0.05, 1.05)])
     # The legend stands below a plot of fixed height, in two columns where the names fit.
     columns = 2 if max(len(trace.name) for trace in figure.data) <= _SHORT_NAME else 1
     rows = -(-len(figure.data) // columns)

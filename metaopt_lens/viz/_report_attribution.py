@@ -11,7 +11,7 @@ from metaopt_lens.experiments import ExperimentResult
 from metaopt_lens.viz._effects_map import heat_map
 from metaopt_lens.viz._render import words
 
-_HEADS_SHOWN = 40
+_HEADS_SHOWN, _NAMED = 40, 12
 _HEAD_TITLES = {
     "rank": "rank",
     "name": "head",
@@ -46,11 +46,12 @@ def attribution_context(run: ExperimentResult) -> dict[str, Any]:
     table, seeds = run.table("attributions"), run.table("attribution_seeds")[list(_SEED_TITLES)]
     ranked = table.sort_values("rank", kind="stable")
     counts = {c: seeds[c].map(_count) for c in ("heads_needed", "heads_low", "heads_high")}
+    said = {"metric": seeds["metric"].map(words), "heads": seeds["heads"].map(_first)}
     return {
         "first": ranked["name"].iloc[0],
         "maps": [(words(metric), _effect_map(group)) for metric, group in table.groupby("metric", sort=False)],
         "recovered": [_recovered(row) for row in run.table("attribution_recovery").to_dict("records")],
-        "seeds": seeds.assign(**counts, metric=seeds["metric"].map(words)).rename(columns=_SEED_TITLES),
+        "seeds": seeds.assign(**counts, **said).rename(columns=_SEED_TITLES),
         "ranked": ranked.head(_HEADS_SHOWN)[list(_HEAD_TITLES)]
         .assign(metric=ranked["metric"].map(words))
         .rename(columns=_HEAD_TITLES),
@@ -68,6 +69,13 @@ def _effect_map(effects: pd.DataFrame) -> go.Figure:
 
 def _count(value: float) -> str:
     return "–" if pd.isna(value) else f"{value:.0f}"
+
+
+def _first(names: str) -> str:
+    """The first of many heads, and how many more there are."""
+    heads = names.split()
+    rest = len(heads) - _NAMED
+    return names if rest <= 0 else f"{' '.join(heads[:_NAMED])} and {rest} more"
 
 
 def _recovered(row: dict[Any, Any]) -> str:

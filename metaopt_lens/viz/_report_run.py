@@ -30,6 +30,7 @@ from metaopt_lens.viz._comparison_figures import depth_profile
 from metaopt_lens.viz._comparison_page import comparison_context
 from metaopt_lens.viz._interval_chart import Row, interval_chart
 from metaopt_lens.viz._report_attribution import attribution_context
+from metaopt_lens.viz._report_more import patch_context, profile_context
 from metaopt_lens.viz._sceptic_figures import algebra_figure, ceiling_figure, ladder_figure, order_figure
 from metaopt_lens.viz._views import attention_view, token_view
 
@@ -103,6 +104,8 @@ def run_context(run: ExperimentResult, number: int) -> dict[str, Any]:
         "facts": _facts(run),
         "comparisons": [_comparison(run, rule) for rule in config.rules],
         "attribution": attribution_context(run) if "attributions" in run.table_names else None,
+        "profile": profile_context(run),
+        "patch": patch_context(run),
         "example": _example(run),
         "following": _following(run),
         "model": f"{model_of(run)} ({run.model.get('architecture', '')}, {config.dtype})",
@@ -287,8 +290,8 @@ def _controls(run: ExperimentResult, rule: str, comparison: Comparison) -> pd.Da
     return pd.DataFrame(rows)
 
 
-def _further(comparison: Comparison) -> list[tuple[str, go.Figure]]:
-    """A title and a figure for each of the sceptic's further results."""
+def _further(comparison: Comparison) -> list[tuple[go.Figure, str]]:
+    """A figure and its caption for each of the sceptic's further results."""
     found = comparison.further
     if found is None:
         return []
@@ -299,7 +302,7 @@ def _further(comparison: Comparison) -> list[tuple[str, go.Figure]]:
         "What the order of the demonstrations changes": found.order and order_figure(found.order),
         "Demonstrations alone, in company and in sum": found.algebra and algebra_figure(found.algebra),
     }
-    return [(title, _for_the_page(figure)) for title, figure in figures.items() if figure is not None]
+    return [(_for_the_page(figure), title) for title, figure in figures.items() if figure is not None]
 
 
 def _for_the_page(figure: go.Figure) -> go.Figure:

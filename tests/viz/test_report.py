@@ -9,13 +9,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from runs import SMALL
 from shown import cards
 from typer.testing import CliRunner
 
+from metaopt_lens import load_tiny
 from metaopt_lens._errors import OptionError
 from metaopt_lens.analysis import findings, headline, outcome
 from metaopt_lens.cli import app
-from metaopt_lens.experiments import ExperimentResult, published_numbers
+from metaopt_lens.experiments import ExperimentResult, published_numbers, run_experiment
 from metaopt_lens.experiments._join import join_comparisons
 from metaopt_lens.viz import write_report
 
@@ -138,6 +140,24 @@ def test_a_run_that_works_shows_its_similarity_in_the_matrix(run: ExperimentResu
     assert f"<span>{shown}</span>" in matrix
     assert matrix.count("ml-dot") == 1
     assert matrix.count("not interpreted") == 1
+
+
+def test_head_profile_and_patch_have_their_sections(run: ExperimentResult, tmp_path: Path) -> None:
+    """Where a run has them: every head's scores, and the accuracy with one patch for all queries next to zero-shot."""
+    plain = write_report([run], tmp_path / "plain.html")["page"].read_text(encoding="utf-8")
+    assert "Head profile" not in plain
+    assert "Context as weights" not in plain
+    config = dataclasses.replace(SMALL, queries=6, attribution_queries=4, profile=True, patch=True, attribution=False)
+    more = run_experiment(config, tmp_path / "run", model=load_tiny(), progress=False)
+    html = write_report([more], tmp_path / "more.html")["page"].read_text(encoding="utf-8")
+    scores = html.split('aria-label="Scores of all heads"')[1].split("</table>")[0]
+    assert set(re.findall(r">(L\dH\d)<", scores)) == set(more.table("profile")["name"])
+    section = html.split("Context as weights: one patch for all queries")[1].split("</details>")[0]
+    rows = {cells[0]: cells[2] for cells in _rows(section)}
+    table = more.table("patch").set_index("setting")["accuracy"]
+    assert set(rows) == set(table.index)
+    for name, value in table.items():
+        assert rows[name].startswith(f"{100 * value:.0f} %")
 
 
 def test_unfinished_run_is_refused(run: ExperimentResult, tmp_path: Path) -> None:
