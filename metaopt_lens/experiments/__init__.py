@@ -3,6 +3,7 @@
 from metaopt_lens.experiments._claim_page import ClaimBlock as ClaimBlock
 from metaopt_lens.experiments._claim_page import claim_blocks as claim_blocks
 from metaopt_lens.experiments._claim_page import claims_markdown as claims_markdown
+from metaopt_lens.experiments._claim_page import markdown_table as markdown_table
 from metaopt_lens.experiments._claim_sources import claims_of as claims_of
 from metaopt_lens.experiments._claim_table import CLAIMS as CLAIMS
 from metaopt_lens.experiments._claim_table import Claim as Claim

@@ -126,6 +126,8 @@ def _row(known: _Known, claim: Claim, run: dict[str, Any], rule: str) -> dict[st
 
 
 def _too_few(found: _Found) -> str:
+    if found.estimate != found.estimate:
+        return "it is undefined in this run"
     if found.n_sets >= MIN_SETS_TO_TEST:
         return ""
     sets = "one demonstration set" if found.n_sets == 1 else f"{found.n_sets} demonstration sets"
