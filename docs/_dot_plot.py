@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-_LINE, _TOP, _LABEL, _PLOT, _EDGE = 18, 14, 250, 380, 20
+_LINE, _TOP, _LABEL, _PLOT, _EDGE = 18, 14, 310, 380, 20
 _INK, _SOFT, _GRID = "#1f2933", "#6b7683", "#d7dce1"
 _FONT = "font-family='system-ui, sans-serif' font-size='12'"
 
 
 class Dot(NamedTuple):
-    """A line of the picture; `filled` where it is to be interpreted. Without an interval low and high are NaN."""
+    """A line of the picture; `filled` where it is decided. Without an interval low and high are NaN."""
 
     label: str
     estimate: float

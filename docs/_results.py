@@ -44,8 +44,8 @@ SECTIONS = (
     Section(
         "What Dai et al. reported",
         "In-context learning corrects what finetuning corrects, moves attention outputs and attention maps as "
-        "finetuning does, and attends to the demonstrations in the same order (arXiv:2212.10559). Each similarity stands "
-        "next to what chance gives.",
+        "finetuning does, and attends to the demonstrations in the same order (arXiv:2212.10559). Each similarity "
+        "stands next to what chance gives.",
         ("rec2ftp", "sim_aou", "sim_am", "kendall"),
     ),
     Section(
@@ -89,8 +89,8 @@ SECTIONS = (
 _ABOUT = {"accuracy": ("learns", "finetunes"), "item_1": ("contrast",), "item_3": ("prior", "prior_finetuned")}
 _DIFFERS = (
     "What differs: smaller models; the mean over {sets} demonstration sets instead of the best of seven; {shots} "
-    "demonstrations instead of up to 32; {queries} queries a set instead of all validation rows; outputs are read where "
-    "the label is predicted, not at the label token; the learning rate is chosen on held-out rows instead of the "
+    "demonstrations instead of up to 32; {queries} queries a set instead of all validation rows; outputs are read "
+    "where the label is predicted, not at the label token; the learning rate is chosen on held-out rows instead of the "
     "validation rows."
 )
 _QUANTITIES = {"Rec2FTP": "Rec2FTP %", "Kendall": "Kendall, token level"}
@@ -219,7 +219,7 @@ def _interpreted(data: Data) -> str:
     rest = [key for key in runs if key not in data.works]
     text = (
         f"In {len(both)} of {len(runs)} runs both are shown to work; only there is a similarity of the two "
-        "interpreted. The figures show the other runs as empty circles."
+        "interpreted. In the figures filled circles are decided, empty ones are not."
     )
     if both:
         text += f"\n\nInterpreted: {_list(both)}."
