@@ -17,7 +17,16 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "metaopt_lens"
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
-FIRST = ("guide.md", "models.md", "interventions.md", "theory.md", "results.md", "momentum.md")
+FIRST = (
+    "guide.md",
+    "models.md",
+    "interventions.md",
+    "theory.md",
+    "results.md",
+    "claims.md",
+    "results-bundled.md",
+    "momentum.md",
+)
 ORDER = (
     "prompts",
     "tasks",

@@ -32,9 +32,11 @@ from metaopt_lens.analysis._head_scores import function_vector_scores as functio
 from metaopt_lens.analysis._head_scores import induction_score as induction_score
 from metaopt_lens.analysis._head_scores import previous_token_score as previous_token_score
 from metaopt_lens.analysis._held_out import Explained as Explained
+from metaopt_lens.analysis._interval import MIN_SETS_TO_TEST as MIN_SETS_TO_TEST
 from metaopt_lens.analysis._interval import Interval as Interval
 from metaopt_lens.analysis._interval import mean_interval as mean_interval
 from metaopt_lens.analysis._interval import scope as scope
+from metaopt_lens.analysis._interval import span_text as span_text
 from metaopt_lens.analysis._joining import join_measured as join_measured
 from metaopt_lens.analysis._label_answers import Answers as Answers
 from metaopt_lens.analysis._label_answers import join_answers as join_answers

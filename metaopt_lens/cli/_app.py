@@ -9,6 +9,7 @@ import typer
 
 from metaopt_lens._errors import MetaoptLensError, SweepError
 from metaopt_lens.cli import (
+    _claims_command,
     _compile_command,
     _experiment_commands,
     _momentum_commands,
@@ -49,6 +50,7 @@ for _command in (
     _experiment_commands.run,
     _experiment_commands.sweep,
     _experiment_commands.report,
+    _claims_command.claims,
 ):
     app.command(_command.__name__.rstrip("_"))(_command)
 app.add_typer(_momentum_commands.app, name="momentum")

@@ -1,5 +1,13 @@
 """Runs of experiments and their stored results."""
 
+from metaopt_lens.experiments._claim_page import ClaimBlock as ClaimBlock
+from metaopt_lens.experiments._claim_page import claim_blocks as claim_blocks
+from metaopt_lens.experiments._claim_page import claims_markdown as claims_markdown
+from metaopt_lens.experiments._claim_page import markdown_table as markdown_table
+from metaopt_lens.experiments._claim_sources import claims_of as claims_of
+from metaopt_lens.experiments._claim_table import CLAIMS as CLAIMS
+from metaopt_lens.experiments._claim_table import Claim as Claim
+from metaopt_lens.experiments._claims import evaluate_claims as evaluate_claims
 from metaopt_lens.experiments._compiled_prompt import CompiledPrompt as CompiledPrompt
 from metaopt_lens.experiments._compiled_prompt import compile_prompts as compile_prompts
 from metaopt_lens.experiments._episode_prompts import episode_prompts as episode_prompts
@@ -14,11 +22,15 @@ from metaopt_lens.experiments._sweep import run_sweep as run_sweep
 from metaopt_lens.experiments._sweep_result import SweepResult as SweepResult
 
 __all__ = [
+    "CLAIMS",
+    "Claim",
     "ExperimentResult",
     "RunConfig",
     "SweepConfig",
     "SweepResult",
+    "claims_of",
     "episode_prompts",
+    "evaluate_claims",
     "load_run_model",
     "published_numbers",
     "run_experiment",

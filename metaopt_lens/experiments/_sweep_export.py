@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from metaopt_lens._errors import OptionError, OutputError
 from metaopt_lens._storage import atomic_path, provenance, write_text
+from metaopt_lens.experiments._claim_table import quantities_read
 from metaopt_lens.experiments._run_result import ExperimentResult
 from metaopt_lens.experiments._sweep_result import AXES, SweepResult
 
@@ -120,6 +121,15 @@ def _similarity_by_layer(result: SweepResult) -> pd.DataFrame:
     return table.groupby(keys, sort=False)[["value", "excess"]].mean().reset_index()
 
 
+def _means_of_claims(result: SweepResult) -> pd.DataFrame:
+    """Of `ExperimentResult.table` ``set_means`` what a claim reads, accuracies, and the similarity of heads."""
+    table = result.table("set_means")
+    own = table["quantity"].isin(quantities_read()) | table["quantity"].str.startswith(
+        ("accuracy", "z total", "ceiling")
+    )
+    return table[own & ~table["quantity"].str.contains("matched|after W_O")]
+
+
 # By the file's name: the table it needs, and how it is made.
 EXPORTED: dict[str, tuple[str, Callable[[SweepResult], Any]]] = {
     **{
@@ -140,6 +150,7 @@ EXPORTED: dict[str, tuple[str, Callable[[SweepResult], Any]]] = {
             "patch",
         )
     },
+    "set_means": ("set_means", _means_of_claims),
     "profile_by_layer": ("profile", _profile_by_layer),
     "similarity_by_layer": ("heads", _similarity_by_layer),
 }

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 SWEEP_FILE = "sweep.json"
 MISSING_FILE = "missing.json"  # models that could not be loaded the last time, and why
 AXES = ("model", "task", "shots", "lr", "labels")
+RENAMED = {"labels": "label_words"}  # of a run's table, whose name is an axis of the sweep
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,7 +78,8 @@ class SweepResult:
     def table(self, name: str) -> pd.DataFrame:
         """A table (see `ExperimentResult.table`) of the finished runs below each other; those without it add no rows.
 
-        The columns model, task, shots, lr and labels say which run a row is of; `unfinished` names the runs that are
+        The columns model, task, shots, lr and labels say which run a row is of (a run's own column ``labels``, in
+        ``label_following``, is called ``label_words``); `unfinished` names the runs that are
         not there yet.
 
         Args:
@@ -94,7 +96,7 @@ class SweepResult:
         if name not in names:
             raise OptionError(f"there is no table {name!r}; this sweep has {', '.join(names)}.")
         frames = [
-            run.table(name).assign(**{axis: getattr(run.config, axis) for axis in AXES})
+            run.table(name).rename(columns=RENAMED).assign(**{axis: getattr(run.config, axis) for axis in AXES})
             for run in self.runs.values()
             if run.is_complete and name in run.table_names
         ]

@@ -1,6 +1,6 @@
 """The worked result on the bundled model: is its in-context learning a hidden gradient descent?
 
-python -m metaopt_lens.experiments.worked_example --out docs/results.md
+python -m metaopt_lens.experiments.worked_example --out docs/results-bundled.md
 """
 
 from __future__ import annotations

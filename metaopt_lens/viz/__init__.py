@@ -4,6 +4,7 @@ from metaopt_lens.viz._answers import answers_text as answers_text
 from metaopt_lens.viz._answers import comparison_sentences as comparison_sentences
 from metaopt_lens.viz._answers import labels_text as labels_text
 from metaopt_lens.viz._chosen_heads import choose_heads as choose_heads
+from metaopt_lens.viz._claims_text import claims_text as claims_text
 from metaopt_lens.viz._comparison_figures import comparison_map as comparison_map
 from metaopt_lens.viz._comparison_figures import depth_profile as depth_profile
 from metaopt_lens.viz._comparison_page import write_comparison_outputs as write_comparison_outputs

@@ -27,6 +27,7 @@ from metaopt_lens._errors import FileFormatError, OptionError, OutputError, Swee
 from metaopt_lens.analysis import head_profile
 from metaopt_lens.cli import app
 from metaopt_lens.experiments import ExperimentResult, SweepConfig, SweepResult, run_experiment, run_sweep
+from metaopt_lens.experiments._claim_table import quantities_read
 
 _SETTINGS = {"queries": 3, "n_null_draws": 2, "random_weights": False, "rules": ["gd"], "attribution": False}
 _TOML = """
@@ -328,12 +329,19 @@ def test_the_export_is_the_tables_with_their_origin_and_no_rows(atlas: Path) -> 
     result, folder = SweepResult.load(atlas / "out"), atlas / "tables"
     names = {file.stem for file in folder.glob("*.csv")}
     assert {"accuracies", "summary", "findings", "label_following", "ceiling", "patch", "profile_by_layer"} <= names
-    for name in names & set(result.table_names):
+    for name in names & set(result.table_names) - {"set_means"}:
         read, stored = pd.read_csv(folder / f"{name}.csv"), result.table(name)
         assert list(read.columns[:5]) == ["model", "task", "shots", "lr", "labels"]
         assert len(read) == len(stored)
         for column in stored.select_dtypes("float"):
             np.testing.assert_allclose(read[column].astype(float), stored[column].astype(float), rtol=1e-5)
+    means, whole = pd.read_csv(folder / "set_means.csv"), result.table("set_means")
+    read_by_claims = whole["quantity"].isin(quantities_read())
+    assert set(whole["quantity"][read_by_claims]) <= set(means["quantity"]) < set(whole["quantity"])
+    kept = whole[whole["quantity"].isin(set(means["quantity"]))]
+    np.testing.assert_allclose(means[["value", "excess"]], kept[["value", "excess"]], rtol=1e-5, atol=1e-12)
+    followed = pd.read_csv(folder / "label_following.csv")
+    assert set(followed["label_words"]) == {"natural", "flipped"}  # of the demonstrations; `labels` is the run's
     text = "".join(file.read_text() for file in folder.iterdir())
     assert str(atlas) not in text
     prompts = result.runs["tiny-synthetic-2-4-shots-lr-0.02"].prompts(0)

@@ -1,0 +1,452 @@
+"""Write docs/results.md, docs/claims.md and their pictures from docs/data: ``python docs/_results.py``.
+
+No number is typed by hand: tables and sentences are made from ``docs/data/*.csv``, ``provenance.json`` and, for what
+was expected before the runs, ``expected.toml``. Folders in ``docs/data`` with a ``provenance.json`` are read too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tomllib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from _dot_plot import Dot, dot_plot
+
+from metaopt_lens.analysis import span_text
+from metaopt_lens.experiments import CLAIMS, claims_markdown, claims_of, markdown_table, published_numbers
+from metaopt_lens.experiments._sweep_export import PROVENANCE_FILE
+from metaopt_lens.experiments._sweep_result import AXES
+
+HERE = Path(__file__).parent
+_AXES = list(AXES)
+_NAMES = {claim.key: claim for claim in CLAIMS}
+_SETTINGS = ("accuracy ZS", "accuracy ICL", "accuracy FT")
+
+
+class Section(NamedTuple):
+    """A heading, what it is about, and the claims below it, each with a figure."""
+
+    title: str
+    about: str
+    claims: tuple[str, ...]
+
+
+SECTIONS = (
+    Section(
+        "What Dai et al. reported",
+        "In-context learning corrects what finetuning corrects, moves attention outputs and attention maps as "
+        "finetuning does, and attends to the demonstrations in the same order (arXiv:2212.10559). Each similarity "
+        "stands next to what chance gives.",
+        ("rec2ftp", "sim_aou", "sim_am", "kendall"),
+    ),
+    Section(
+        "What the critique says",
+        "Normalising before subtracting makes noise look similar, models with permuted weights do as well, and a "
+        "layer-causal finetuning is more like in-context learning (arXiv:2311.07772).",
+        ("sim_aou_analytic", "normalisation", "untrained", "layer_causal"),
+    ),
+    Section(
+        "Uphill",
+        "If the likeness is about descending, finetuning with the opposite sign must be less like it "
+        "(arXiv:2602.21204).",
+        ("uphill", "unrelated"),
+    ),
+    Section(
+        "Flipped labels",
+        "Whoever learns from the demonstrations follows flipped labels; whoever only recognises the task keeps to its "
+        "prior (arXiv:2303.03846).",
+        ("prior", "prior_finetuned", "labels_matter"),
+    ),
+    Section(
+        "Format against contrast",
+        "Answering with a label at all is the format; which label is the contrast. A hidden gradient descent on the "
+        "labels would have to show in the contrast, above demonstrations with shuffled labels.",
+        ("contrast", "assignment"),
+    ),
+    Section(
+        "The ceiling",
+        "How much of the in-context updates finetuning explains on queries left out, next to one constant vector and "
+        "to simple optimisers (arXiv:2509.22621).",
+        ("ceiling", "ladder", "order", "algebra"),
+    ),
+    Section(
+        "Context compiled into weights",
+        "One change of the weights for all queries, fitted on other queries behind the same demonstrations "
+        "(arXiv:2511.17864).",
+        ("patch",),
+    ),
+)
+# What an entry of expected.toml is about, by the end of its name.
+_ABOUT = {"accuracy": ("learns", "finetunes"), "item_1": ("contrast",), "item_3": ("prior", "prior_finetuned")}
+_DIFFERS = (
+    "What differs: smaller models; the mean over {sets} demonstration sets instead of the best of seven; {shots} "
+    "demonstrations instead of up to 32; {queries} queries a set instead of all validation rows; outputs are read "
+    "where the label is predicted, not at the label token; the learning rate is chosen on held-out rows instead of the "
+    "validation rows."
+)
+_QUANTITIES = {"Rec2FTP": "Rec2FTP %", "Kendall": "Kendall, token level"}
+
+
+class Data:
+    """Everything in the folders of exported tables."""
+
+    def __init__(self, folder: Path) -> None:
+        found = sorted(folder.rglob(PROVENANCE_FILE), key=lambda file: (len(file.parts), file.as_posix()))
+        self.folders = [file.parent for file in found]
+        self.expected = tomllib.loads(text) if (text := _read(folder / "expected.toml")) else {}
+        self.provenance = [json.loads(_read(file)) for file in found]
+
+    def table(self, name: str) -> pd.DataFrame:
+        """A table of all folders; empty where there is none."""
+        files = [folder / f"{name}.csv" for folder in self.folders]
+        kinds = {axis: str for axis in AXES if axis != "shots"}
+        frames = [
+            pd.read_csv(f, dtype=kinds, keep_default_na=False, na_values=["", "nan"]) for f in files if f.is_file()
+        ]
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+    @cached_property
+    def claims(self) -> pd.DataFrame:
+        """`claims_of` all folders."""
+        return claims_of(self.folders).drop(columns="directory").assign(directory="")
+
+    @cached_property
+    def works(self) -> set[tuple[Any, ...]]:
+        """The runs (with their rule) in which in-context learning and finetuning are shown to work."""
+        shown = self.claims[self.claims["claim"].isin(["learns", "finetunes"]) & (self.claims["verdict"] == "holds")]
+        counts = shown.groupby([*_AXES, "rule"])["claim"].nunique()
+        return set(counts.index[counts == 2])
+
+    @cached_property
+    def runs(self) -> list[dict[str, Any]]:
+        """The entries of ``provenance.json``."""
+        return [run for body in self.provenance for run in body["runs"].values()]
+
+
+def write_pages(data: Path, out: Path) -> list[Path]:
+    """Write both pages and the pictures.
+
+    Args:
+        data: the folder of exported tables.
+        out: where the pages go, and ``images`` for the pictures.
+    """
+    found = Data(data)
+    pictures = {name: text for section in SECTIONS for name, text in _pictures(found, section)}
+    pages = {"results.md": _results(found), "claims.md": _claims(found)}
+    pages |= {f"images/{name}": text for name, text in pictures.items()}
+    for name, text in pages.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(text, encoding="utf-8")
+    return [out / name for name in pages]
+
+
+# ---- the pages ------------------------------------------------------------------------------------------------------
+
+
+def _results(data: Data) -> str:
+    parts = [
+        "# Results on real models",
+        _introduction(data),
+        "## Do the models learn in context, and does finetuning help?",
+        _accuracies(data),
+        _interpreted(data),
+    ]
+    for section in SECTIONS:
+        parts += [f"## {section.title}", section.about, *(_claim(data, key) for key in section.claims)]
+    parts += _published(data) + _expected(data) + _provenance(data)
+    parts.append("The bundled model's own page, with 25 demonstration sets: [appendix](results-bundled.md).")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _claims(data: Data) -> str:
+    head = (
+        "# Claims\n\nWhich published claims hold, for each model and task. A claim holds where the 95 % interval over "
+        "demonstration sets lies above 0, does not hold where it lies below, and is undecided otherwise; a similarity "
+        "is interpreted only where in-context learning and finetuning are both shown to work. Intervals are not "
+        "corrected for the number of cells: of forty claims that are at 0, one is said to hold by chance.\n\n"
+        "Your own run as further columns:\n\n"
+        "```bash\nmetaopt-lens claims docs/data DIR --out claims.md\n```\n\n"
+        "Adding a claim is adding a row to `metaopt_lens/experiments/_claim_table.py`."
+    )
+    return f"{head}\n\n{claims_markdown(data.claims)}"
+
+
+def _introduction(data: Data) -> str:
+    models = ", ".join(dict.fromkeys(f"{run['model']['name']}" for run in data.runs))
+    tasks = len({run["config"]["task"] for run in data.runs})
+    dates = sorted({run["ended"][:10] for run in data.runs})
+    left = [name for body in data.provenance for name in body["unfinished"]]
+    text = (
+        f"{len(data.runs)} runs of {models} on {tasks} tasks, finished {_range(dates)}. Every number on this page is "
+        "made from the tables in `docs/data` by `python docs/_results.py`. Intervals are 95 % t intervals over "
+        "demonstration sets, in brackets; where the sets agree exactly there is none. [How to repeat a row](atlas.md); "
+        "[all claims as a table](claims.md)."
+    )
+    return (
+        f"{text}\n\nNot finished when the tables were exported: {len(left)} runs ({', '.join(left)})." if left else text
+    )
+
+
+def _accuracies(data: Data) -> str:
+    table, rows = data.table("accuracies"), []
+    for key, own in table.groupby([*_AXES, "rule"], sort=False):
+        cells = own.set_index("quantity")
+        found = [_number(cells.loc[name], "value", "low", "high", "{:.2f}") for name in _SETTINGS]
+        rows.append([*_place(key), *found, int(cells.loc["accuracy ZS", "n"]), _shown(data, key)])
+    header = ["model", "task", "zero-shot", "in context", "finetuned", "queries", "shown to work"]
+    return markdown_table(header, rows)
+
+
+def _shown(data: Data, key: Sequence[Any]) -> str:
+    own = _of(data.claims, key)
+    words = {"learns": "in-context learning", "finetunes": "finetuning"}
+    found = [word for claim, word in words.items() if (own[own["claim"] == claim]["verdict"] == "holds").any()]
+    return "both" if len(found) == 2 else " and ".join(found) or "neither"
+
+
+def _interpreted(data: Data) -> str:
+    runs = list(data.claims.groupby([*_AXES, "rule"], sort=False).groups)
+    both = [key for key in runs if key in data.works]
+    rest = [key for key in runs if key not in data.works]
+    text = (
+        f"In {len(both)} of {len(runs)} runs both are shown to work; only there is a similarity of the two "
+        "interpreted. In the figures filled circles are decided, empty ones are not."
+    )
+    if both:
+        text += f"\n\nInterpreted: {_list(both)}."
+    return text + (f"\n\nNot interpreted: {_list(rest)}." if rest else "")
+
+
+def _claim(data: Data, key: str) -> str:
+    claim = _NAMES[key]
+    own = data.claims[(data.claims["claim"] == key) & (data.claims["verdict"] != "lacking")]
+    head = f"### {claim.text}\n\n{claim.source}."
+    if own["estimate"].notna().sum() == 0:
+        return f"{head} No run here can say: it takes `{claim.needs}`."
+    picture = f"![{claim.text.rstrip('.')}: {claim.what}](images/{_file(key)})"
+    return f"{head}\n\n{picture}\n\n{_sentence(own)}"
+
+
+def _sentence(own: pd.DataFrame) -> str:
+    """How often it holds, how large it is where it is decided, and why the rest is undecided."""
+    counts = {name: own[own["verdict"] == name] for name in ("holds", "does not hold", "undecided")}
+    text = f"Of {len(own)} runs it holds in {len(counts['holds'])}, does not in {len(counts['does not hold'])}, and is undecided in {len(counts['undecided'])}."  # noqa: E501
+    for name, rows in counts.items():
+        if name != "undecided" and len(rows):
+            cells = [
+                f"{' on '.join(_place(key))} {_number(row, 'estimate', 'low', 'high')}"
+                for key, row in zip(_keys(rows), rows.to_dict("records"), strict=True)
+            ]
+            text += f" It {name}: {'; '.join(cells)}."
+    reasons = counts["undecided"]["because"].value_counts(sort=False)
+    if len(reasons):
+        text += f" Undecided, as {'; '.join(f'{why} ({n})' for why, n in reasons.items())}."
+    return text
+
+
+def _pictures(data: Data, section: Section) -> list[tuple[str, str]]:
+    found = []
+    for key in section.claims:
+        own = data.claims[(data.claims["claim"] == key) & (data.claims["verdict"] != "lacking")]
+        dots = [
+            Dot(", ".join(_place(place)), row["estimate"], row["low"], row["high"], row["verdict"] != "undecided")
+            for place, row in zip(_keys(own), own.to_dict("records"), strict=True)
+        ]
+        if any(dot.estimate == dot.estimate for dot in dots):
+            found.append((_file(key), dot_plot(dots, _NAMES[key].what)))
+    return found
+
+
+# ---- next to what was published -------------------------------------------------------------------------------------
+
+
+def _published(data: Data) -> list[str]:
+    accuracies, summary, rows = data.table("accuracies"), data.table("summary"), []
+    natural = [key for key in accuracies.groupby([*_AXES, "rule"], sort=False).groups if key[4] == "natural"]
+    for task in dict.fromkeys(key[1] for key in natural):
+        sizes = {size: published_numbers(f"fairseq-dense-{size}", task, "gd") for size in ("1.3b", "2.7b")}
+        known = {(n.quantity, n.source): n for numbers in sizes.values() for n in numbers if "Dai" in n.source}
+        for quantity, source in known:
+            theirs = [
+                next((f"{n.value:g}" for n in numbers if (n.quantity, n.source) == (quantity, source)), "")
+                for numbers in sizes.values()
+            ]
+            for key in natural:
+                if key[1] == task:
+                    ours = _ours(_of(accuracies, key), _of(summary, key), quantity)
+                    rows.append([task, quantity, f"{key[0]}, {key[2]} shots", ours, *theirs])
+    if not rows:
+        return []
+    shots, queries = (
+        sorted({run["config"][name] for run in data.runs if run["config"][name] is not None})
+        for name in ("shots", "queries")
+    )
+    header = ["task", "quantity", "our model", "ours", "theirs, 1.3B", "theirs, 2.7B"]
+    sets = sorted({len(run["config"]["seeds"]) for run in data.runs})
+    text = _DIFFERS.format(sets=_range(sets), shots=_range(shots), queries=_range(queries))
+    return [
+        "## Next to the published tables",
+        f"Numbers of arXiv:2212.10559 for Fairseq dense 1.3B and 2.7B where the task is the same; accuracies in percent. {text}",  # noqa: E501
+        markdown_table(header, rows),
+    ]
+
+
+def _ours(accuracies: pd.DataFrame, summary: pd.DataFrame, quantity: str) -> str:
+    name = _QUANTITIES.get(quantity, quantity)
+    own = accuracies[accuracies["quantity"] == name]
+    if len(own):
+        factor = 100 if name.startswith("accuracy") else 1
+        row = own.iloc[0][["value", "low", "high"]].astype(float) * factor
+        return _number(row, "value", "low", "high", "{:.1f}") if row["value"] == row["value"] else "undefined"
+    own = summary[summary["statistic"] == name]
+    return _number(own.iloc[0], "value", "value_low", "value_high", "{:.3f}") if len(own) else "not measured"
+
+
+# ---- what was expected, and where it comes from ---------------------------------------------------------------------
+
+
+def _expected(data: Data) -> list[str]:
+    """Every entry of ``expected.toml`` with what came out in the run that it names."""
+    if not data.expected:
+        return []
+    parts = ["## What was expected, and what came", "Written before the runs, with the date, and quoted as it stands."]
+    for name, entry in data.expected.items():
+        found = _run_of(data.claims, str(entry["run"]))
+        rows = [
+            [text, _came(data, found, about)]
+            for about, text in entry.items()
+            if about not in ("written", "run") and isinstance(text, str)
+        ]
+        parts.append(f"### {name}\n\nWritten {entry['written']}: `{entry['run']}`")
+        parts.append(markdown_table(["expected", "came"], rows))
+    return parts
+
+
+def _run_of(claims: pd.DataFrame, command: str) -> pd.DataFrame:
+    """The rows of the run that a text describes by its options; a model in words is SmolLM2."""
+
+    def option(name: str, default: str) -> str:
+        match = re.search(rf"--{name} ([\w-]+)", command)
+        return match[1] if match else default
+
+    asked = {"model": option("model", "smollm2"), "task": option("task", ""), "labels": option("labels", "natural")}
+    for axis, value in asked.items():
+        claims = claims[claims[axis] == value]
+    return claims[claims["shots"] == int(option("shots", "0"))]
+
+
+def _came(data: Data, run: pd.DataFrame, about: str) -> str:
+    if run.empty:
+        return "not run yet"
+    cells = []
+    if about in ("accuracy", "item_3"):
+        own = _of(data.table("accuracies"), next(iter(_keys(run))))
+        wanted = own[own["quantity"].isin(_SETTINGS) | own["quantity"].str.contains("against the")]
+        cells += [
+            f"{row['quantity']} {_number(row, 'value', 'low', 'high', '{:.2f}')}"
+            for row in wanted.to_dict("records")
+            if row["value"] == row["value"] and (about == "accuracy") == (row["quantity"] in _SETTINGS)
+        ]
+    if about == "item_3":
+        cells += _following(data, next(iter(_keys(run)))[:-1])
+    for key in _ABOUT.get(about, (about,)):
+        for row in run[(run["claim"] == key) & (run["verdict"] != "lacking")].to_dict("records"):
+            numbers = "" if row["estimate"] != row["estimate"] else f" {_number(row, 'estimate', 'low', 'high')}"
+            why = f" ({row['because']})" if row["because"] else ""
+            cells.append(f"{_NAMES[key].what}:{numbers}, {row['verdict']}{why}")
+    return "; ".join(cells) or "not measured"
+
+
+def _following(data: Data, run: Sequence[Any]) -> list[str]:
+    """In context, behind the demonstrations' label words: how often what they show, and how often the natural label."""
+    table = data.table("label_following")
+    if table.empty:
+        return []
+    own = _of(table, run)
+    own = own[(own["learner"] == "in context") & (own["label_words"] != "natural")]
+    return [
+        f"in context, {row['label_words']} labels, against the {row['against']} ones "
+        f"{_number(row, 'accuracy', 'low', 'high', '{:.2f}')}"
+        for row in own.to_dict("records")
+    ]
+
+
+def _provenance(data: Data) -> list[str]:
+    models, tasks = {}, {}
+    for run in data.runs:
+        weights = run["weights_file"] or {}
+        model = run["model"]
+        sizes = f"{model['n_layers']} layers × {model['n_heads']} heads"
+        checksum = str(weights.get("sha256") or model["fingerprint"])[:12]
+        models[model["name"]] = [model["name"], sizes, model["quantization"] or model["dtype"], f"`{checksum}`"]
+        own = run["data"]
+        rows = f"{_count(own['train_rows'])} / {_count(own['validation_rows'])}"
+        tasks.setdefault(run["config"]["task"], [run["config"]["task"], own["public"] or "", own["source"], rows])
+    versions = dict.fromkeys(
+        ", ".join(f"{name} {v}" for name, v in version.items()) for run in data.runs for version in run["versions"]
+    )
+    return [
+        "## Models, data, versions",
+        markdown_table(["model", "size", "weights", "SHA-256"], list(models.values())),
+        markdown_table(["task", "public data set", "rows from", "training / validation rows"], list(tasks.values())),
+        " ".join(dict.fromkeys(body["sampled"] for body in data.provenance)),
+        f"Versions: {'; '.join(versions)}.",
+    ]
+
+
+# ---- words ----------------------------------------------------------------------------------------------------------
+
+
+def _keys(rows: pd.DataFrame) -> list[tuple[Any, ...]]:
+    return list(rows[[*_AXES, "rule"]].itertuples(index=False, name=None))
+
+
+def _of(table: pd.DataFrame, key: Sequence[Any]) -> pd.DataFrame:
+    for column, value in zip([*_AXES, "rule"], key, strict=False):  # the rule may be left open
+        table = table[table[column] == value]
+    return table
+
+
+def _place(key: Sequence[Any]) -> list[str]:
+    """Model, and task with what else tells the run apart."""
+    model, task, shots, _, labels, rule = key
+    more = [f"{shots} shots"] + [f"{labels} labels"] * (labels != "natural") + ["layer-causal"] * (rule == "lcgd")
+    return [str(model), f"{task} ({', '.join(more)})"]
+
+
+def _list(keys: Sequence[Sequence[Any]]) -> str:
+    return "; ".join(" on ".join(_place(key)) for key in keys)
+
+
+def _number(row: Any, value: str, low: str, high: str, form: str = "{:+.3f}") -> str:
+    return f"{form.format(float(row[value]))}{span_text(float(row[low]), float(row[high]), form)}"
+
+
+def _range(values: Sequence[Any]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else f"{values[0]} to {values[-1]}"
+
+
+def _count(rows: int | dict[str, int]) -> str:
+    """Rows of a task; where they are made by seed, of every seed."""
+    return f"{rows}" if isinstance(rows, int) else f"{_range(sorted(set(rows.values())))} a seed"
+
+
+def _file(key: str) -> str:
+    return f"claim-{key.replace('_', '-')}.svg"
+
+
+def _read(file: Path) -> str:
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+
+if __name__ == "__main__":
+    write_pages(HERE / "data", HERE)
