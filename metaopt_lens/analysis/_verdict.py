@@ -166,7 +166,10 @@ def _against_the_prior(comparison: Comparison) -> tuple[Finding, ...]:
     if answers is None or gold is None or flipped is None:
         return ()
     more = ((answers == flipped).double() - (answers == gold).double()).mean(0)
-    more = torch.where((flipped >= 0) & (gold >= 0), more, torch.nan)
+    defined = (flipped >= 0) & (gold >= 0)  # open answers cannot be flipped
+    if not bool(defined.any()):
+        return ()
+    more = torch.where(defined, more, torch.nan)
     what = "behind flipped labels, the accuracy against the flipped minus that against the natural labels"
     question = "Does it follow the demonstrations against its prior?"
     return (_gain(comparison, PRIOR, question, more, "", what),)

@@ -17,7 +17,7 @@ from metaopt_lens.experiments._run_config import RunConfig
 from metaopt_lens.experiments._run_result import ExperimentResult
 from metaopt_lens.experiments._run_store import RUN_FILE
 from metaopt_lens.experiments._sweep_export import PROVENANCE_FILE
-from metaopt_lens.experiments._sweep_result import AXES, RENAMED, SWEEP_FILE, SweepResult
+from metaopt_lens.experiments._sweep_result import AXES, SWEEP_FILE, SweepResult, with_axes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -168,9 +168,7 @@ def _of_runs(name: str, runs: Sequence[ExperimentResult]) -> ClaimSource:
 
     def table(wanted: str) -> pd.DataFrame:
         frames = [
-            run.table(wanted).rename(columns=RENAMED).assign(**{axis: getattr(note, axis) for axis in AXES})
-            for run, note in zip(finished, notes, strict=True)
-            if wanted in run.table_names
+            with_axes(run, wanted, note) for run, note in zip(finished, notes, strict=True) if wanted in run.table_names
         ]
         if not frames:
             raise OptionError(f"there is no table {wanted!r} in {name}.")

@@ -115,7 +115,7 @@ def _row(known: _Known, claim: Claim, run: dict[str, Any], rule: str) -> dict[st
         because = f"the run has not made it: {claim.needs}"
         empty = dict.fromkeys(("estimate", "low", "high", "value", "null"), _UNKNOWN)
         return {**head, "verdict": "lacking", **empty, "n_sets": 0, "because": because}
-    because = found.because or _too_few(found) or (_does_not_work(known, run, rule) if claim.similarity else "")
+    because = _too_few(found) or found.because or (_does_not_work(known, run, rule) if claim.similarity else "")
     if not because and found.low != found.low and not found.answer:
         because = "there is no interval"
     verdict: Verdict = "undecided" if because else _decide(found)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SWEEP_FILE = "sweep.json"
 MISSING_FILE = "missing.json"  # models that could not be loaded the last time, and why
 AXES = ("model", "task", "shots", "lr", "labels")
-RENAMED = {"labels": "label_words"}  # of a run's table, whose name is an axis of the sweep
+_RENAMED = {"labels": "label_words", "lr": "learning_rate"}  # columns of a run's table that are called as an axis is
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,9 +78,8 @@ class SweepResult:
     def table(self, name: str) -> pd.DataFrame:
         """A table (see `ExperimentResult.table`) of the finished runs below each other; those without it add no rows.
 
-        The columns model, task, shots, lr and labels say which run a row is of (a run's own column ``labels``, in
-        ``label_following``, is called ``label_words``); `unfinished` names the runs that are
-        not there yet.
+        The columns model, task, shots, lr and labels say which run a row is of; a table's own columns of these names
+        are called ``learning_rate`` and ``label_words``. `unfinished` names the runs that are not there yet.
 
         Args:
             name: see `ExperimentResult.table`.
@@ -96,7 +95,7 @@ class SweepResult:
         if name not in names:
             raise OptionError(f"there is no table {name!r}; this sweep has {', '.join(names)}.")
         frames = [
-            run.table(name).rename(columns=RENAMED).assign(**{axis: getattr(run.config, axis) for axis in AXES})
+            with_axes(run, name, run.config)
             for run in self.runs.values()
             if run.is_complete and name in run.table_names
         ]
@@ -121,3 +120,14 @@ class SweepResult:
 
     def __repr__(self) -> str:
         return f"SweepResult of {len(self.names)} runs in {self.path}: {', '.join(self.names)}"
+
+
+def with_axes(run: ExperimentResult, name: str, axes: object) -> pd.DataFrame:
+    """A table of a run with the columns `AXES`; own columns of these names are renamed.
+
+    Args:
+        run: a finished run.
+        name: of the table.
+        axes: has an attribute for each of `AXES`.
+    """
+    return run.table(name).rename(columns=_RENAMED).assign(**{axis: getattr(axes, axis) for axis in AXES})
