@@ -62,6 +62,7 @@ def test_help_names_the_commands() -> None:
     assert shown.exit_code == 0
     assert "demo" in shown.stdout
     assert "decompose" in shown.stdout
+    assert "..." not in shown.stdout.partition("Commands:")[2]  # no sentence is cut off
     options = run("decompose", "--help").stdout
     for name in ("--model", "--prompt", "--dtype", "--device", "--heads", "--position", "--format", "--out"):
         assert name in options

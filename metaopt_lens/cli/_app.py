@@ -43,19 +43,19 @@ app = typer.Typer(
     help="Split every attention head's output into what it reads from the query and what it reads from the "
     "demonstrations: z = zero_shot + meta_gradient.",
 )
-for _command in (
+for _command in (  # in the order of the help
+    _prompt_commands.demo,
+    _prompt_commands.decompose,
     _prompt_commands.compare,
     _compile_command.compile_,
-    _record_commands.analyze,
     _experiment_commands.run,
-    _experiment_commands.sweep,
     _experiment_commands.report,
+    _experiment_commands.sweep,
     _claims_command.claims,
+    _record_commands.analyze,
 ):
-    app.command(_command.__name__.rstrip("_"))(_command)
-app.add_typer(_momentum_commands.app, name="momentum")
-app.command()(_prompt_commands.demo)
-app.command()(_prompt_commands.decompose)
+    app.command(_command.__name__.rstrip("_"), short_help=_command.__doc__)(_command)  # short: typer would cut it
+app.add_typer(_momentum_commands.app, name="momentum", short_help=_momentum_commands.app.info.help)
 
 
 @app.callback()

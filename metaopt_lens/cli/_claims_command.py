@@ -9,7 +9,6 @@ import typer
 from rich.console import Console
 
 from metaopt_lens._errors import OptionError
-from metaopt_lens._storage import write_text
 from metaopt_lens.cli._showing import say, say_written
 
 if TYPE_CHECKING:
@@ -31,6 +30,7 @@ def claims(
     found = claims_of(runs, mixed_versions=mixed_versions)
     _show(found)
     if out is not None:
+        from metaopt_lens._storage import write_text
         from metaopt_lens.experiments import claims_markdown
 
         text = found.to_csv(index=False) if out.suffix == ".csv" else f"# Claims\n\n{claims_markdown(found)}"
@@ -45,6 +45,6 @@ def _show(found: pd.DataFrame) -> None:
 
     console = Console(highlight=False)
     for block in claim_blocks(found):
-        console.print(claims_text(block))
+        console.print(claims_text(block, console.width))
         for number, why in enumerate(block.reasons, 1):
             say(f"({number}) {why}")

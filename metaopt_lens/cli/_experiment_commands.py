@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -70,6 +71,12 @@ def run(
     settings = _settings(config, {name: value for name, value in given.items() if value is not None})
     converted = load_run_model(settings, cache=False) if no_cache else None
     show_run(run_experiment(settings, out, model=converted, recompute_damaged=recompute_damaged))
+    _say_what_next(out)
+
+
+def _say_what_next(out: Path) -> None:
+    where = shlex.quote(str(out))
+    say(f"next: `metaopt-lens report {where}` writes a page, `metaopt-lens claims {where}` lists published claims")
 
 
 def _settings(file: Path | None, given: dict[str, Any]) -> RunConfig:
@@ -123,13 +130,21 @@ def sweep(
         if found.is_complete:
             show_run(found)
     for name, on, labels in result.left_out:
-        say(f"left out: {name} on {on} with {labels} labels: the task has open answers")
-    if result.unfinished:
-        say(f"not finished: {len(result.unfinished)} of {len(result.names)} runs: {', '.join(result.unfinished)}")
+        if _asked(name, model) and _asked(on, task):
+            say(f"left out: {name} on {on} with {labels} labels: the task has open answers")
+    unfinished, own = result.unfinished, config.runs()
+    if unfinished:
+        named = [name for name in unfinished if _asked(own[name].model, model) and _asked(own[name].task, task)]
+        say(f"not finished: {len(unfinished)} of {len(own)} runs{': ' if named else ''}{', '.join(named)}")
     if export is not None:
         say_written(result.export(export))
     if failed is not None:
         raise failed
+    _say_what_next(out)
+
+
+def _asked(name: str, only: list[str] | None) -> bool:
+    return not only or name in only
 
 
 def report(
@@ -140,10 +155,10 @@ def report(
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
 ) -> None:
     """Write one self-contained page about one or several runs, and every table as CSV."""
-    from metaopt_lens.experiments import ExperimentResult
+    from metaopt_lens.experiments import runs_in
     from metaopt_lens.viz import write_report
 
-    results = [ExperimentResult.load(path) for path in runs]
-    written = write_report(results, out or runs[0] / "report.html", title=title)
-    say_written([written["page"]])
-    say(f"and {len(written) - 1} tables as CSV in the folder of the same name")
+    results = [run for path in runs for run in runs_in(path)]
+    page, *tables = write_report(results, out or runs[0] / "report.html", title=title).values()
+    say_written([page])
+    say(f"and {len(tables)} tables as CSV in {tables[0].parent}")

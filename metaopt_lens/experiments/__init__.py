@@ -20,6 +20,7 @@ from metaopt_lens.experiments._run_result import ExperimentResult as ExperimentR
 from metaopt_lens.experiments._sweep import SweepConfig as SweepConfig
 from metaopt_lens.experiments._sweep import run_sweep as run_sweep
 from metaopt_lens.experiments._sweep_result import SweepResult as SweepResult
+from metaopt_lens.experiments._sweep_result import runs_in as runs_in
 
 __all__ = [
     "CLAIMS",

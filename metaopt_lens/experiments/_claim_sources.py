@@ -17,7 +17,7 @@ from metaopt_lens.experiments._run_config import RunConfig
 from metaopt_lens.experiments._run_result import ExperimentResult
 from metaopt_lens.experiments._run_store import RUN_FILE
 from metaopt_lens.experiments._sweep_export import PROVENANCE_FILE
-from metaopt_lens.experiments._sweep_result import AXES, SWEEP_FILE, SweepResult, with_axes
+from metaopt_lens.experiments._sweep_result import AXES, SWEEP_FILE, runs_in, with_axes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -107,12 +107,8 @@ def open_source(path: str | os.PathLike[str]) -> ClaimSource:
         OptionError: no run in it is finished.
     """
     folder = Path(path)
-    if (folder / SWEEP_FILE).is_file():
-        sweep = SweepResult.load(folder)
-        begun = [folder / name for name in sweep.names if (folder / name / RUN_FILE).is_file()]
-        return _of_runs(str(path), [ExperimentResult.load(run) for run in begun])
-    if (folder / RUN_FILE).is_file():
-        return _of_runs(str(path), [ExperimentResult.load(folder)])
+    if any((folder / name).is_file() for name in (SWEEP_FILE, RUN_FILE)):
+        return _of_runs(str(path), runs_in(folder))
     if (folder / PROVENANCE_FILE).is_file():
         return exported(folder)
     raise FileFormatError(

@@ -60,7 +60,10 @@ class ExperimentResult:
         store = RunStore(path)
         body = store.read_run()
         if body is None:
-            raise FileFormatError(f"{path} holds no run: there is no {RUN_FILE} in it.")
+            raise FileFormatError(
+                f"{path} holds no run: there is no {RUN_FILE} in it. Give a directory that `metaopt-lens run` "
+                "or `sweep` has written."
+            )
         try:
             config = RunConfig.from_dict(body["config"], where=f"{store.folder / RUN_FILE}")
             return cls(store.folder, config, Task.from_dict(body["task"], where=f"{store.folder / RUN_FILE}"))

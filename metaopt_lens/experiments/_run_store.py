@@ -71,7 +71,7 @@ class RunStore:
         file = self.folder / name
         try:
             body = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as error:
             raise FileFormatError(f"{file} is damaged ({error}): delete {self.folder} and run again.") from None

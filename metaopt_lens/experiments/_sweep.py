@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field
 
 from metaopt_lens._configuration import Count, Different, read, read_file, settings
 from metaopt_lens._errors import MetaoptLensError, OptionError, SweepError
-from metaopt_lens._progress import Progress
+from metaopt_lens._progress import LOG, Progress
 from metaopt_lens._storage import write_text
 from metaopt_lens.analysis import LabelWords
 from metaopt_lens.experiments._plan import Plan
@@ -224,6 +224,8 @@ def run_sweep(
         for seed in run.seeds
     ]
     failed, missing = dict[str, str](), dict[str, str]()
+    if progress:
+        LOG.info("sweep: %d runs, %d seeds in all; a line follows when a seed is finished", len(chosen), len(jobs))
     with Progress(len(jobs), "sweep", shown=progress) as shown:
         for done in config.workers.run(_job, jobs):
             shown.advance(1, f"{done.name}, seed {done.seed}")

@@ -20,6 +20,20 @@ AXES = ("model", "task", "shots", "lr", "labels")
 _RENAMED = {"labels": "label_words", "lr": "learning_rate"}  # columns of a run's table that are called as an axis is
 
 
+def runs_in(path: str | os.PathLike[str]) -> tuple[ExperimentResult, ...]:
+    """The run in a directory that ``run`` wrote, or the begun runs in one that ``sweep`` wrote.
+
+    Args:
+        path: the directory.
+
+    Raises:
+        FileFormatError: it holds neither.
+    """
+    if (Path(path) / SWEEP_FILE).is_file():
+        return tuple(SweepResult.load(path).runs.values())
+    return (ExperimentResult.load(path),)
+
+
 @dataclass(frozen=True, repr=False)
 class SweepResult:
     """The stored results of a sweep.

@@ -111,7 +111,7 @@ def _boot(name: str, is_folder: bool, **options: Any) -> TransformerBridge:
         raise UnsupportedModelError(
             f"the model {name!r} was not found: either the hub has no such model, or it asks for a login, or it cannot "
             f"be reached from here ({_first_line(error)}). Check the name, or give a local folder with config.json, "
-            "weights and tokenizer."
+            "weights and tokenizer; 'tiny', and 'smollm2' and 'gemma3-270m' from packages, need no hub."
         ) from error
     except torch.OutOfMemoryError:
         raise

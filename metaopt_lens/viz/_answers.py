@@ -128,12 +128,11 @@ def labels_text(answer: LabelPrediction) -> Group:
                 table.add_row("  among them", *(f"[dim]{share:.1%}[/]" for share in shares), "")
         parts.append(titled(f"Probability of the candidate labels{' (✓ is right)' if _ticked(answer) else ''}", table))
     table = terminal_table()
-    table.add_column("")
-    for _ in settings[0][-1].top:
-        table.add_column("", no_wrap=True)
-    for name, _, _, own in settings:
-        table.add_row(name, *(f"{plain_markup(text)} [dim]{value:.1%}[/]" for text, value in _top(own)))
-    table.show_header = False
+    for name, *_ in settings:
+        table.add_column(name, overflow="fold")
+        table.add_column("", justify="right", no_wrap=True)
+    for line in zip(*(_top(own) for *_, own in settings), strict=True):
+        table.add_row(*(cell for text, value in line for cell in (plain_markup(text), f"[dim]{value:.1%}[/]")))
     parts.append(titled("Most probable next tokens", table))
     return Group(*parts, *(Text(sentence) for sentence in answer_sentences(answer)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 from scipy import stats
 from typer.testing import CliRunner
 
@@ -20,8 +22,10 @@ from metaopt_lens._errors import FileFormatError, OptionError
 from metaopt_lens.cli import app
 from metaopt_lens.cli._experiment_commands import run as run_of_command_line
 from metaopt_lens.experiments import CLAIMS, Claim, RunConfig, SweepResult, claims_of, evaluate_claims
+from metaopt_lens.experiments._claim_page import ClaimBlock
 from metaopt_lens.experiments._claim_table import Cell, Difference, Of
 from metaopt_lens.experiments._run_command import WITH_OPTION, run_command
+from metaopt_lens.viz import claims_text
 
 RUN = {"model": "m", "task": "t", "shots": 8, "lr": "auto", "labels": "natural"}
 ONE = Claim("one", "A is above B.", "nobody", Difference(Of("A"), Of("B")), "A less B", "--a")
@@ -171,6 +175,20 @@ def test_the_command_prints_and_writes_the_table(small_sweep: SweepResult, tmp_p
     assert done.exit_code == 0, done.output
     assert len(pd.read_csv(tmp_path / "c.csv")) == len(CLAIMS)
     assert "--out must end in .csv or .md" in _call(one.path, "--out", tmp_path / "c.txt").output
+
+
+def test_many_tasks_are_listed_in_tables_that_fit_the_terminal() -> None:
+    tasks, cell = tuple(f"task-{i}" for i in range(9)), "holds +0.417 [+0.21, +0.624]"
+    block = ClaimBlock("a model", tasks, ((ONE, tuple(f"{i}: {cell}" for i in range(9))),), ())
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(claims_text(block, console.width))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.split() for line in lines if line.startswith("claim")] == [
+        ["claim", *tasks[start : start + 2]] for start in range(0, 9, 2)
+    ]
+    assert sum(line.startswith("a model") for line in lines) == 5
+    assert all(sum(f"{i}: holds" in line for line in lines) == 1 for i in range(9))
 
 
 def test_a_directory_without_a_run_or_an_unfinished_one(small_sweep: SweepResult, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -168,6 +169,20 @@ def test_no_tick_is_explained_where_there_is_none(tiny: Any, tmp_path: Path) -> 
         printed = console.export_text()
         assert "✓" not in printed
         assert "Most probable next tokens" in printed
+
+
+def test_both_settings_are_named_on_a_narrow_terminal(tiny: Any) -> None:
+    """However long the tokens are: one column for each setting."""
+    console = Console(width=50, record=True, file=io.StringIO())
+    answer = decompose(tiny, prompt()).predict(labels=[])
+    longest = dataclasses.replace(answer.zero_shot_vocabulary.top[0], text=30 * "x")
+    vocabulary = dataclasses.replace(answer.zero_shot_vocabulary, top=(longest, *answer.zero_shot_vocabulary.top[1:]))
+    console.print(labels_text(dataclasses.replace(answer, zero_shot_vocabulary=vocabulary)))
+    printed = console.export_text()
+    assert "zero-shot" in printed
+    assert "in context" in printed
+    for token in answer.in_context_vocabulary.top:
+        assert f"{token.probability:.1%}" in printed
 
 
 def test_a_set_shows_its_first_prompts_and_says_how_many_it_leaves_out(

@@ -17,7 +17,7 @@ from metaopt_lens import load_tiny
 from metaopt_lens._errors import OptionError
 from metaopt_lens.analysis import findings, headline, outcome
 from metaopt_lens.cli import app
-from metaopt_lens.experiments import ExperimentResult, published_numbers, run_experiment
+from metaopt_lens.experiments import ExperimentResult, SweepResult, published_numbers, run_experiment
 from metaopt_lens.experiments._join import join_comparisons
 from metaopt_lens.viz import write_report
 
@@ -177,9 +177,20 @@ def test_report_command(run: ExperimentResult, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["report", str(run.path), "--out", str(tmp_path / "r.html")])
     assert done.exit_code == 0, done.output
     assert (tmp_path / "r.html").is_file()
-    failed = CliRunner().invoke(app, ["report", str(tmp_path / "nothing")])
-    assert failed.exit_code == 2
-    assert "holds no run" in failed.output
+    assert f"tables as CSV in {tmp_path / 'r-tables'}" in done.output
+    assert (tmp_path / "r-tables").is_dir()
+    for wrong in (tmp_path / "nothing", tmp_path / "r.html"):  # a file is not a damaged run
+        failed = CliRunner().invoke(app, ["report", str(wrong)])
+        assert failed.exit_code == 2
+        assert f"error: {wrong} holds no run" in failed.output
+
+
+def test_report_command_on_a_sweep_shows_its_runs(small_sweep: SweepResult, tmp_path: Path) -> None:
+    page = tmp_path / "sweep.html"
+    done = CliRunner().invoke(app, ["report", str(small_sweep.path), "--out", str(page)])
+    assert done.exit_code == 0, done.output
+    own = write_report(list(small_sweep.runs.values()), tmp_path / "own.html")["page"]
+    assert page.read_text(encoding="utf-8") == own.read_text(encoding="utf-8")
 
 
 def test_published_numbers_are_found_by_model_and_task() -> None:
