@@ -262,7 +262,7 @@ def headline(answers: Sequence[Finding]) -> str:
             )
         case "not interpreted":
             return (
-                f"It is not shown that {' and that '.join(not_working(answers))} ({sets}): the similarities are not "
+                f"It is not shown that {', nor that '.join(not_working(answers))} ({sets}): the similarities are not "
                 "interpreted, as there is nothing that they could explain."
             )
         case "opposite":

@@ -11,6 +11,7 @@ from metaopt_lens.analysis import Comparison, Measured
 
 _FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 _VALUE, _NULLS = "#1f5fa8", ("#d1495b", "#edae49", "#66a182", "#8d6a9f", "#7f8c8d", "#b08968")
+_FEW_LAYERS = 12
 _SHORT_NAME = 28  # characters that fit half the width of a figure
 _ABOVE, _PLOT, _AXIS, _LEGEND_ROW = 64, 230, 44, 19  # heights of the parts of a curve's figure, in pixels
 _DASHES = ("dash", "dot", "dashdot", "longdash", "longdashdot")  # another number than colours: no pair comes twice
@@ -30,7 +31,7 @@ def comparison_map(comparison: Comparison, statistic: str = "z total") -> go.Fig
     found = comparison[statistic]
     figure = _head_maps(found) if found.level == "head" else _layer_curves(comparison, found)
     figure.update_layout(
-        title={"text": found.name, "font": {"size": 14}, "x": 0, "xref": "paper", "xanchor": "left"},
+        title={"text": _title(found), "font": {"size": 14}, "x": 0, "xref": "paper", "xanchor": "left"},
         font={"family": _FONT, "size": 12, "color": "#1f2933"},
         paper_bgcolor="white",
         plot_bgcolor="#eef1f4",
@@ -50,11 +51,15 @@ def depth_profile(comparison: Comparison, statistic: str = "z total") -> go.Figu
     return figure
 
 
+def _title(statistic: Measured) -> str:
+    return statistic.name if statistic.level != "head" else f"{statistic.name}; null: {statistic.main_null}"
+
+
 def _head_maps(statistic: Measured) -> go.Figure:
     value = statistic.values.nanmean(0).numpy()
     null = statistic.nulls[statistic.main_null].nanmean(0).numpy()
-    panels = {"value": value, f"{statistic.main_null} null": null, "excess": value - null}
-    figure = make_subplots(rows=1, cols=3, subplot_titles=list(panels), horizontal_spacing=0.06)
+    panels = {"value": value, "null": null, "excess": value - null}
+    figure = make_subplots(rows=1, cols=3, subplot_titles=list(panels), horizontal_spacing=0.04, shared_yaxes=True)
     # One scale for all three: a null as large as the value must look as large.
     bound = max(float(np.nanmax(np.abs(np.stack([value, null])))), 1e-6)
     for column, (name, grid) in enumerate(panels.items(), start=1):
@@ -77,7 +82,7 @@ def _head_maps(statistic: Measured) -> go.Figure:
     figure.update_yaxes(autorange="reversed", showgrid=False, zeroline=False)
     figure.update_yaxes(title={"text": "layer", "standoff": 4}, col=1)
     figure.update_layout(
-        height=min(max(130 + 26 * len(value), 220), 720), margin={"l": 44, "r": 10, "t": _ABOVE, "b": 40}
+        height=min(max(130 + 26 * len(value), 220), 720), margin={"l": 44, "r": 56, "t": _ABOVE, "b": 40}
     )
     return figure
 
@@ -102,12 +107,15 @@ def _layer_curves(comparison: Comparison, statistic: Measured) -> go.Figure:
             name="95 % interval",
         )
     )
-    figure.add_trace(go.Scatter(x=depth, y=centre, mode="lines+markers", line={"color": _VALUE}, name="value"))
+    figure.add_trace(
+        go.Scatter(x=depth, y=centre, mode="lines+markers", line={"color": _VALUE, "width": 3}, name="value")
+    )
     for index, (name, null) in enumerate(statistic.nulls.items()):
         curve = [None if np.isnan(x) else float(x) for x in null.nanmean(2).nanmean(0).tolist()]
-        line = {"color": _NULLS[index % len(_NULLS)], "dash": _DASHES[index % len(_DASHES)]}
+        line = {"width": 1.3, "color": _NULLS[index % len(_NULLS)], "dash": _DASHES[index % len(_DASHES)]}
         figure.add_trace(go.Scatter(x=depth, y=curve, mode="lines", line=line, name=f"{name} null"))
-    figure.update_xaxes(title={"text": "layer", "standoff": 4}, dtick=max(1, len(depth) // 12))
+    figure.update_xaxes(title={"text": "layer", "standoff": 4}, range=[-0.5, len(depth) - 0.5], tickangle=0)
+    figure.update_xaxes(**({"dtick": 1} if len(depth) <= _FEW_LAYERS else {"nticks": 8}))
     drawn = [y for trace in figure.data for y in trace.y if y is not None]
     if drawn and all(abs(y) <= 1 for trace in figure.data[1:] for y in trace.y if y is not None):
         # A similarity: the rest of an interval that is wider than all there can be is not drawn.

@@ -21,6 +21,7 @@ _MAPS = (
     *("z total", "z total, position-matched", "z direct", "linear", "matrices"),
     *(part_name("z total", part) for part in PARTS),
 )
+_NULL, _FEW = "null: ", 4  # the name of a null's column; statistics that fill it, where it gets none of its own
 _CURVES = (
     *("SimAOU", "SimAOU unnormalised", "SimAM ICL-FT", "SimAM difference"),
     *(part_name("SimAOU", part) for part in PARTS),
@@ -75,16 +76,28 @@ def _summary(comparison: Comparison) -> pd.DataFrame:
     frame = comparison.summary()
     found = zip(frame["significant"], frame["of"], strict=True)
     undefined = zip(frame["undefined"], frame["values"], strict=True)
+    nulls = [name for name in frame.columns if name.startswith(_NULL) and null_of(name.removeprefix(_NULL)).question]
+    usual = [name for name in nulls if frame[name].notna().sum() > _FEW]
+    further = [name for name in nulls if name not in usual]
     columns: dict[str, Any] = {
         "statistic": frame["statistic"],
         "level": frame["level"],
         "value": _measured(frame, "value"),
-        **{null: frame[null] for null in frame.columns if null.startswith("null: ") and null_of(null[6:]).question},
+        **{null: frame[null] for null in usual},
+        **({"further null": _further_nulls(frame[further])} if further else {}),
         "excess": _measured(frame, "excess"),
         "stand out": ["–" if pd.isna(n) else f"{n} of {of}" for n, of in found],
         "undefined": [f"{n} of {of}" for n, of in undefined],
     }
     return pd.DataFrame(columns)
+
+
+def _further_nulls(frame: pd.DataFrame) -> list[str]:
+    """Of nulls that few statistics have: each row's own, by name."""
+    return [
+        ", ".join(f"{name.removeprefix(_NULL)} {value:.3f}" for name, value in row.items() if value == value) or "–"
+        for row in frame.to_dict("records")
+    ]
 
 
 def _measured(frame: pd.DataFrame, name: str) -> list[Measured]:

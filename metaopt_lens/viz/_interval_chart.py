@@ -51,6 +51,7 @@ def interval_chart(
         reference: where a line across all rows stands, and its name.
     """
     known = [x for row in rows for x in (row.value, row.low, row.high) if x == x]
+    unknown = any(row.value == row.value and row.low != row.low for row in rows)
     low, high = (0.0, 1.0) if percent else _ends([*known, 0.0])
     place = _Place(low, high)
     step = 0.25 if percent else _step(high - low)
@@ -59,7 +60,7 @@ def interval_chart(
     write = _percent if percent else _signed
     return {
         "title": title,
-        "unit": unit,
+        "unit": unit + ("; no interval: all sets agree, or there is only one" if unknown else ""),
         "about": about,
         "ticks": [(place(tick), f"{100 * tick:.0f} %" if percent else _tick(tick, step)) for tick in ticks],
         "line": None if reference is None else (place(reference[0]), reference[1]),

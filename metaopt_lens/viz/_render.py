@@ -17,6 +17,7 @@ from markupsafe import Markup
 from metaopt_lens.viz._table import number, signed
 
 _HERE = "metaopt_lens.viz"
+_LONG = 24  # characters
 _DEFAULT_HEIGHT = 450  # plotly's own, in pixels
 
 
@@ -47,6 +48,7 @@ def _environment(package: str) -> Environment:
         "percent": "{:.1%}".format,
         "plot": _plot,
         "cell": _cell,
+        "long_columns": _long_columns,
         "words": words,
         "number": number,
         "signed": signed,
@@ -90,6 +92,11 @@ def _cell(value: Any) -> _Cell:
     if isinstance(value, float | np.floating):
         return _Cell(repr(float(value)), f"{value:.3f}")
     return _Cell(str(value), str(value))
+
+
+def _long_columns(frame: pd.DataFrame) -> list[bool]:
+    """Whether a column holds sentences, which are set flush left."""
+    return [any(len(str(value)) > _LONG for value in column if isinstance(value, str)) for _, column in frame.items()]
 
 
 def _plot(figure: go.Figure, name: str, about: str) -> Markup:

@@ -59,12 +59,25 @@ _IN_PARTS = {"contrast": "which label (contrast)", "format": "any label (format)
 
 
 def run_name(run: ExperimentResult) -> str:
-    """Model, task and shots.
+    """Model, task, shots, and the label words where they are not the natural ones.
 
     Args:
         run: a run.
     """
-    return f"{model_of(run)} on {run.task.name}, {run.config.shots} shots"
+    return ", ".join(part for part in (f"{model_of(run)} on {run.task.name}", _shots(run), label_words(run)) if part)
+
+
+def _shots(run: ExperimentResult) -> str:
+    return f"{run.config.shots} shot{'' if run.config.shots == 1 else 's'}"
+
+
+def label_words(run: ExperimentResult) -> str:
+    """Which label words the demonstrations show; empty for the natural ones.
+
+    Args:
+        run: a run.
+    """
+    return "" if run.config.labels == "natural" else f"{run.config.labels} labels"
 
 
 def model_of(run: ExperimentResult) -> str:
@@ -123,15 +136,14 @@ def _facts(run: ExperimentResult) -> dict[str, str]:
     """Which model, task, demonstrations, finetuning and cost: what the first screen says next to the verdict."""
     config, model = run.config, run.model
     sizes = "" if "n_layers" not in model else f", {model['n_layers']} layers × {model['n_heads']} heads"
-    labels = "" if config.labels == "natural" else f", {config.labels} labels"
     seconds = sum(piece.get("seconds", 0.0) for log in run.provenance for piece in log["pieces"].values())
     newest = run.provenance[-1] if run.provenance else {}
-    where = newest.get("device", "cpu")
+    where = newest.get("device", "cpu").upper()
     asked = len(run.comparison(config.rules[0]).sets) // len(run.seeds)
     return {
         "model": f"{model_of(run)}{sizes}",
-        "task": f"{run.task.name}{labels}",
-        "demonstrations": f"{config.shots} shots × {len(run.seeds)} sets",
+        "task": ", ".join(part for part in (run.task.name, label_words(run)) if part),
+        "demonstrations": f"{_shots(run)} × {len(run.seeds)} sets",
         "queries": f"{asked} behind each set",
         "finetuning": ", ".join(RULES[rule] for rule in config.rules),
         "learning rate": _learning_rate(run),
@@ -146,7 +158,11 @@ def _duration(seconds: float) -> str:
 
 
 def _learning_rate(run: ExperimentResult) -> str:
-    return "chosen on held-out rows" if run.config.lr == "auto" else f"{run.config.lr:g}"
+    """The rate that was given, or those that were chosen, over rules and sets."""
+    if run.config.lr != "auto":
+        return f"{run.config.lr:g}"
+    chosen = {run.finetuning(rule, seed)["lr"] for rule in run.config.rules for seed in run.seeds}
+    return f"{', '.join(f'{rate:g}' for rate in sorted(chosen))} (chosen on held-out rows)"
 
 
 def _short(value: Any) -> str:
@@ -181,7 +197,7 @@ def _comparison(run: ExperimentResult, rule: Literal["gd", "lcgd"]) -> dict[str,
 def _beyond(answers: tuple[Finding, ...]) -> str:
     """How many controls the similarity exceeds."""
     n = sum(f.control is not None for f in answers)
-    return f"the similarity is shown to exceed {n - len(not_beyond(answers))} of {n}"
+    return f"the similarity is shown to exceed {n - len(not_beyond(answers))} of {n} nulls"
 
 
 def similarity_chart(found: Comparison, answers: tuple[Finding, ...]) -> dict[str, Any]:
@@ -271,7 +287,7 @@ def _controls(run: ExperimentResult, rule: str, comparison: Comparison) -> pd.Da
             "control": name,
             "if it is as high as the similarity": null_of(name).high,
             "if it is low": null_of(name).low,
-            "after": null_of(name).source or "–",
+            "proposed in": null_of(name).source or "–",
             "seconds": f"{took[name]:.1f}" if name in took else "as uphill" if "uphill" in name else "no further runs",
         }
         for name in dict.fromkeys(null for statistic in comparison.statistics for null in statistic.nulls)
@@ -282,7 +298,7 @@ def _controls(run: ExperimentResult, rule: str, comparison: Comparison) -> pd.Da
             "control": question.key,
             "if it is as high as the similarity": question.high,
             "if it is low": question.low,
-            "after": question.source,
+            "proposed in": question.source,
             "seconds": together,
         }
         for question in ([] if comparison.further is None else further_questions(comparison.further))

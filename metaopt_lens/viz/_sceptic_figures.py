@@ -14,6 +14,7 @@ from metaopt_lens.analysis._ladder import gated
 _FONT = {"family": "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif", "size": 12, "color": "#1f2933"}
 
 _GATED = gated("")
+_LEFT, _RIGHT = -0.25, 1.05  # ends of the scale of shares; a scale as long as the worst R² would hide the others
 
 
 @draws(Ceiling, "plot")
@@ -79,19 +80,26 @@ def algebra_figure(found: DemonstrationAlgebra) -> go.Figure:
 
 
 def _points(name: str, labels: Any, values: Any, low: Any, high: Any) -> go.Scatter:
-    def known(v: float) -> float:
-        return 0.0 if math.isnan(v) else v
+    """Points with intervals; what lies off the scale is an arrow at its end, with the value."""
 
-    up = [known(h - v) for h, v in zip(high, values, strict=True)]
-    down = [known(v - w) for w, v in zip(low, values, strict=True)]
+    def reach(end: float, v: float) -> float:
+        return 0.0 if math.isnan(end) or not _LEFT <= v <= _RIGHT else abs(end - v)
+
+    up = [reach(h, v) for h, v in zip(high, values, strict=True)]
+    down = [reach(w, v) for w, v in zip(low, values, strict=True)]
     return go.Scatter(
-        x=[None if math.isnan(v) else v for v in values],
+        x=[None if math.isnan(v) else min(max(v, _LEFT), _RIGHT) for v in values],
         y=list(labels),
+        customdata=list(values),
         name=name,
-        mode="markers",
-        marker={"size": 9},
+        mode="markers+text",
+        marker={
+            "size": 9,
+            "symbol": ["triangle-left" if v < _LEFT else "triangle-right" if v > _RIGHT else "circle" for v in values],
+        },
+        text=[f"{v:.2f}".replace("-", "−") if v < _LEFT or v > _RIGHT else "" for v in values],
         error_x={"type": "data", "symmetric": False, "array": up, "arrayminus": down},
-        hovertemplate="%{y}: %{x:.3f}<extra>" + name + "</extra>",
+        hovertemplate="%{y}: %{customdata:.3f}<extra>" + name + "</extra>",
     )
 
 
@@ -102,6 +110,10 @@ def _laid_out(figure: go.Figure, what: str, scope: str) -> go.Figure:
         plot_bgcolor="white",
         paper_bgcolor="white",
     )
-    figure.update_xaxes(title=what, range=[-0.25, 1.05], zeroline=True, zerolinecolor="#52606d", gridcolor="#e4e7eb")
+    for height, trace in zip(("top", "bottom"), figure.data, strict=False):
+        trace.textposition = [f"{height} {'left' if x == _RIGHT else 'right'}" for x in trace.x]
+    figure.update_xaxes(
+        title=what, range=[_LEFT - 0.03, _RIGHT + 0.03], zeroline=True, zerolinecolor="#52606d", gridcolor="#e4e7eb"
+    )
     figure.update_yaxes(autorange="reversed", automargin=True)
     return figure

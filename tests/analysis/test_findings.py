@@ -144,7 +144,7 @@ def test_without_gold_labels_it_is_not_shown_that_anything_is_learned(info: Mode
     found = findings(planted(info, 6, gold=False))
     assert {f.answer for f in found} == {"undecided"}
     assert found[0].sentence == "Undecided, as query 0 has no gold label."
-    assert headline(found).startswith("It is not shown that the model learns in context and that finetuning helps")
+    assert headline(found).startswith("It is not shown that the model learns in context, nor that finetuning helps")
 
 
 def test_an_interval_that_there_is_none_of_is_not_printed(info: ModelInfo) -> None:

@@ -203,3 +203,28 @@ def test_published_numbers_are_found_by_model_and_task() -> None:
     assert critique["SimAM difference"] == 0.38
     assert published_numbers("gpt2", "sst2", "gd") == []
     assert published_numbers("org/fairseq-dense-1.3B", "synthetic", "gd") == []
+
+
+def test_the_longer_list_goes_down_the_matrix_and_flipped_runs_are_named(run: ExperimentResult, tmp_path: Path) -> None:
+    """Three tasks of one model are three rows; a run with flipped labels says so in its cell, heading and title."""
+    names = ["one", "two", "three"]
+    tasks = [dataclasses.replace(run, task=dataclasses.replace(run.task, name=name)) for name in names]
+    html = write_report(tasks, tmp_path / "tasks.html")["page"].read_text(encoding="utf-8")
+    matrix = html.split('<table class="ml-matrix">')[1].split("</table>")[0]
+    assert re.findall(r'<th scope="row">(.*?)</th>', matrix) == names
+    assert re.findall(r'<th scope="col">(.*?)</th>', matrix) == ["task", "tiny"]
+    assert "4 demonstrations in every run" in matrix
+    assert "4 shots" not in matrix
+    config = dataclasses.replace(SMALL, labels="flipped", attribution=False)
+    flipped = run_experiment(config, tmp_path / "flipped", model=load_tiny(), progress=False)
+    both = write_report([run, flipped], tmp_path / "both.html")["page"].read_text(encoding="utf-8")
+    assert "<h2>tiny on synthetic-2, 4 shots, flipped labels</h2>" in both
+    assert "<small>flipped labels, lr 0.02</small>" in both
+
+
+def test_a_chosen_learning_rate_is_told_by_its_number(tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, lr="auto", held_out=2, attribution=False)
+    found = run_experiment(config, tmp_path / "auto", model=load_tiny(), progress=False)
+    chosen = sorted({choice.lr for seed in found.seeds if (choice := found.learning_rate("gd", seed)) is not None})
+    html = write_report([found], tmp_path / "auto.html")["page"].read_text(encoding="utf-8")
+    assert f"<dd>{', '.join(f'{rate:g}' for rate in chosen)} (chosen on held-out rows)</dd>" in html

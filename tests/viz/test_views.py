@@ -14,6 +14,7 @@ from metaopt_lens import Decomposition, HeadRef
 from metaopt_lens._errors import HeadError, OptionError
 from metaopt_lens.runs import Runs
 from metaopt_lens.viz import attention_view, token_view
+from metaopt_lens.viz._sceptic_figures import _points
 
 
 def changed(result: Decomposition, **fields: Any) -> Decomposition:
@@ -117,3 +118,13 @@ def test_a_view_can_be_saved_and_shows_itself_in_a_notebook(result: Decompositio
         assert text.count("var CircuitsVis=") == 1
         assert view.html in text
     assert "plotly" not in saved.split("</style>")[1].split("var CircuitsVis=")[0]
+
+
+def test_a_value_off_the_scale_is_an_arrow_with_its_number() -> None:
+    """A worst R² would stretch the scale until nothing else could be read, and clipped it would look like no value."""
+    points = _points("x", ["a", "b", "c"], [-18.5, 0.5, 4.25], [-20.0, 0.25, 4.0], [-17.0, 1.0, 4.5])
+    assert points.x == (-0.25, 0.5, 1.05)
+    assert points.marker.symbol == ("triangle-left", "circle", "triangle-right")
+    assert points.text == ("−18.50", "", "4.25")
+    assert (points.error_x.arrayminus[1], points.error_x.array[1]) == (0.25, 0.5)
+    assert points.error_x.array[0] == points.error_x.array[2] == 0

@@ -56,9 +56,10 @@
     };
   };
   const figures = new WeakMap();
-  const show = (plot, { dark = prefersDark.matches, width } = {}) => {
+  const show = (plot, { dark = prefersDark.matches, width, height = Infinity } = {}) => {
     const { data, layout } = figures.get(plot);
-    Plotly.react(plot, data.map(traceIn(dark)), layoutIn(layout, dark, width), OPTIONS);
+    const sized = layout.height > height ? { ...layout, height } : layout;
+    Plotly.react(plot, data.map(traceIn(dark)), layoutIn(sized, dark, width), OPTIONS);
   };
   const drawPlot = (plot) => {
     need("Plotly");
@@ -183,7 +184,7 @@
     opened = [...document.querySelectorAll("details:not([open]):not(.ml-data)")];
     for (const details of opened) details.open = true;
     waiting().forEach(draw);
-    for (const plot of drawn()) show(plot, { dark: false, width: plot.closest(".ml-maps, .ml-cards") ? 330 : 680 });
+    for (const plot of drawn()) show(plot, { dark: false, width: plot.closest(".ml-maps, .ml-cards") ? 330 : 680, height: 440 }); // two to a page
   });
   window.addEventListener("afterprint", () => {
     for (const details of opened) details.open = false;
