@@ -1,4 +1,4 @@
-"""Write docs/results.md, docs/claims.md and their pictures from docs/data: ``python docs/_results.py``.
+"""Write docs/results.md, docs/claims.md, their pictures and README's headline: ``python docs/_results.py``.
 
 No number is typed by hand: tables and sentences are made from ``docs/data/*.csv``, ``provenance.json`` and, for what
 was expected before the runs, ``expected.toml``. Folders in ``docs/data`` with a ``provenance.json`` are read too.
@@ -27,8 +27,10 @@ from metaopt_lens.experiments._sweep_export import PROVENANCE_FILE
 from metaopt_lens.experiments._sweep_result import AXES
 
 HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
 _AXES = list(AXES)
 _NAMES = {claim.key: claim for claim in CLAIMS}
+PRETRAINED = {"smollm2": "SmolLM2-135M", "gemma3-270m": "Gemma-3-270M"}
 _SETTINGS = ("accuracy ZS", "accuracy ICL", "accuracy FT")
 
 
@@ -85,6 +87,23 @@ SECTIONS = (
         ("patch",),
     ),
 )
+# What else is said of what came: a table, the column that tells its rows apart, and the column of numbers.
+_MEASURED = {
+    "ceiling": ("ceiling", "update", "r_squared"),
+    "ladder": ("ladder", "rung", "r_squared"),
+    "order": ("order", "learner", "spread"),
+    "algebra": ("algebra", "quantity", "estimate"),
+    "item_1": ("summary", "statistic", "value"),
+    "uphill": ("summary", "statistic", "value"),
+    "layer_causal": ("summary", "statistic", "value"),
+    "untrained": ("summary", "statistic", "value"),
+}
+_SUMMARY_ROWS = {
+    "item_1": ("z total: contrast", "z total: format", "z total: rest"),
+    "uphill": ("z total",),
+    "layer_causal": ("SimAOU",),
+    "untrained": ("SimAOU",),
+}
 # What an entry of expected.toml is about, by the end of its name.
 _ABOUT = {"accuracy": ("learns", "finetunes"), "item_1": ("contrast",), "item_3": ("prior", "prior_finetuned")}
 _DIFFERS = (
@@ -149,6 +168,20 @@ def write_pages(data: Path, out: Path) -> list[Path]:
     return [out / name for name in pages]
 
 
+def with_headline(readme: str, data: Path) -> str:
+    """README with the lines between its two marks made from the tables.
+
+    Args:
+        readme: its text.
+        data: the folder of exported tables.
+    """
+    lines = "\n".join(f"- {line}" for line in _headline(Data(data)))
+    lines = lines.removesuffix(".") + " ([results](docs/results.md))."
+    return re.sub(
+        r"(<!-- headline -->\n).*?(\n<!-- /headline -->)", lambda m: f"{m[1]}{lines}{m[2]}", readme, flags=re.DOTALL
+    )
+
+
 # ---- the pages ------------------------------------------------------------------------------------------------------
 
 
@@ -156,9 +189,12 @@ def _results(data: Data) -> str:
     parts = [
         "# Results on real models",
         _introduction(data),
+        "## In short",
+        "\n".join(f"- {line}" for line in _headline(data)),
         "## Do the models learn in context, and does finetuning help?",
         _accuracies(data),
         _interpreted(data),
+        *_controls(data),
     ]
     for section in SECTIONS:
         parts += [f"## {section.title}", section.about, *(_claim(data, key) for key in section.claims)]
@@ -191,9 +227,7 @@ def _introduction(data: Data) -> str:
         "demonstration sets, in brackets; where the sets agree exactly there is none. [How to repeat a row](atlas.md); "
         "[all claims as a table](claims.md)."
     )
-    return (
-        f"{text}\n\nNot finished when the tables were exported: {len(left)} runs ({', '.join(left)})." if left else text
-    )
+    return f"{text}\n\nNot finished when the tables were exported: {', '.join(left)}." if left else text
 
 
 def _accuracies(data: Data) -> str:
@@ -221,9 +255,66 @@ def _interpreted(data: Data) -> str:
         f"In {len(both)} of {len(runs)} runs both are shown to work; only there is a similarity of the two "
         "interpreted. In the figures filled circles are decided, empty ones are not."
     )
-    if both:
-        text += f"\n\nInterpreted: {_list(both)}."
-    return text + (f"\n\nNot interpreted: {_list(rest)}." if rest else "")
+    return text + (f"\n\nNot interpreted: {_list(rest)}." if both and rest else "")
+
+
+def _headline(data: Data) -> list[str]:
+    """Three lines: where both work, how alike the updates are there, and what of it depends on the labels."""
+    own = data.claims[data.claims["model"].isin(PRETRAINED) & (data.claims["labels"] == "natural")]
+    runs = list(own.groupby([*_AXES, "rule"], sort=False).groups)
+    both = [key for key in runs if key in data.works]
+    models = " and ".join(dict.fromkeys(PRETRAINED[key[0]] for key in runs))
+    tasks = len({key[1] for key in runs})
+    if not both:
+        return [
+            f"In none of {len(runs)} runs of {models} on {tasks} tasks are both in-context learning and finetuning "
+            "shown to work."
+        ]
+    where = {model: [key for key in both if key[0] == model] for model in PRETRAINED}
+    named = "; ".join(
+        f"{PRETRAINED[model]} on {', '.join(dict.fromkeys(key[1] for key in keys))}"
+        for model, keys in where.items()
+        if keys
+    )
+    first = f"{models} on {tasks} tasks: in {len(both)} of {len(runs)} runs, in-context learning and finetuning both raise the accuracy ({named})."  # noqa: E501
+    shown = own[[key in both for key in _keys(own)]]
+
+    def numbers(claim: str) -> tuple[str, str]:
+        rows = shown[(shown["claim"] == claim) & shown["estimate"].notna()]
+        low, high = rows["estimate"].min(), rows["estimate"].max()
+        span = f"{low:+.2f}" if f"{low:+.2f}" == f"{high:+.2f}" else f"{low:+.2f} to {high:+.2f}"
+        return span, f"{(rows['verdict'] == 'holds').sum()} of {len(rows)}"
+
+    alike, labels = numbers("direction"), numbers("contrast")
+    second = f"There both move the heads alike: mean cosine {alike[0]}; more than finetuning uphill in {numbers('uphill')[1]} of these runs, more than finetuning on unrelated text in {numbers('unrelated')[1]}."  # noqa: E501
+    third = f"What depends on the labels shown is small: {labels[0]} in the direction that tells labels apart (shown in {labels[1]}). Likeness alone proves no hidden gradient descent."  # noqa: E501
+    return [first, second.replace(" of these runs", ""), third]
+
+
+def _controls(data: Data) -> list[str]:
+    """Where both work: the cosine of the updates, and its excess over each control."""
+    columns = ("direction", "query", "unrelated", "uphill", "contrast", "assignment")
+    if not data.works:
+        return []
+    rows = []
+    for key in data.claims.groupby([*_AXES, "rule"], sort=False).groups:
+        if key in data.works:
+            own = _of(data.claims, key).set_index("claim")
+            rows.append([*_place(key), *(_cell(own.loc[name]) for name in columns)])
+    header = ["model", "task", "cosine", "over another query", "over unrelated text", "over uphill"]
+    header += ["over shuffled labels (contrast part)", "over flipped labels"]
+    about = (
+        "Where both work: the mean cosine of the in-context and the finetuning updates over all heads, and its excess "
+        "over each control. Bold: the interval lies above 0."
+    )
+    return [about, markdown_table(header, rows)]
+
+
+def _cell(row: Any) -> str:
+    if row["estimate"] != row["estimate"]:
+        return "not measured" if row["verdict"] == "lacking" else "undefined"
+    text = _number(row, "estimate", "low", "high")
+    return f"**{text}**" if row["verdict"] == "holds" else text
 
 
 def _claim(data: Data, key: str) -> str:
@@ -238,19 +329,27 @@ def _claim(data: Data, key: str) -> str:
 
 def _sentence(own: pd.DataFrame) -> str:
     """How often it holds, how large it is where it is decided, and why the rest is undecided."""
-    counts = {name: own[own["verdict"] == name] for name in ("holds", "does not hold", "undecided")}
-    text = f"Of {len(own)} runs it holds in {len(counts['holds'])}, does not in {len(counts['does not hold'])}, and is undecided in {len(counts['undecided'])}."  # noqa: E501
-    for name, rows in counts.items():
-        if name != "undecided" and len(rows):
-            cells = [
-                f"{' on '.join(_place(key))} {_number(row, 'estimate', 'low', 'high')}"
-                for key, row in zip(_keys(rows), rows.to_dict("records"), strict=True)
-            ]
-            text += f" It {name}: {'; '.join(cells)}."
-    reasons = counts["undecided"]["because"].value_counts(sort=False)
-    if len(reasons):
-        text += f" Undecided, as {'; '.join(f'{why} ({n})' for why, n in reasons.items())}."
-    return text
+    not_asked = own["because"].str.startswith("it is not shown that")
+    asked = own[~not_asked & own["estimate"].notna()]
+    parts = []
+    for name in ("holds", "does not hold"):
+        rows = asked[asked["verdict"] == name]
+        cells = [
+            f"{' on '.join(_place(key))} {_number(row, 'estimate', 'low', 'high')}"
+            for key, row in zip(_keys(rows), rows.to_dict("records"), strict=True)
+        ]
+        if cells:
+            parts.append(f"It {name} in {len(cells)} of {len(asked)}: {'; '.join(cells)}.")
+    open_ = asked[asked["verdict"] == "undecided"]["because"].value_counts(sort=False)
+    if len(open_):
+        why = "; ".join(f"{why} ({n})" for why, n in open_.items())
+        parts.append(f"It is undecided in {open_.sum()} of {len(asked)}, as {why}.")
+    rest = []
+    if not_asked.any():
+        rest.append(f"not interpreted in {not_asked.sum()}, where it is not shown that both work")
+    if undefined := int((own["estimate"].isna() & ~not_asked).sum()):
+        rest.append(f"undefined in {undefined}")
+    return " ".join([*parts, *([f"It is {' and '.join(rest)}."] if rest else [])])
 
 
 def _pictures(data: Data, section: Section) -> list[tuple[str, str]]:
@@ -270,33 +369,38 @@ def _pictures(data: Data, section: Section) -> list[tuple[str, str]]:
 
 
 def _published(data: Data) -> list[str]:
-    accuracies, summary, rows = data.table("accuracies"), data.table("summary"), []
+    accuracies, summary, tables = data.table("accuracies"), data.table("summary"), []
     natural = [key for key in accuracies.groupby([*_AXES, "rule"], sort=False).groups if key[4] == "natural"]
     for task in dict.fromkeys(key[1] for key in natural):
         sizes = {size: published_numbers(f"fairseq-dense-{size}", task, "gd") for size in ("1.3b", "2.7b")}
         known = {(n.quantity, n.source): n for numbers in sizes.values() for n in numbers if "Dai" in n.source}
-        for quantity, source in known:
-            theirs = [
-                next((f"{n.value:g}" for n in numbers if (n.quantity, n.source) == (quantity, source)), "")
-                for numbers in sizes.values()
+        keys = [key for key in natural if key[1] == task and key[5] == "gd"]
+        rows = [
+            [
+                quantity,
+                *(_ours(_of(accuracies, key), _of(summary, key), quantity) for key in keys),
+                *(
+                    next((f"{n.value:g}" for n in numbers if (n.quantity, n.source) == (quantity, source)), "")
+                    for numbers in sizes.values()
+                ),
             ]
-            for key in natural:
-                if key[1] == task:
-                    ours = _ours(_of(accuracies, key), _of(summary, key), quantity)
-                    rows.append([task, quantity, f"{key[0]}, {key[2]} shots", ours, *theirs])
-    if not rows:
+            for quantity, source in known
+        ]
+        if rows:
+            header = [task, *(f"{key[0]}, {key[2]} shots" for key in keys), "1.3B, published", "2.7B, published"]
+            tables.append(markdown_table(header, rows))
+    if not tables:
         return []
     shots, queries = (
         sorted({run["config"][name] for run in data.runs if run["config"][name] is not None})
         for name in ("shots", "queries")
     )
-    header = ["task", "quantity", "our model", "ours", "theirs, 1.3B", "theirs, 2.7B"]
     sets = sorted({len(run["config"]["seeds"]) for run in data.runs})
     text = _DIFFERS.format(sets=_range(sets), shots=_range(shots), queries=_range(queries))
     return [
         "## Next to the published tables",
         f"Numbers of arXiv:2212.10559 for Fairseq dense 1.3B and 2.7B where the task is the same; accuracies in percent. {text}",  # noqa: E501
-        markdown_table(header, rows),
+        *tables,
     ]
 
 
@@ -324,9 +428,11 @@ def _expected(data: Data) -> list[str]:
         rows = [
             [text, _came(data, found, about)]
             for about, text in entry.items()
-            if about not in ("written", "run") and isinstance(text, str)
+            if about not in ("written", "run", "known") and isinstance(text, str)
         ]
         parts.append(f"### {name}\n\nWritten {entry['written']}: `{entry['run']}`")
+        if "known" in entry:
+            parts.append(str(entry["known"]))
         parts.append(markdown_table(["expected", "came"], rows))
     return parts
 
@@ -358,12 +464,34 @@ def _came(data: Data, run: pd.DataFrame, about: str) -> str:
         ]
     if about == "item_3":
         cells += _following(data, next(iter(_keys(run)))[:-1])
+    if about in _MEASURED:
+        cells += _measured(data, next(iter(_keys(run)))[:-1], about)
     for key in _ABOUT.get(about, (about,)):
         for row in run[(run["claim"] == key) & (run["verdict"] != "lacking")].to_dict("records"):
             numbers = "" if row["estimate"] != row["estimate"] else f" {_number(row, 'estimate', 'low', 'high')}"
             why = f" ({row['because']})" if row["because"] else ""
             cells.append(f"{_NAMES[key].what}:{numbers}, {row['verdict']}{why}")
     return "; ".join(cells) or "not measured"
+
+
+def _measured(data: Data, run: Sequence[Any], about: str) -> list[str]:
+    """The numbers themselves, of which a claim reads the difference."""
+    name, names, column = _MEASURED[about]
+    own = _of(data.table(name), run)
+    if name == "ceiling":
+        own = own[own["target"] == "value"]
+    elif name == "summary":
+        own = own[own[names].isin(_SUMMARY_ROWS[about])]
+    elif name == "algebra":
+        own = own[own[names].str.startswith("R^2")]
+    rules = own["rule"].nunique() > 1
+    low, high = ("low", "high") if "low" in own else (f"{column}_low", f"{column}_high")
+    return [
+        f"{row[names]}{' (layer-causal)' * (rules and row['rule'] == 'lcgd')} "
+        f"{_number(row, column, low, high, '{:.3f}')}"
+        for row in own.to_dict("records")
+        if row[column] == row[column]
+    ]
 
 
 def _following(data: Data, run: Sequence[Any]) -> list[str]:
@@ -450,3 +578,4 @@ def _read(file: Path) -> str:
 
 if __name__ == "__main__":
     write_pages(HERE / "data", HERE)
+    README.write_text(with_headline(README.read_text("utf-8"), HERE / "data"), encoding="utf-8")
