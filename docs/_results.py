@@ -28,7 +28,7 @@ from metaopt_lens.experiments._sweep_result import AXES
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
-_AXES = list(AXES)
+_AXES = [*AXES, "directory"]  # what tells runs apart: two folders may hold runs of the same settings
 _NAMES = {claim.key: claim for claim in CLAIMS}
 PRETRAINED = {"smollm2": "SmolLM2-135M", "gemma3-270m": "Gemma-3-270M"}
 _SETTINGS = ("accuracy ZS", "accuracy ICL", "accuracy FT")
@@ -123,20 +123,27 @@ class Data:
         self.folders = [file.parent for file in found]
         self.expected = tomllib.loads(text) if (text := _read(folder / "expected.toml")) else {}
         self.provenance = [json.loads(_read(file)) for file in found]
+        # The first folder has no name; another is called by its number of queries, in which its runs differ.
+        queries = [
+            _range(sorted({run["config"]["queries"] for run in body["runs"].values()})) for body in self.provenance
+        ]
+        self.names = [f"{n} queries" if number else "" for number, n in enumerate(queries)]
 
     def table(self, name: str) -> pd.DataFrame:
         """A table of all folders; empty where there is none."""
-        files = [folder / f"{name}.csv" for folder in self.folders]
         kinds = {axis: str for axis in AXES if axis != "shots"}
         frames = [
-            pd.read_csv(f, dtype=kinds, keep_default_na=False, na_values=["", "nan"]) for f in files if f.is_file()
+            pd.read_csv(file, dtype=kinds, keep_default_na=False, na_values=["", "nan"]).assign(directory=own)
+            for folder, own in zip(self.folders, self.names, strict=True)
+            if (file := folder / f"{name}.csv").is_file()
         ]
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
     @cached_property
     def claims(self) -> pd.DataFrame:
         """`claims_of` all folders."""
-        return claims_of(self.folders).drop(columns="directory").assign(directory="")
+        found = claims_of(self.folders)
+        return found.replace({"directory": dict(zip(map(str, self.folders), self.names, strict=True))})
 
     @cached_property
     def works(self) -> set[tuple[Any, ...]]:
@@ -374,7 +381,7 @@ def _published(data: Data) -> list[str]:
     for task in dict.fromkeys(key[1] for key in natural):
         sizes = {size: published_numbers(f"fairseq-dense-{size}", task, "gd") for size in ("1.3b", "2.7b")}
         known = {(n.quantity, n.source): n for numbers in sizes.values() for n in numbers if "Dai" in n.source}
-        keys = [key for key in natural if key[1] == task and key[5] == "gd"]
+        keys = [key for key in natural if key[1] == task and key[-1] == "gd"]
         rows = [
             [
                 quantity,
@@ -387,7 +394,12 @@ def _published(data: Data) -> list[str]:
             for quantity, source in known
         ]
         if rows:
-            header = [task, *(f"{key[0]}, {key[2]} shots" for key in keys), "1.3B, published", "2.7B, published"]
+            header = [
+                task,
+                *(", ".join([key[0], f"{key[2]} shots", *filter(None, [key[5]])]) for key in keys),
+                "1.3B, published",
+                "2.7B, published",
+            ]
             tables.append(markdown_table(header, rows))
     if not tables:
         return []
@@ -447,7 +459,9 @@ def _run_of(claims: pd.DataFrame, command: str) -> pd.DataFrame:
     asked = {"model": option("model", "smollm2"), "task": option("task", ""), "labels": option("labels", "natural")}
     for axis, value in asked.items():
         claims = claims[claims[axis] == value]
-    return claims[claims["shots"] == int(option("shots", "0"))]
+    claims = claims[claims["shots"] == int(option("shots", "0"))]
+    own = claims["directory"] == f"{option('queries', '')} queries"
+    return claims[own] if own.any() else claims
 
 
 def _came(data: Data, run: pd.DataFrame, about: str) -> str:
@@ -546,8 +560,13 @@ def _of(table: pd.DataFrame, key: Sequence[Any]) -> pd.DataFrame:
 
 def _place(key: Sequence[Any]) -> list[str]:
     """Model, and task with what else tells the run apart."""
-    model, task, shots, _, labels, rule = key
-    more = [f"{shots} shots"] + [f"{labels} labels"] * (labels != "natural") + ["layer-causal"] * (rule == "lcgd")
+    model, task, shots, _, labels, directory, rule = key
+    more = (
+        [f"{shots} shots"]
+        + [directory] * bool(directory)
+        + [f"{labels} labels"] * (labels != "natural")
+        + ["layer-causal"] * (rule == "lcgd")
+    )
     return [str(model), f"{task} ({', '.join(more)})"]
 
 
