@@ -6,12 +6,9 @@ was expected before the runs, ``expected.toml``. Folders in ``docs/data`` with a
 
 from __future__ import annotations
 
-import json
 import re
 import sys
-import tomllib
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,18 +17,15 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).parent))
 
 from _dot_plot import Dot, dot_plot
+from _result_data import KEYS, SETTINGS, Data, count, keys_of, listed, number, place, rows_of, span
+from _result_expected import expected
 
-from metaopt_lens.analysis import span_text
-from metaopt_lens.experiments import CLAIMS, claims_markdown, claims_of, markdown_table, published_numbers
-from metaopt_lens.experiments._sweep_export import PROVENANCE_FILE
-from metaopt_lens.experiments._sweep_result import AXES
+from metaopt_lens.experiments import CLAIMS, claims_markdown, markdown_table, published_numbers
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
-_AXES = [*AXES, "directory"]  # what tells runs apart: two folders may hold runs of the same settings
 _NAMES = {claim.key: claim for claim in CLAIMS}
 PRETRAINED = {"smollm2": "SmolLM2-135M", "gemma3-270m": "Gemma-3-270M"}
-_SETTINGS = ("accuracy ZS", "accuracy ICL", "accuracy FT")
 
 
 class Section(NamedTuple):
@@ -87,25 +81,6 @@ SECTIONS = (
         ("patch",),
     ),
 )
-# What else is said of what came: a table, the column that tells its rows apart, and the column of numbers.
-_MEASURED = {
-    "ceiling": ("ceiling", "update", "r_squared"),
-    "ladder": ("ladder", "rung", "r_squared"),
-    "order": ("order", "learner", "spread"),
-    "algebra": ("algebra", "quantity", "estimate"),
-    "item_1": ("summary", "statistic", "value"),
-    "uphill": ("summary", "statistic", "value"),
-    "layer_causal": ("summary", "statistic", "value"),
-    "untrained": ("summary", "statistic", "value"),
-}
-_SUMMARY_ROWS = {
-    "item_1": ("z total: contrast", "z total: format", "z total: rest"),
-    "uphill": ("z total",),
-    "layer_causal": ("SimAOU",),
-    "untrained": ("SimAOU",),
-}
-# What an entry of expected.toml is about, by the end of its name.
-_ABOUT = {"accuracy": ("learns", "finetunes"), "item_1": ("contrast",), "item_3": ("prior", "prior_finetuned")}
 _DIFFERS = (
     "What differs: smaller models; the mean over {sets} demonstration sets instead of the best of seven; {shots} "
     "demonstrations instead of up to 32; {queries} queries a set instead of all validation rows; outputs are read "
@@ -113,49 +88,6 @@ _DIFFERS = (
     "validation rows."
 )
 _QUANTITIES = {"Rec2FTP": "Rec2FTP %", "Kendall": "Kendall, token level"}
-
-
-class Data:
-    """Everything in the folders of exported tables."""
-
-    def __init__(self, folder: Path) -> None:
-        found = sorted(folder.rglob(PROVENANCE_FILE), key=lambda file: (len(file.parts), file.as_posix()))
-        self.folders = [file.parent for file in found]
-        self.expected = tomllib.loads(text) if (text := _read(folder / "expected.toml")) else {}
-        self.provenance = [json.loads(_read(file)) for file in found]
-        # The first folder has no name; another is called by its number of queries, in which its runs differ.
-        queries = [
-            _range(sorted({run["config"]["queries"] for run in body["runs"].values()})) for body in self.provenance
-        ]
-        self.names = [f"{n} queries" if number else "" for number, n in enumerate(queries)]
-
-    def table(self, name: str) -> pd.DataFrame:
-        """A table of all folders; empty where there is none."""
-        kinds = {axis: str for axis in AXES if axis != "shots"}
-        frames = [
-            pd.read_csv(file, dtype=kinds, keep_default_na=False, na_values=["", "nan"]).assign(directory=own)
-            for folder, own in zip(self.folders, self.names, strict=True)
-            if (file := folder / f"{name}.csv").is_file()
-        ]
-        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
-
-    @cached_property
-    def claims(self) -> pd.DataFrame:
-        """`claims_of` all folders."""
-        found = claims_of(self.folders)
-        return found.replace({"directory": dict(zip(map(str, self.folders), self.names, strict=True))})
-
-    @cached_property
-    def works(self) -> set[tuple[Any, ...]]:
-        """The runs (with their rule) in which in-context learning and finetuning are shown to work."""
-        shown = self.claims[self.claims["claim"].isin(["learns", "finetunes"]) & (self.claims["verdict"] == "holds")]
-        counts = shown.groupby([*_AXES, "rule"])["claim"].nunique()
-        return set(counts.index[counts == 2])
-
-    @cached_property
-    def runs(self) -> list[dict[str, Any]]:
-        """The entries of ``provenance.json``."""
-        return [run for body in self.provenance for run in body["runs"].values()]
 
 
 def write_pages(data: Path, out: Path) -> list[Path]:
@@ -205,7 +137,7 @@ def _results(data: Data) -> str:
     ]
     for section in SECTIONS:
         parts += [f"## {section.title}", section.about, *(_claim(data, key) for key in section.claims)]
-    parts += _published(data) + _expected(data) + _provenance(data)
+    parts += _published(data) + expected(data) + _provenance(data)
     parts.append("The bundled model's own page, with 25 demonstration sets: [appendix](results-bundled.md).")
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -229,7 +161,7 @@ def _introduction(data: Data) -> str:
     dates = sorted({run["ended"][:10] for run in data.runs})
     left = [name for body in data.provenance for name in body["unfinished"]]
     text = (
-        f"{len(data.runs)} runs of {models} on {tasks} tasks, finished {_range(dates)}. Every number on this page is "
+        f"{len(data.runs)} runs of {models} on {tasks} tasks, finished {span(dates)}. Every number on this page is "
         "made from the tables in `docs/data` by `python docs/_results.py`. Intervals are 95 % t intervals over "
         "demonstration sets, in brackets; where the sets agree exactly there is none. [How to repeat a row](atlas.md); "
         "[all claims as a table](claims.md)."
@@ -239,36 +171,36 @@ def _introduction(data: Data) -> str:
 
 def _accuracies(data: Data) -> str:
     table, rows = data.table("accuracies"), []
-    for key, own in table.groupby([*_AXES, "rule"], sort=False):
+    for key, own in table.groupby([*KEYS, "rule"], sort=False):
         cells = own.set_index("quantity")
-        found = [_number(cells.loc[name], "value", "low", "high", "{:.2f}") for name in _SETTINGS]
-        rows.append([*_place(key), *found, int(cells.loc["accuracy ZS", "n"]), _shown(data, key)])
+        found = [number(cells.loc[name], "value", "low", "high", "{:.2f}") for name in SETTINGS]
+        rows.append([*place(key), *found, int(cells.loc["accuracy ZS", "n"]), _shown(data, key)])
     header = ["model", "task", "zero-shot", "in context", "finetuned", "queries", "shown to work"]
     return markdown_table(header, rows)
 
 
 def _shown(data: Data, key: Sequence[Any]) -> str:
-    own = _of(data.claims, key)
+    own = rows_of(data.claims, key)
     words = {"learns": "in-context learning", "finetunes": "finetuning"}
     found = [word for claim, word in words.items() if (own[own["claim"] == claim]["verdict"] == "holds").any()]
     return "both" if len(found) == 2 else " and ".join(found) or "neither"
 
 
 def _interpreted(data: Data) -> str:
-    runs = list(data.claims.groupby([*_AXES, "rule"], sort=False).groups)
+    runs = list(data.claims.groupby([*KEYS, "rule"], sort=False).groups)
     both = [key for key in runs if key in data.works]
     rest = [key for key in runs if key not in data.works]
     text = (
         f"In {len(both)} of {len(runs)} runs both are shown to work; only there is a similarity of the two "
         "interpreted. In the figures filled circles are decided, empty ones are not."
     )
-    return text + (f"\n\nNot interpreted: {_list(rest)}." if both and rest else "")
+    return text + (f"\n\nNot interpreted: {listed(rest)}." if both and rest else "")
 
 
 def _headline(data: Data) -> list[str]:
     """Three lines: where both work, how alike the updates are there, and what of it depends on the labels."""
     own = data.claims[data.claims["model"].isin(PRETRAINED) & (data.claims["labels"] == "natural")]
-    runs = list(own.groupby([*_AXES, "rule"], sort=False).groups)
+    runs = list(own.groupby([*KEYS, "rule"], sort=False).groups)
     both = [key for key in runs if key in data.works]
     models = " and ".join(dict.fromkeys(PRETRAINED[key[0]] for key in runs))
     tasks = len({key[1] for key in runs})
@@ -284,7 +216,7 @@ def _headline(data: Data) -> list[str]:
         if keys
     )
     first = f"{models} on {tasks} tasks: in {len(both)} of {len(runs)} runs, in-context learning and finetuning both raise the accuracy ({named})."  # noqa: E501
-    shown = own[[key in both for key in _keys(own)]]
+    shown = own[[key in both for key in keys_of(own)]]
 
     def numbers(claim: str) -> tuple[str, str]:
         rows = shown[(shown["claim"] == claim) & shown["estimate"].notna()]
@@ -304,10 +236,10 @@ def _controls(data: Data) -> list[str]:
     if not data.works:
         return []
     rows = []
-    for key in data.claims.groupby([*_AXES, "rule"], sort=False).groups:
+    for key in data.claims.groupby([*KEYS, "rule"], sort=False).groups:
         if key in data.works:
-            own = _of(data.claims, key).set_index("claim")
-            rows.append([*_place(key), *(_cell(own.loc[name]) for name in columns)])
+            own = rows_of(data.claims, key).set_index("claim")
+            rows.append([*place(key), *(_cell(own.loc[name]) for name in columns)])
     header = ["model", "task", "cosine", "over another query", "over unrelated text", "over uphill"]
     header += ["over shuffled labels (contrast part)", "over flipped labels"]
     about = (
@@ -320,7 +252,7 @@ def _controls(data: Data) -> list[str]:
 def _cell(row: Any) -> str:
     if row["estimate"] != row["estimate"]:
         return "not measured" if row["verdict"] == "lacking" else "undefined"
-    text = _number(row, "estimate", "low", "high")
+    text = number(row, "estimate", "low", "high")
     return f"**{text}**" if row["verdict"] == "holds" else text
 
 
@@ -342,8 +274,8 @@ def _sentence(own: pd.DataFrame) -> str:
     for name in ("holds", "does not hold"):
         rows = asked[asked["verdict"] == name]
         cells = [
-            f"{' on '.join(_place(key))} {_number(row, 'estimate', 'low', 'high')}"
-            for key, row in zip(_keys(rows), rows.to_dict("records"), strict=True)
+            f"{' on '.join(place(key))} {number(row, 'estimate', 'low', 'high')}"
+            for key, row in zip(keys_of(rows), rows.to_dict("records"), strict=True)
         ]
         if cells:
             parts.append(f"It {name} in {len(cells)} of {len(asked)}: {'; '.join(cells)}.")
@@ -364,8 +296,8 @@ def _pictures(data: Data, section: Section) -> list[tuple[str, str]]:
     for key in section.claims:
         own = data.claims[(data.claims["claim"] == key) & (data.claims["verdict"] != "lacking")]
         dots = [
-            Dot(", ".join(_place(place)), row["estimate"], row["low"], row["high"], row["verdict"] != "undecided")
-            for place, row in zip(_keys(own), own.to_dict("records"), strict=True)
+            Dot(", ".join(place(run)), row["estimate"], row["low"], row["high"], row["verdict"] != "undecided")
+            for run, row in zip(keys_of(own), own.to_dict("records"), strict=True)
         ]
         if any(dot.estimate == dot.estimate for dot in dots):
             found.append((_file(key), dot_plot(dots, _NAMES[key].what)))
@@ -377,7 +309,7 @@ def _pictures(data: Data, section: Section) -> list[tuple[str, str]]:
 
 def _published(data: Data) -> list[str]:
     accuracies, summary, tables = data.table("accuracies"), data.table("summary"), []
-    natural = [key for key in accuracies.groupby([*_AXES, "rule"], sort=False).groups if key[4] == "natural"]
+    natural = [key for key in accuracies.groupby([*KEYS, "rule"], sort=False).groups if key[4] == "natural"]
     for task in dict.fromkeys(key[1] for key in natural):
         sizes = {size: published_numbers(f"fairseq-dense-{size}", task, "gd") for size in ("1.3b", "2.7b")}
         known = {(n.quantity, n.source): n for numbers in sizes.values() for n in numbers if "Dai" in n.source}
@@ -385,7 +317,7 @@ def _published(data: Data) -> list[str]:
         rows = [
             [
                 quantity,
-                *(_ours(_of(accuracies, key), _of(summary, key), quantity) for key in keys),
+                *(_ours(rows_of(accuracies, key), rows_of(summary, key), quantity) for key in keys),
                 *(
                     next((f"{n.value:g}" for n in numbers if (n.quantity, n.source) == (quantity, source)), "")
                     for numbers in sizes.values()
@@ -408,7 +340,7 @@ def _published(data: Data) -> list[str]:
         for name in ("shots", "queries")
     )
     sets = sorted({len(run["config"]["seeds"]) for run in data.runs})
-    text = _DIFFERS.format(sets=_range(sets), shots=_range(shots), queries=_range(queries))
+    text = _DIFFERS.format(sets=span(sets), shots=span(shots), queries=span(queries))
     return [
         "## Next to the published tables",
         f"Numbers of arXiv:2212.10559 for Fairseq dense 1.3B and 2.7B where the task is the same; accuracies in percent. {text}",  # noqa: E501
@@ -422,104 +354,12 @@ def _ours(accuracies: pd.DataFrame, summary: pd.DataFrame, quantity: str) -> str
     if len(own):
         factor = 100 if name.startswith("accuracy") else 1
         row = own.iloc[0][["value", "low", "high"]].astype(float) * factor
-        return _number(row, "value", "low", "high", "{:.1f}") if row["value"] == row["value"] else "undefined"
+        return number(row, "value", "low", "high", "{:.1f}") if row["value"] == row["value"] else "undefined"
     own = summary[summary["statistic"] == name]
-    return _number(own.iloc[0], "value", "value_low", "value_high", "{:.3f}") if len(own) else "not measured"
+    return number(own.iloc[0], "value", "value_low", "value_high", "{:.3f}") if len(own) else "not measured"
 
 
-# ---- what was expected, and where it comes from ---------------------------------------------------------------------
-
-
-def _expected(data: Data) -> list[str]:
-    """Every entry of ``expected.toml`` with what came out in the run that it names."""
-    if not data.expected:
-        return []
-    parts = ["## What was expected, and what came", "Written before the runs, with the date, and quoted as it stands."]
-    for name, entry in data.expected.items():
-        found = _run_of(data.claims, str(entry["run"]))
-        rows = [
-            [text, _came(data, found, about)]
-            for about, text in entry.items()
-            if about not in ("written", "run", "known") and isinstance(text, str)
-        ]
-        parts.append(f"### {name}\n\nWritten {entry['written']}: `{entry['run']}`")
-        if "known" in entry:
-            parts.append(str(entry["known"]))
-        parts.append(markdown_table(["expected", "came"], rows))
-    return parts
-
-
-def _run_of(claims: pd.DataFrame, command: str) -> pd.DataFrame:
-    """The rows of the run that a text describes by its options; a model in words is SmolLM2."""
-
-    def option(name: str, default: str) -> str:
-        match = re.search(rf"--{name} ([\w-]+)", command)
-        return match[1] if match else default
-
-    asked = {"model": option("model", "smollm2"), "task": option("task", ""), "labels": option("labels", "natural")}
-    for axis, value in asked.items():
-        claims = claims[claims[axis] == value]
-    claims = claims[claims["shots"] == int(option("shots", "0"))]
-    own = claims["directory"] == f"{option('queries', '')} queries"
-    return claims[own] if own.any() else claims
-
-
-def _came(data: Data, run: pd.DataFrame, about: str) -> str:
-    if run.empty:
-        return "not run yet"
-    cells = []
-    if about in ("accuracy", "item_3"):
-        own = _of(data.table("accuracies"), next(iter(_keys(run))))
-        wanted = own[own["quantity"].isin(_SETTINGS) | own["quantity"].str.contains("against the")]
-        cells += [
-            f"{row['quantity']} {_number(row, 'value', 'low', 'high', '{:.2f}')}"
-            for row in wanted.to_dict("records")
-            if row["value"] == row["value"] and (about == "accuracy") == (row["quantity"] in _SETTINGS)
-        ]
-    if about == "item_3":
-        cells += _following(data, next(iter(_keys(run)))[:-1])
-    if about in _MEASURED:
-        cells += _measured(data, next(iter(_keys(run)))[:-1], about)
-    for key in _ABOUT.get(about, (about,)):
-        for row in run[(run["claim"] == key) & (run["verdict"] != "lacking")].to_dict("records"):
-            numbers = "" if row["estimate"] != row["estimate"] else f" {_number(row, 'estimate', 'low', 'high')}"
-            why = f" ({row['because']})" if row["because"] else ""
-            cells.append(f"{_NAMES[key].what}:{numbers}, {row['verdict']}{why}")
-    return "; ".join(cells) or "not measured"
-
-
-def _measured(data: Data, run: Sequence[Any], about: str) -> list[str]:
-    """The numbers themselves, of which a claim reads the difference."""
-    name, names, column = _MEASURED[about]
-    own = _of(data.table(name), run)
-    if name == "ceiling":
-        own = own[own["target"] == "value"]
-    elif name == "summary":
-        own = own[own[names].isin(_SUMMARY_ROWS[about])]
-    elif name == "algebra":
-        own = own[own[names].str.startswith("R^2")]
-    rules = own["rule"].nunique() > 1
-    low, high = ("low", "high") if "low" in own else (f"{column}_low", f"{column}_high")
-    return [
-        f"{row[names]}{' (layer-causal)' * (rules and row['rule'] == 'lcgd')} "
-        f"{_number(row, column, low, high, '{:.3f}')}"
-        for row in own.to_dict("records")
-        if row[column] == row[column]
-    ]
-
-
-def _following(data: Data, run: Sequence[Any]) -> list[str]:
-    """In context, behind the demonstrations' label words: how often what they show, and how often the natural label."""
-    table = data.table("label_following")
-    if table.empty:
-        return []
-    own = _of(table, run)
-    own = own[(own["learner"] == "in context") & (own["label_words"] != "natural")]
-    return [
-        f"in context, {row['label_words']} labels, against the {row['against']} ones "
-        f"{_number(row, 'accuracy', 'low', 'high', '{:.2f}')}"
-        for row in own.to_dict("records")
-    ]
+# ---- where it comes from ---------------------------------------------------------------------------------------------
 
 
 def _provenance(data: Data) -> list[str]:
@@ -531,7 +371,7 @@ def _provenance(data: Data) -> list[str]:
         checksum = str(weights.get("sha256") or model["fingerprint"])[:12]
         models[model["name"]] = [model["name"], sizes, model["quantization"] or model["dtype"], f"`{checksum}`"]
         own = run["data"]
-        rows = f"{_count(own['train_rows'])} / {_count(own['validation_rows'])}"
+        rows = f"{count(own['train_rows'])} / {count(own['validation_rows'])}"
         tasks.setdefault(run["config"]["task"], [run["config"]["task"], own["public"] or "", own["source"], rows])
     versions = dict.fromkeys(
         ", ".join(f"{name} {v}" for name, v in version.items()) for run in data.runs for version in run["versions"]
@@ -545,54 +385,8 @@ def _provenance(data: Data) -> list[str]:
     ]
 
 
-# ---- words ----------------------------------------------------------------------------------------------------------
-
-
-def _keys(rows: pd.DataFrame) -> list[tuple[Any, ...]]:
-    return list(rows[[*_AXES, "rule"]].itertuples(index=False, name=None))
-
-
-def _of(table: pd.DataFrame, key: Sequence[Any]) -> pd.DataFrame:
-    for column, value in zip([*_AXES, "rule"], key, strict=False):  # the rule may be left open
-        table = table[table[column] == value]
-    return table
-
-
-def _place(key: Sequence[Any]) -> list[str]:
-    """Model, and task with what else tells the run apart."""
-    model, task, shots, _, labels, directory, rule = key
-    more = (
-        [f"{shots} shots"]
-        + [directory] * bool(directory)
-        + [f"{labels} labels"] * (labels != "natural")
-        + ["layer-causal"] * (rule == "lcgd")
-    )
-    return [str(model), f"{task} ({', '.join(more)})"]
-
-
-def _list(keys: Sequence[Sequence[Any]]) -> str:
-    return "; ".join(" on ".join(_place(key)) for key in keys)
-
-
-def _number(row: Any, value: str, low: str, high: str, form: str = "{:+.3f}") -> str:
-    return f"{form.format(float(row[value]))}{span_text(float(row[low]), float(row[high]), form)}"
-
-
-def _range(values: Sequence[Any]) -> str:
-    return str(values[0]) if len(set(values)) == 1 else f"{values[0]} to {values[-1]}"
-
-
-def _count(rows: int | dict[str, int]) -> str:
-    """Rows of a task; where they are made by seed, of every seed."""
-    return f"{rows}" if isinstance(rows, int) else f"{_range(sorted(set(rows.values())))} a seed"
-
-
 def _file(key: str) -> str:
     return f"claim-{key.replace('_', '-')}.svg"
-
-
-def _read(file: Path) -> str:
-    return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
 if __name__ == "__main__":
