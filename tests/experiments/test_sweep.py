@@ -340,13 +340,9 @@ def test_the_export_is_the_tables_with_their_origin_and_no_rows(atlas: Path) -> 
     assert set(whole["quantity"][read_by_claims]) <= set(means["quantity"]) < set(whole["quantity"])
     kept = whole[whole["quantity"].isin(set(means["quantity"]))]
     np.testing.assert_allclose(means[["value", "excess"]], kept[["value", "excess"]], rtol=1e-5, atol=1e-12)
-    rates, stored_rates = (
-        table["learning_rate"] for table in (pd.read_csv(folder / "learning_rates.csv"), result.table("learning_rates"))
-    )
-    np.testing.assert_allclose(rates, stored_rates)  # the rates that were tried; `lr` is the run's setting
-    assert rates.nunique() > 1
     followed = pd.read_csv(folder / "label_following.csv")
     assert set(followed["label_words"]) == {"natural", "flipped"}  # of the demonstrations; `labels` is the run's
+    assert followed["learning_rate"].nunique() > 1  # the rates that were tried; `lr` is the run's
     text = "".join(file.read_text() for file in folder.iterdir())
     assert str(atlas) not in text
     prompts = result.runs["tiny-synthetic-2-4-shots-lr-0.02"].prompts(0)
