@@ -148,8 +148,8 @@ def _static(
     for queries in sets.values():
         if len(queries) < _FEWEST_QUERIES:
             notes.append(
-                f"No patch for all queries: it is fitted on every second and tested on the others, {_FEWEST_QUERIES} "
-                f"or more, got {len(queries)}."
+                f"No patch for all queries: it is fitted on every second query and tested on the others, which takes "
+                f"{_FEWEST_QUERIES} queries or more; got {len(queries)}."
             )
     n = min(map(len, enough), default=0)
     try:

@@ -14,8 +14,9 @@ from metaopt_lens._storage import provenance, write_text
 from metaopt_lens.training import MomentumComparison
 from metaopt_lens.viz._render import render
 
-_COLOURS = {"plain": "#6b7780", "momentum": "#1f6feb"}
-_FILL = {"plain": "rgba(107,119,128,.25)", "momentum": "rgba(31,111,235,.25)"}
+_COLOURS = {"plain": "#7f8c8d", "momentum": "#1f5fa8"}  # of those that the page brightens in the dark
+_FILL = {"plain": "rgba(127,140,141,.5)", "momentum": "rgba(70,130,210,.5)"}
+_LEGEND = {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.0, "yanchor": "bottom"}
 
 
 def momentum_figure(comparison: MomentumComparison, metric: str) -> go.Figure:
@@ -33,7 +34,10 @@ def momentum_figure(comparison: MomentumComparison, metric: str) -> go.Figure:
     summary = summary[summary["metric"] == metric].sort_values("at")
     by = str(summary["by"].iloc[0])
     plot = make_subplots(
-        rows=1, cols=2, subplot_titles=(metric, f"{_label(comparison, 'momentum')} minus plain, 95 % interval")
+        rows=2,
+        cols=1,
+        vertical_spacing=0.2,
+        subplot_titles=("", f"{_label(comparison, 'momentum')} minus plain, 95 % interval"),
     )
     for (arm, _seed), line in runs.sort_values("at").groupby(["arm", "seed"], sort=False):
         plot.add_scatter(
@@ -49,16 +53,17 @@ def momentum_figure(comparison: MomentumComparison, metric: str) -> go.Figure:
     mean = summary["difference"]
     plot.add_scatter(
         x=_text(summary["at"]), y=mean.tolist(), mode="markers", showlegend=False,
-        marker={"color": "#1f2933", "size": 8},
+        marker={"color": "#1f5fa8", "size": 8},
         error_y={
             "type": "data", "symmetric": False,
             "array": (summary["high"] - mean).tolist(), "arrayminus": (mean - summary["low"]).tolist(),
         },
-        row=1, col=2,
+        row=2, col=1,
     )  # fmt: skip
-    plot.add_hline(y=0, line={"color": "#9aa5b1", "dash": "dot"}, row=1, col=2)
+    plot.add_hline(y=0, line={"color": "#9aa5b1", "dash": "dot"}, row=2, col=1)
     plot.update_xaxes(title="context length" if by == "tokens" else "demonstrations", type="category")
-    plot.update_layout(height=340, margin={"t": 40, "b": 40, "l": 50, "r": 10}, template="plotly_white")
+    plot.update_yaxes(title=metric, row=1, col=1)
+    plot.update_layout(height=520, margin={"t": 40, "b": 40, "l": 50, "r": 10}, template="plotly_white", legend=_LEGEND)
     return plot
 
 
@@ -85,7 +90,7 @@ def history_figure(comparison: MomentumComparison, metric: str) -> go.Figure:
         )
     what = "demonstrations" if history["by"].iloc[0] == "demos" else "tokens"
     plot.update_layout(
-        height=320, margin={"t": 20, "b": 40, "l": 50, "r": 10}, template="plotly_white",
+        legend=_LEGEND, height=320, margin={"t": 40, "b": 40, "l": 50, "r": 10}, template="plotly_white",
         xaxis_title="step", yaxis_title=f"{metric}, {history['at'].iloc[0]} {what}",
         yaxis_type="log" if metric == "perplexity" else "linear",
     )  # fmt: skip
@@ -104,7 +109,7 @@ def loss_figure(comparison: MomentumComparison) -> go.Figure:
                 line={"color": _COLOURS[arm], "width": 1},
             )  # fmt: skip
     plot.update_layout(
-        height=320, margin={"t": 20, "b": 40, "l": 50, "r": 10}, template="plotly_white",
+        legend=_LEGEND, height=320, margin={"t": 40, "b": 40, "l": 50, "r": 10}, template="plotly_white",
         xaxis_title="step", yaxis_title="training loss",
     )  # fmt: skip
     return plot

@@ -95,7 +95,8 @@ def _summary(comparison: Comparison) -> pd.DataFrame:
 def _further_nulls(frame: pd.DataFrame) -> list[str]:
     """Of nulls that few statistics have: each row's own, by name."""
     return [
-        ", ".join(f"{name.removeprefix(_NULL)} {value:.3f}" for name, value in row.items() if value == value) or "–"
+        ", ".join(f"{str(name).removeprefix(_NULL)} {value:.3f}" for name, value in row.items() if value == value)
+        or "–"
         for row in frame.to_dict("records")
     ]
 

@@ -83,5 +83,6 @@ def _sentence(entries: Sequence[dict[str, Any]]) -> str:
         f"In-context learning and finetuning are both shown to work in {len(read)} of {len(entries)} comparisons; only "
         "there the similarity is interpreted"
     )
-    parts = [f"in {count} {what}" for what, count in counts.items() if count]
-    return f"{lead}. The updates are {'; '.join(parts)}." if parts else f"{lead}."
+    found = [(what, count) for what, count in counts.items() if count]
+    parts = [f"in {count} {'they' if nth else 'the updates'} are {what}" for nth, (what, count) in enumerate(found)]
+    return f"{lead}: {'; '.join(parts)}." if parts else f"{lead}."
