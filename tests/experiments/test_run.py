@@ -189,7 +189,7 @@ def test_the_learning_rate_is_chosen_and_updates_are_stored(tiny: Any, tmp_path:
         result.comparison("gd")
     with pytest.raises(OptionError, match=r"has the seeds \[0\], not 5"):
         result.prompts(5)
-    with pytest.raises(OptionError, match="there is no table 'tables'; this run has accuracies, heads"):
+    with pytest.raises(OptionError, match="there is no table 'tables'; this run has accuracies, findings, heads"):
         result.table("tables")
 
 
@@ -518,7 +518,9 @@ def test_configurations_of_0_1_are_read() -> None:
         "allow_processed": false, "data": null, "device": null, "n_devices": null, "device_map": null, "threads": null}
         """
     config = RunConfig.from_dict(json.loads(stored))
-    assert config.to_dict() == json.loads(stored) | {"controls": "standard", "n_label_draws": None, "labels": "natural"}
+    newer = {"controls": "standard", "n_label_draws": None, "labels": "natural"}
+    newer |= {"further": None, "patch": False, "profile": False}
+    assert config.to_dict() == json.loads(stored) | newer
     assert isinstance(config.lr, int)
     assert RunConfig.from_dict(config.to_dict()).fingerprint == config.fingerprint
 
