@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-_LINE, _TOP, _LABEL, _PLOT, _EDGE = 18, 14, 310, 380, 20
+_LINE, _TOP, _LABEL, _PLOT, _EDGE = 18, 14, 370, 380, 20
 _INK, _SOFT, _GRID = "#1f2933", "#6b7683", "#d7dce1"
 _FONT = "font-family='system-ui, sans-serif' font-size='12'"
 

@@ -166,6 +166,12 @@ def _introduction(data: Data) -> str:
         "demonstration sets, in brackets; where the sets agree exactly there is none. [How to repeat a row](atlas.md); "
         "[all claims as a table](claims.md)."
     )
+    if named := [f"`{name}`" for name in data.names if name]:
+        queries = sorted({run["config"]["queries"] for run in data.provenance[0]["runs"].values()})
+        text += (
+            f" Runs ask {span(queries)} queries behind each set; those marked {' and '.join(named)} belong to "
+            "[all controls on one task](atlas.md#all-controls-on-one-task)."
+        )
     return f"{text}\n\nNot finished when the tables were exported: {', '.join(left)}." if left else text
 
 

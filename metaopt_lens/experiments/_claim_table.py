@@ -6,6 +6,7 @@ holds where the 95 % interval over demonstration sets lies above 0.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from metaopt_lens.analysis import NULLS
@@ -84,6 +85,7 @@ class Claim:
         what: the number whose interval must lie above 0.
         needs: options of ``metaopt-lens run`` that make it.
         similarity: whether it is read only where in-context learning and finetuning are shown to work.
+        bounds: least and greatest value that the number can have; an interval ends there.
     """
 
     key: str
@@ -93,6 +95,7 @@ class Claim:
     what: str
     needs: str = "--controls quick"
     similarity: bool = False
+    bounds: tuple[float, float] = (-math.inf, math.inf)
 
 
 _LABELS = "a task with label words (--task)"
@@ -127,6 +130,7 @@ CLAIMS: tuple[Claim, ...] = (
         Difference(Of("Rec2FTP %"), Of("Rec2FTP %", "base rate")),
         "Rec2FTP less its base rate, in percent",
         _LABELS,
+        bounds=(-100.0, 100.0),
     ),
     Claim(
         "sim_aou",

@@ -122,6 +122,8 @@ def _row(known: _Known, claim: Claim, run: dict[str, Any], rule: str) -> dict[st
     if verdict == "undecided" and not because:
         because = "the interval holds 0"
     numbers = {name: getattr(found, name) for name in ("estimate", "low", "high", "value", "null", "n_sets")}
+    least, greatest = claim.bounds
+    numbers |= {"low": max(found.low, least), "high": min(found.high, greatest)}  # NaN stays, as it comes first
     return {**head, "verdict": verdict, **numbers, "because": because}
 
 
