@@ -69,6 +69,13 @@ def test_the_t_interval_over_sets_decides(a: Sequence[float], expected: str) -> 
     assert found["value"] - found["null"] == pytest.approx(found["estimate"])
 
 
+def test_an_interval_ends_where_the_number_cannot_go() -> None:
+    found = verdict(planted({"A": (1.0, 0.0, 0.5), "B": (0.0, 0.0, 0.0)}), dataclasses.replace(ONE, bounds=(-1.0, 1.0)))
+    assert stats.t.interval(0.95, 2, 0.5, stats.sem([1.0, 0.0, 0.5]))[1] > 1  # so wide are three sets
+    assert (found["verdict"], found["high"]) == ("undecided", 1.0)
+    assert -1 < found["low"] < 0
+
+
 def test_two_sets_decide_nothing_however_clear() -> None:
     found = verdict(planted({"A": (5.0, 5.001), "B": (0.0, 0.0)}))
     assert found["low"] > 4
