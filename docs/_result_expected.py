@@ -70,9 +70,12 @@ def _run_of(claims: pd.DataFrame, command: str) -> pd.DataFrame:
 def _came(data: Data, run: pd.DataFrame, about: str) -> str:
     if run.empty:
         return "not run yet"
+    if about != "layer_causal":  # the only entry about two rules
+        run = run[run["rule"] == run["rule"].iloc[0]]
+    key = keys_of(run)[0]
     cells = []
     if about in ("accuracy", "item_3"):
-        own = rows_of(data.table("accuracies"), next(iter(keys_of(run))))
+        own = rows_of(data.table("accuracies"), key)
         wanted = own[own["quantity"].isin(SETTINGS) | own["quantity"].str.contains("against the")]
         cells += [
             f"{row['quantity']} {number(row, 'value', 'low', 'high', '{:.2f}')}"
@@ -80,14 +83,15 @@ def _came(data: Data, run: pd.DataFrame, about: str) -> str:
             if row["value"] == row["value"] and (about == "accuracy") == (row["quantity"] in SETTINGS)
         ]
     if about == "item_3":
-        cells += _following(data, next(iter(keys_of(run)))[:-1])
+        cells += _following(data, key[:-1])
     if about in _MEASURED:
-        cells += _measured(data, next(iter(keys_of(run)))[:-1], about)
-    for key in _ABOUT.get(about, (about,)):
-        for row in run[(run["claim"] == key) & (run["verdict"] != "lacking")].to_dict("records"):
+        cells += _measured(data, key[:-1] if about == "layer_causal" else key, about)
+    for claim in _ABOUT.get(about, (about,)):
+        for row in run[(run["claim"] == claim) & (run["verdict"] != "lacking")].to_dict("records"):
+            of = f" ({row['value']:.3f} less {row['null']:.3f})" * (row["value"] == row["value"] and row["null"] != 0)
             numbers = "" if row["estimate"] != row["estimate"] else f" {number(row, 'estimate', 'low', 'high')}"
             why = f" ({row['because']})" if row["because"] else ""
-            cells.append(f"{_WHAT[key]}:{numbers}, {row['verdict']}{why}")
+            cells.append(f"{_WHAT[claim]}:{numbers}{of}, {row['verdict']}{why}")
     return "; ".join(cells) or "not measured"
 
 

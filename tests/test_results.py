@@ -53,7 +53,7 @@ def test_the_readme_says_what_the_tables_say() -> None:
 
 def test_the_headline_counts_the_runs_in_which_both_work() -> None:
     """By hand from findings.csv: the answers to the two questions, of pretrained models with natural labels."""
-    found = pd.concat([pd.read_csv(f) for f in (DOCS / "data").rglob("findings.csv")])
+    found = pd.read_csv(DOCS / "data" / "findings.csv")
     found = found[found["model"].isin(["smollm2", "gemma3-270m"]) & (found["labels"] == "natural")]
     axes = ["model", "task", "shots", "rule"]
     yes = (

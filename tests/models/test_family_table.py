@@ -21,7 +21,7 @@ SUPPORTED = {family.name: family for family in families.FAMILIES if family.name}
 
 def documented() -> dict[str, str]:
     """First cell of every row of the table of supported models, and where it says queries and keys are seen."""
-    lines = DOCS.read_text(encoding="utf-8").splitlines()
+    lines = DOCS.read_text(encoding="utf-8").partition("\n## ")[0].splitlines()  # another table is further down
     rows = [line.strip("|").split("|") for line in lines if line.startswith("|") and not line.startswith("|---")]
     return {row[0].strip(): row[1].strip() for row in rows[1:]}
 
