@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shown import PAGES, README, ROOT, blocks_of, files_of, to_run
+from shown_code import PAGES, README, ROOT, blocks_of, files_of, to_run
 from typer.main import get_command
 from typer.testing import CliRunner
 

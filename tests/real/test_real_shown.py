@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shown import PAGES, README, files_of, to_run
+from shown_code import PAGES, README, files_of, to_run
 from typer.testing import CliRunner
 
 from metaopt_lens.cli import app
