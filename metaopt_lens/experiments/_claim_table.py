@@ -182,6 +182,13 @@ CLAIMS: tuple[Claim, ...] = (
         "its excess over shuffled labels, in the contrast part",
     ),
     _control("assignment", "It depends on which label word stands for what.", "flipped labels", STANDARD),
+    _control(
+        "trained",
+        "It is more than a model with permuted weights shows.",
+        "random weights",
+        "--random-weights",
+        "its excess over a model with permuted weights",
+    ),
     Claim(
         "untrained",
         "A model with permuted weights reaches at least half of SimAOU.",
