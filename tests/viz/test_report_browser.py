@@ -222,8 +222,9 @@ def test_printing_opens_and_draws_all_sections(report: Path, visit: Visit) -> No
     assert page.locator("details[open]").count() == 0
     page.evaluate("document.querySelectorAll('details').forEach((el) => el.remove())")
     without = page.pdf(format="A4")
-    pages = [document.count(b"/Type /Page\n") for document in (plain, printed, without)]
-    assert pages[0] == pages[1] > pages[2] + 3
+    first, second, bare = (document.count(b"/Type /Page\n") for document in (plain, printed, without))
+    assert abs(first - second) <= 1  # the same content; plots that are drawn for the first time may break elsewhere
+    assert first > bare + 3
 
 
 def test_nothing_is_cut_off_on_a_desk_or_a_phone(report: Path, reports: Path, visit: Visit) -> None:
