@@ -24,7 +24,7 @@ import nbformat
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent
-SECONDS_PER_CELL = 240
+SECONDS_PER_CELL = 900  # ends what hangs; a shared machine may be slow
 PLOTLY = "application/vnd.plotly.v1+json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 WIDTH = 820
