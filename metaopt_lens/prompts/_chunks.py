@@ -10,8 +10,8 @@ from metaopt_lens._errors import OptionError, PromptError
 
 _KINDS = ("sentence", "line", "paragraph")
 
-_BLANK_LINE = re.compile(r"\n[^\S\n]*\n\s*")
-_LINE_END = re.compile(r"\n\s*")
+_BLANK_LINE = re.compile(r"\n(?:[^\S\n]*\n)+")
+_LINE_END = re.compile(r"\n(?:[^\S\n]*\n)*")
 # Punctuation with the quotes and brackets that close behind it, then white space and no lower-case letter; or the
 # full-width marks, which no space follows.
 _SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s+[^\sa-z])|[。！？]+[”’」』）]*")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from text_models import make_text_model, text_tokenizer
 
@@ -70,6 +70,7 @@ def test_lines_and_paragraphs() -> None:
     assert split_chunks("one\ntwo\n \nthree", "paragraph") == ("one\ntwo\n \n", "three")
 
 
+@example(text="?\n\n ?", kind="sentence")  # a blank line and the end of a sentence, each with a border of its own once
 @given(text=st.text('aB .!?\n"“。', min_size=1).filter(lambda t: t.strip()), kind=st.sampled_from(["sentence", "line"]))
 def test_chunks_joined_are_the_text(text: str, kind: Any) -> None:
     chunks = split_chunks(text, kind)
