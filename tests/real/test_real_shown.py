@@ -28,7 +28,7 @@ def said(name: str) -> LogitContributionSet:
 
 
 def test_the_heads_are_those_named(said: LogitContributionSet) -> None:
-    (named,) = re.findall(r"said\.heads\(3, part=\"zero_shot\"\)  # (.*)", README)
+    (named,) = re.findall(r"said\.heads\(3, part=\"zero_shot\"\)\)  # (.*)", README)
     assert [str(head) for head in said.heads(3, part="zero_shot")] == named.split(", ")
 
 
