@@ -33,9 +33,15 @@ class Data:
             span(sorted({run["config"]["queries"] for run in body["runs"].values()})) for body in self.provenance
         ]
         self.names = [f"{n} queries" if number else "" for number, n in enumerate(queries)]
+        self._tables: dict[str, pd.DataFrame] = {}
 
     def table(self, name: str) -> pd.DataFrame:
-        """A table of all folders; empty where there is none."""
+        """A table of all folders, read once; empty where there is none."""
+        if name not in self._tables:
+            self._tables[name] = self._read(name)
+        return self._tables[name]
+
+    def _read(self, name: str) -> pd.DataFrame:
         kinds = {axis: str for axis in AXES if axis != "shots"}
         frames = [
             pd.read_csv(file, dtype=kinds, keep_default_na=False, na_values=["", "nan"]).assign(directory=own)
@@ -65,6 +71,11 @@ class Data:
 
 def keys_of(rows: pd.DataFrame) -> list[tuple[Any, ...]]:
     return list(rows[[*KEYS, "rule"]].itertuples(index=False, name=None))
+
+
+def runs_of(table: pd.DataFrame) -> list[tuple[Any, ...]]:
+    """The runs, each with its rule, in the order in which they come."""
+    return list(dict.fromkeys(keys_of(table)))
 
 
 def rows_of(table: pd.DataFrame, key: Sequence[Any]) -> pd.DataFrame:

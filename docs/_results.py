@@ -17,7 +17,7 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).parent))
 
 from _dot_plot import Dot, dot_plot
-from _result_data import KEYS, SETTINGS, Data, count, keys_of, listed, number, place, rows_of, span
+from _result_data import SETTINGS, Data, count, keys_of, listed, number, place, rows_of, runs_of, span
 from _result_expected import expected
 
 from metaopt_lens.experiments import CLAIMS, claims_markdown, markdown_table, published_numbers
@@ -90,14 +90,13 @@ _DIFFERS = (
 _QUANTITIES = {"Rec2FTP": "Rec2FTP %", "Kendall": "Kendall, token level"}
 
 
-def write_pages(data: Path, out: Path) -> list[Path]:
+def write_pages(found: Data, out: Path) -> list[Path]:
     """Write both pages and the pictures.
 
     Args:
-        data: the folder of exported tables.
+        found: the exported tables.
         out: where the pages go, and ``images`` for the pictures.
     """
-    found = Data(data)
     pictures = {name: text for section in SECTIONS for name, text in _pictures(found, section)}
     pages = {"results.md": _results(found), "claims.md": _claims(found)}
     pages |= {f"images/{name}": text for name, text in pictures.items()}
@@ -107,14 +106,14 @@ def write_pages(data: Path, out: Path) -> list[Path]:
     return [out / name for name in pages]
 
 
-def with_headline(readme: str, data: Path) -> str:
+def with_headline(readme: str, found: Data) -> str:
     """README with the lines between its two marks made from the tables.
 
     Args:
         readme: its text.
-        data: the folder of exported tables.
+        found: the exported tables.
     """
-    lines = "\n".join(f"- {line}" for line in _headline(Data(data)))
+    lines = "\n".join(f"- {line}" for line in _headline(found))
     lines = lines.removesuffix(".") + " ([results](docs/results.md))."
     return re.sub(
         r"(<!-- headline -->\n).*?(\n<!-- /headline -->)", lambda m: f"{m[1]}{lines}{m[2]}", readme, flags=re.DOTALL
@@ -177,8 +176,8 @@ def _introduction(data: Data) -> str:
 
 def _accuracies(data: Data) -> str:
     table, rows = data.table("accuracies"), []
-    for key, own in table.groupby([*KEYS, "rule"], sort=False):
-        cells = own.set_index("quantity")
+    for key in runs_of(table):
+        cells = rows_of(table, key).set_index("quantity")
         found = [number(cells.loc[name], "value", "low", "high", "{:.2f}") for name in SETTINGS]
         rows.append([*place(key), *found, int(cells.loc["accuracy ZS", "n"]), _shown(data, key)])
     header = ["model", "task", "zero-shot", "in context", "finetuned", "queries", "shown to work"]
@@ -193,7 +192,7 @@ def _shown(data: Data, key: Sequence[Any]) -> str:
 
 
 def _interpreted(data: Data) -> str:
-    runs = list(data.claims.groupby([*KEYS, "rule"], sort=False).groups)
+    runs = runs_of(data.claims)
     both = [key for key in runs if key in data.works]
     rest = [key for key in runs if key not in data.works]
     text = (
@@ -207,7 +206,7 @@ def _headline(data: Data) -> list[str]:
     """Three lines: where both work; how alike the updates are there, and what depends on the labels; what else is."""
     own = data.claims[data.claims["model"].isin(PRETRAINED) & (data.claims["labels"] == "natural")]
     own = own[(own["rule"] == "gd") & (own["directory"] == data.names[0])]
-    runs = list(own.groupby([*KEYS, "rule"], sort=False).groups)
+    runs = runs_of(own)
     both = [key for key in runs if key in data.works]
     models = " and ".join(dict.fromkeys(PRETRAINED[key[0]] for key in runs))
     first = f"{models} on {len({key[1] for key in runs})} tasks: in {len(both)} of {len(runs)} runs, in-context learning and finetuning both raise the accuracy"  # noqa: E501
@@ -250,7 +249,7 @@ def _controls(data: Data) -> list[str]:
     if not data.works:
         return []
     rows = []
-    for key in data.claims.groupby([*KEYS, "rule"], sort=False).groups:
+    for key in runs_of(data.claims):
         if key in data.works:
             own = rows_of(data.claims, key).set_index("claim")
             rows.append([*place(key), *(_cell(own.loc[name]) for name in columns)])
@@ -270,9 +269,13 @@ def _cell(row: Any) -> str:
     return f"**{text}**" if row["verdict"] == "holds" else text
 
 
+def _evaluated(data: Data, claim: str) -> pd.DataFrame:
+    """The runs that have made what a claim reads."""
+    return data.claims[(data.claims["claim"] == claim) & (data.claims["verdict"] != "lacking")]
+
+
 def _claim(data: Data, key: str) -> str:
-    claim = _NAMES[key]
-    own = data.claims[(data.claims["claim"] == key) & (data.claims["verdict"] != "lacking")]
+    claim, own = _NAMES[key], _evaluated(data, key)
     head = f"### {claim.text}\n\n{claim.source}."
     if own["estimate"].notna().sum() == 0:
         return f"{head} No run here can say: it takes `{claim.needs}`."
@@ -308,7 +311,7 @@ def _sentence(own: pd.DataFrame) -> str:
 def _pictures(data: Data, section: Section) -> list[tuple[str, str]]:
     found = []
     for key in section.claims:
-        own = data.claims[(data.claims["claim"] == key) & (data.claims["verdict"] != "lacking")]
+        own = _evaluated(data, key)
         dots = [
             Dot(", ".join(place(run)), row["estimate"], row["low"], row["high"], row["verdict"] != "undecided")
             for run, row in zip(keys_of(own), own.to_dict("records"), strict=True)
@@ -323,7 +326,7 @@ def _pictures(data: Data, section: Section) -> list[tuple[str, str]]:
 
 def _published(data: Data) -> list[str]:
     accuracies, summary, tables = data.table("accuracies"), data.table("summary"), []
-    natural = [key for key in accuracies.groupby([*KEYS, "rule"], sort=False).groups if key[4] == "natural"]
+    natural = [key for key in runs_of(accuracies) if key[4] == "natural"]
     for task in dict.fromkeys(key[1] for key in natural):
         sizes = {size: published_numbers(f"fairseq-dense-{size}", task, "gd") for size in ("1.3b", "2.7b")}
         known = {(n.quantity, n.source): n for numbers in sizes.values() for n in numbers if "Dai" in n.source}
@@ -404,5 +407,6 @@ def _file(key: str) -> str:
 
 
 if __name__ == "__main__":
-    write_pages(HERE / "data", HERE)
-    README.write_text(with_headline(README.read_text("utf-8"), HERE / "data"), encoding="utf-8")
+    tables = Data(HERE / "data")
+    write_pages(tables, HERE)
+    README.write_text(with_headline(README.read_text("utf-8"), tables), encoding="utf-8")

@@ -33,12 +33,14 @@ def written(small_sweep: SweepResult, tmp_path_factory: pytest.TempPathFactory) 
     small_sweep.export(folder / "data")
     expected = '[mine]\nwritten = 2026-01-02\nrun = "run --model tiny --task synthetic --shots 8"\nuphill = "It is."\n'
     (folder / "data" / "expected.toml").write_text(expected, encoding="utf-8")
-    _script().write_pages(folder / "data", folder)
+    script = _script()
+    script.write_pages(script.Data(folder / "data"), folder)
     return folder
 
 
 def test_the_committed_pages_are_what_the_script_writes(tmp_path: Path) -> None:
-    files = _script().write_pages(DOCS / "data", tmp_path)
+    script = _script()
+    files = script.write_pages(script.Data(DOCS / "data"), tmp_path)
     assert {"results.md", "claims.md"} < {file.name for file in files}
     for file in files:
         committed = DOCS / file.relative_to(tmp_path)
@@ -48,7 +50,8 @@ def test_the_committed_pages_are_what_the_script_writes(tmp_path: Path) -> None:
 
 def test_the_readme_says_what_the_tables_say() -> None:
     readme = (DOCS.parent / "README.md").read_text("utf-8")
-    assert _script().with_headline(readme, DOCS / "data") == readme, "run python docs/_results.py"
+    script = _script()
+    assert script.with_headline(readme, script.Data(DOCS / "data")) == readme, "run python docs/_results.py"
 
 
 def test_the_headline_counts_the_runs_in_which_both_work() -> None:
