@@ -7,8 +7,13 @@ that commands read; ``<!-- not run: REASON -->`` exempts it.
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
+
+from typer.testing import CliRunner
+
+from metaopt_lens.cli import app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -73,3 +78,20 @@ def to_run(text: str, language: str, *, pretrained: bool) -> list[Block]:
 def files_of(text: str) -> dict[str, str]:
     """The files that a page shows, by name."""
     return {block.file: block.code for block in blocks_of(text) if block.file}
+
+
+def run_commands(text: str, *, pretrained: bool) -> None:
+    """Run a page's commands in the working directory, next to the files that it shows.
+
+    Lines of pip are left out; any other program than metaopt-lens is an error.
+    """
+    for name, content in files_of(text).items():
+        Path(name).write_text(content, encoding="utf-8")
+    for block in to_run(text, "sh", pretrained=pretrained):
+        for command in block.commands:
+            program, *arguments = shlex.split(command)
+            if program == "pip":
+                continue
+            assert program == "metaopt-lens", f"{command!r} is not run: mark it <!-- not run: REASON -->"
+            result = CliRunner().invoke(app, arguments)
+            assert result.exit_code == 0, f"{command}: {result.output} {result.exception!r}"

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-import shlex
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
-from shown_code import PAGES, README, ROOT, blocks_of, files_of, to_run
+from shown_code import PAGES, README, ROOT, blocks_of, files_of, run_commands, to_run
 from typer.main import get_command
-from typer.testing import CliRunner
 
 from metaopt_lens.cli import app
 
@@ -34,17 +32,7 @@ def test_the_code_runs(page: Path) -> None:
 def test_the_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of metaopt-lens, in an empty directory with the page's files; pip's lines are looked at below."""
     monkeypatch.chdir(tmp_path)
-    text = page.read_text(encoding="utf-8")
-    for name, content in files_of(text).items():
-        Path(name).write_text(content, encoding="utf-8")
-    for block in to_run(text, "sh", pretrained=False):
-        for command in block.commands:
-            program, *arguments = shlex.split(command)
-            if program == "pip":
-                continue
-            assert program == "metaopt-lens", f"{command!r} is not run: mark it <!-- not run: REASON -->"
-            result = CliRunner().invoke(app, arguments)
-            assert result.exit_code == 0, f"{command}: {result.output} {result.exception!r}"
+    run_commands(page.read_text(encoding="utf-8"), pretrained=False)
 
 
 def test_the_commands_exist() -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
-from shown_code import PAGES, README, files_of, to_run
-from typer.testing import CliRunner
+from shown_code import PAGES, README, run_commands, to_run
 
-from metaopt_lens.cli import app
 from metaopt_lens.decomposition import LogitContributionSet
 
 
@@ -61,15 +58,10 @@ def test_the_pages_of_the_documentation_run(
     name: str, page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = page.read_text(encoding="utf-8")
-    code, commands = (to_run(text, language, pretrained=True) for language in ("python", "sh"))
     if name != "smollm2":
         pytest.skip("the documentation shows SmolLM2")
     names: dict[str, Any] = {}
-    for block in code:
+    for block in to_run(text, "python", pretrained=True):
         exec(block.code, names)
     monkeypatch.chdir(tmp_path)
-    for file, content in files_of(text).items():
-        Path(file).write_text(content, encoding="utf-8")
-    for command in (command for block in commands for command in block.commands if not command.startswith("pip ")):
-        result = CliRunner().invoke(app, shlex.split(command)[1:])
-        assert result.exit_code == 0, f"{command}: {result.output} {result.exception!r}"
+    run_commands(text, pretrained=True)
